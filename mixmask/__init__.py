@@ -1,0 +1,29 @@
+"""MixMask for Siamese ConvNets: the library that the stages share and that other training loops can import.
+
+The names below load on first use, so that programs which only read configs and logs start without torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Anchor": "methods",
+    "METHODS": "methods",
+    "objective": "objective",
+    "block_mask": "masks",
+    "discrete_mask": "masks",
+    "MoCo": "frameworks.moco",
+    "FRAMEWORKS": "frameworks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mixmask' has no attribute '{name}'")
+    return getattr(import_module(f"mixmask.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,419 @@
+"""Recipes: YAML -> validated, frozen dataclasses; dotted overrides; a hash of everything that decides a number.
+
+A recipe file lists every hyper-parameter of its table, so that no default decides a reported number. Fields that have
+a default here were added after the recipes, or describe an operation that is absent; a field at its default is left
+out of the hash, so that adding one does not rename the runs that exist. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend; its text is one clear line."""
+
+
+class ConfigError(UserError, ValueError):
+    """A recipe, an override or a setting is wrong; the text names the key, what was found and what was expected."""
+
+
+def within(low: float | None = None, high: float | None = None, default: Any = MISSING) -> Any:
+    """A dataclass field whose number (or each number of a tuple) lies in [low, high]."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+# ---------------------------------------------------------------------------------------------- pre-training
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """ResNet and its stem (Tables 8, 9; stems: docs/fidelity.md)."""
+
+    arch: Literal["resnet18", "resnet50"]
+    stem: Literal["cifar", "tiny", "imagenet"]
+    width: int = within(1)  # channels of the first stage; 64 in the paper
+    bn_groups: int = within(1)  # split BatchNorm: how many parts of the batch have their own statistics
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Section 4.1 and Table 1: which cells of a grid show image i."""
+
+    type: Literal["block", "discrete"]
+    block_impl: Literal["repaired", "literal"]
+    grid: int = within(1)  # cells along a side
+    ratio: float | tuple[float, float] = within(0, 1)  # expected lambda; two numbers: drawn per iteration from U(a, b)
+    switch: bool = True  # the (1 - lambda) term of Eq. 6
+    permutation: Literal["reverse", "random"] = "reverse"  # partner of image i in plain MixMask
+
+
+@dataclass(frozen=True)
+class UnMix:
+    """Un-Mix: probability of the global mixture (Mixup); otherwise CutMix (Tables 8, 9)."""
+
+    prob: float = within(0, 1)
+
+
+@dataclass(frozen=True)
+class Both:
+    """Un-Mix and MixMask together (Algorithm 1, Table 2): `random` is "Different", `reverse` is "Same"."""
+
+    permutation: Literal["reverse", "random"]
+
+
+@dataclass(frozen=True)
+class Erase:
+    """The plain erase baseline (Figure 2, dashed box): what fills the cells that the mask removes."""
+
+    fill: Literal["zero", "noise"]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Tables 8, 9. `lr` is the rate that is used: nothing scales it by batch size or number of processes."""
+
+    name: Literal["sgd", "adam"]
+    lr: float = within(0)
+    weight_decay: float = within(0)
+    momentum: float = within(0, 1, default=0.0)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate as a pure function of the iteration (see mixmask/schedules.py)."""
+
+    kind: Literal["cosine", "step"]
+    unit: Literal["epoch", "iteration"] = "epoch"  # how often the rate changes
+    first_epoch: int = within(0, 1, default=0)  # cosine by epoch: 0 ... E-1, or 1 ... E (Un-Mix's CIFAR script)
+    warmup_epochs: int = within(0, default=0)  # linear, from 0
+    warmup_iterations: int = within(0, default=0)  # linear, from lr / warmup_iterations
+    milestones: tuple[int, ...] = ()  # step: epochs at which the rate is multiplied; negative ones count from the end
+    gamma: float = within(0, 1, default=0.1)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """One view's augmentation: the operations, in the order in which they are applied, and their parameters."""
+
+    order: tuple[Literal["crop", "flip", "jitter", "grayscale", "blur"], ...]
+    size: int = within(1)  # side of a view, pixels
+    crop_scale: tuple[float, float] = within(0, 1, default=(1.0, 1.0))
+    crop_ratio: tuple[float, float] = within(0, default=(0.75, 4 / 3))
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    flip_prob: float = within(0, 1, default=0.0)
+    jitter: tuple[float, float, float, float] = within(0, default=(0.0, 0.0, 0.0, 0.0))  # b, c, s, hue
+    jitter_prob: float = within(0, 1, default=0.0)
+    grayscale_prob: float = within(0, 1, default=0.0)
+    blur_prob: float = within(0, 1, default=0.0)
+    blur_sigma: tuple[float, float] = within(0, default=(0.1, 2.0))  # pixels
+    mean: tuple[float, ...] = ()  # per channel, of pixels in [0, 1]; empty: those of the checkpoint that is evaluated
+    std: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class KNN:
+    """Weighted k-NN (Wu et al. 2018, as in the CIFAR demo of MoCo): the paper's k-NN accuracy."""
+
+    k: int = within(1)
+    temperature: float = within(0)
+    features: Literal["output", "backbone"]  # the head's output (128-d in the paper's MoCo), or the pooled features
+    every: int = field(metadata={"low": 0, "hashed": False})  # epochs between evaluations; 0: only after the last
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and how a run is carried out: nothing here changes a number, so nothing here is hashed."""
+
+    data_root: str = "data"
+    download: bool = True  # fetch CIFAR-100 where it is missing
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    workers: int = within(0, default=8)  # processes that decode images (ImageNet)
+    log_every: int = within(1, default=10)  # iterations between log lines
+    checkpoint_every: int = within(1, default=1)  # epochs between checkpoints
+    checkpoint_minutes: float = within(0, default=15.0)  # and within a long epoch: minutes between checkpoints
+    channels_last: bool = True
+    allow_partial_data: bool = False  # train on an incomplete Tiny-ImageNet or ImageNet (the log says so)
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """A pre-training run. `settings` is the section named after the framework (`moco:`), validated by its class."""
+
+    recipe: str
+    dataset: str
+    framework: str
+    method: str
+    epochs: int = within(1)
+    batch_size: int = within(1)  # total, over all processes
+    seed: int = within(0)
+    mix_groups: int = within(1)  # parts of the batch that draw their own mask, permutation and pairs
+    precision: Literal["fp32", "bf16"]
+    backbone: Backbone
+    settings: Mapping[str, Any]
+    mask: Mask
+    unmix: UnMix
+    both: Both
+    erase: Erase
+    optimizer: Optimizer
+    schedule: Schedule
+    augment: Augment
+    knn: KNN
+    run: Execution = Execution()
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+@dataclass(frozen=True)
+class KNNEval:
+    """Offline k-NN on a checkpoint (`eval/knn.py`)."""
+
+    recipe: str
+    dataset: str
+    seed: int = within(0)
+    knn: KNN
+    checkpoint: str = ""  # the pre-training run's identity, filled in by eval/knn.py
+    run: Execution = Execution()
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear probe (`eval/linear.py`): frozen encoder, cropped and flipped training images (Table 9)."""
+
+    recipe: str
+    dataset: str
+    epochs: int = within(1)
+    batch_size: int = within(1)
+    seed: int = within(0)
+    optimizer: Optimizer
+    schedule: Schedule
+    augment: Augment
+    test_resize: int = within(0)  # shorter side before the centre crop; 0: none
+    checkpoint: str = ""  # the pre-training run's identity, filled in by eval/linear.py
+    run: Execution = Execution()
+
+
+# ------------------------------------------------------------------------------------- from mapping to dataclass
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """`values` as an instance of the dataclass `cls`. Raises ConfigError for an unknown, missing or wrong key."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where or 'the recipe'}: expected a section of keys, found {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"unknown key '{_dot(where, key)}'{nearest(key, fields)}")
+    hints = typing.get_type_hints(cls)
+    result = {}
+    for name, spec in fields.items():
+        if name in values:
+            result[name] = _check(convert(values[name], hints[name], _dot(where, name)), spec, _dot(where, name))
+        elif spec.default is MISSING and spec.default_factory is MISSING:
+            raise ConfigError(f"missing key '{_dot(where, name)}'")
+    return cls(**result)
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the annotated type; YAML's `1e-4` (a string) and whole-numbered floats are understood."""
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where}: expected one of {', '.join(map(str, args))}; found {value!r}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        hint = args[1] if isinstance(value, list | tuple) else args[0]
+        return convert(value, hint, where)
+    if origin is tuple:
+        return _convert_tuple(value, args, where)
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass  # falls through to the message below
+    elif hint is int and type(value) is int or hint is bool and type(value) is bool or hint is str and type(value) is str:
+        return value
+    elif origin in (Mapping, dict) or hint in (Any, typing.Any) or origin is not None and isinstance(value, Mapping):
+        return value
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+    raise ConfigError(f"{where}: expected {names.get(hint, hint)}, found {value!r}")
+
+
+def _convert_tuple(value: Any, args: tuple, where: str) -> tuple:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{where}: expected a list, found {value!r}")
+    many = args[-1] is Ellipsis
+    if not many and len(value) != len(args):
+        raise ConfigError(f"{where}: expected {len(args)} values, found {len(value)}")
+    return tuple(convert(v, args[0] if many else args[i], f"{where}[{i}]") for i, v in enumerate(value))
+
+
+def _check(value: Any, spec: dataclasses.Field, where: str) -> Any:
+    low, high = spec.metadata.get("low"), spec.metadata.get("high")
+    for number in value if isinstance(value, tuple) else (value,):
+        if low is not None and not number >= low or high is not None and not number <= high:
+            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise ConfigError(f"{where}: expected {bounds}, found {number!r}")
+    return value
+
+
+def _dot(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def nearest(key: str, known: typing.Iterable[str]) -> str:
+    """A hint: '; did you mean X?', or the list of what there is."""
+    known = sorted(map(str, known))
+    close = difflib.get_close_matches(str(key), known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; known keys: {', '.join(known)}"
+
+
+# ------------------------------------------------------------------------------------------ files and overrides
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises ConfigError naming the file (and line) when it does not."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no such config file: {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}")
+    return values
+
+
+def parse_overrides(items: typing.Iterable[str]) -> dict[str, Any]:
+    """`["mask.grid=4", "method=mixmask"]` -> {"mask.grid": 4, "method": "mixmask"}; values are YAML."""
+    overrides = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {item}: expected key=value")
+        try:
+            overrides[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {item}: '{text}' is not a YAML value") from None
+    return overrides
+
+
+def flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    flat = {}
+    for key, value in values.items():
+        flat.update(flatten(value, _dot(where, key)) if isinstance(value, Mapping) else {_dot(where, key): value})
+    return flat
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any], cls: type) -> dict[str, Any]:
+    """`values` with dotted keys replaced. A key must be in the recipe or a field of `cls`; else ConfigError."""
+    result = json.loads(json.dumps(values))  # a deep copy of plain types
+    known = set(flatten(result)) | _dotted_fields(cls)
+    for key, value in overrides.items():
+        if key not in known:
+            raise ConfigError(f"unknown key '{key}'{nearest(key, known)}")
+        *sections, last = key.split(".")
+        target = result
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[last] = value
+    return result
+
+
+def _dotted_fields(cls: type, where: str = "") -> set[str]:
+    names, hints = set(), typing.get_type_hints(cls)
+    for spec in dataclasses.fields(cls):
+        name = _dot(where, spec.name)
+        names |= _dotted_fields(hints[spec.name], name) if dataclasses.is_dataclass(hints[spec.name]) else {name}
+    return names - {"settings"}
+
+
+def resolve(values: Mapping[str, Any], overrides: Mapping[str, Any], cls: type[T]) -> T:
+    """A recipe's mapping and dotted overrides -> a validated config of type `cls`."""
+    original = dict(values)
+    values = apply_overrides(values, overrides, cls)
+    if cls is Pretrain:
+        values = _take_settings(values, original)
+    return build(cls, values)
+
+
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None, cls: type[T] = Pretrain) -> T:
+    """Read a recipe file and apply overrides. Raises ConfigError naming file and key."""
+    values = read_yaml(path)
+    try:
+        return resolve(values, overrides or {}, cls)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {path})") from None
+
+
+def _take_settings(values: dict[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
+    """Move the section named after the framework to `settings`, each value in the type the recipe gave it."""
+    name = values.get("framework")
+    if not isinstance(values.get(name), Mapping):
+        raise ConfigError(f"framework: the recipe has no section '{name}:' with its settings")
+    section, given = values.pop(name), original.get(name, {})
+    values["settings"] = {k: convert(v, type(given.get(k, v)), f"{name}.{k}") for k, v in section.items()}
+    return values
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved config as plain types, in a recipe file's layout (what `config.yaml` of a run holds)."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    if isinstance(config, Pretrain):
+        values[config.framework] = values.pop("settings")
+    return values
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """What decides the run's numbers: everything but `run`, `seed` and fields that are at their default."""
+    values = _without_defaults(config)
+    return {k: v for k, v in values.items() if k not in ("run", "seed")}
+
+
+def _without_defaults(config: Any) -> dict[str, Any]:
+    result = {}
+    for spec in dataclasses.fields(config):
+        value = getattr(config, spec.name)
+        if not spec.metadata.get("hashed", True) or (spec.default is not MISSING and value == spec.default):
+            continue
+        result[spec.name] = _without_defaults(value) if dataclasses.is_dataclass(value) else value
+    return result
+
+
+def hash8(config: Any) -> str:
+    """Eight hexadecimal digits of the SHA-256 of `identity(config)`: equal digits are one run, whichever table asks."""
+    text = json.dumps(identity(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+# ----------------------------------------------------------------------------------------------- entry scripts
+
+
+def main_guard(main: Callable[[], Any]) -> None:
+    """Run a script's main; a UserError becomes one line on stderr and exit status 1, Ctrl-C status 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted: everything up to the last checkpoint is kept; the same command continues", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,217 @@
+"""A run's directory: what was asked, where it ran, what it logged, what came out. No torch here.
+
+runs/<stage>/<name>-<hash8>-s<seed>/
+    config.yaml        the resolved config (a recipe file: it can be run again)
+    command.txt        the command that repeats the run
+    environment.json   versions, commit, device
+    log.jsonl          one JSON object a line: {"kind": "step" | "epoch", ...}; timings only under "timing"
+    checkpoint.pt      the last checkpoint
+    result.json        written last, atomically: a run that has one is finished
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mixmask import config as configs
+from mixmask.config import ConfigError, UserError
+
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-image", "pandas", "submitit")
+
+
+def run_id(config: Any) -> str:
+    """`<name>-<hash8>-s<seed>`: equal configs share it, whatever asked for them."""
+    parts = [config.recipe]
+    if isinstance(config, configs.Pretrain):
+        parts += [config.method, f"e{config.epochs}"]
+    return "-".join([*parts, configs.hash8(config), f"s{config.seed}"])
+
+
+def run_directory(runs_dir: str | Path, stage: str, config: Any) -> Path:
+    """Where the run of this config lives."""
+    return Path(runs_dir) / stage / run_id(config)
+
+
+def read_result(directory: str | Path) -> dict[str, Any] | None:
+    """The result of a finished run; None where there is none yet."""
+    path = Path(directory) / "result.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); move it away to run again") from None
+
+
+def read_log(directory: str | Path) -> list[dict[str, Any]]:
+    """The lines of log.jsonl; a last line that a crash cut short is left out."""
+    path = Path(directory) / "log.jsonl"
+    if not path.exists():
+        return []
+    lines = []
+    for number, text in enumerate(path.read_text().split("\n")[:-1], 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            raise UserError(f"{path}, line {number}: not valid JSON") from None
+    return lines
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename: a reader sees the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Run:
+    """An open run directory, held by one process at a time. Use as a context manager."""
+
+    def __init__(self, directory: str | Path, config: Any, command: list[str] | None = None):
+        """Create or re-open. Raises UserError where the directory holds another config or another process works."""
+        self.directory = Path(directory)
+        self.config = config
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.directory / "lock", "a+")  # noqa: SIM115 - held until close()
+        except OSError as error:
+            raise UserError(f"cannot write the run directory {self.directory}: {error.strerror}") from None
+        self._take_lock()
+        self._check_config()
+        self._write_description(command or sys.argv)
+        self._log = None
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UserError(f"another process is working on {self.directory}; wait for it, or stop it first") from None
+
+    def _check_config(self) -> None:
+        path = self.directory / "config.yaml"
+        if not path.exists():
+            return
+        try:
+            found = _identity_of_file(path, type(self.config))
+        except ConfigError as error:
+            raise UserError(f"{path} is not a config of this stage: {error}") from None
+        wanted = configs.flatten({**configs.identity(self.config), "seed": self.config.seed})
+        differing = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+        if differing:
+            key = differing[0]
+            raise UserError(
+                f"{self.directory} holds a run of another config ({key}: {found.get(key)} there, {wanted.get(key)} now"
+                + (f"; {len(differing) - 1} more keys differ" if differing[1:] else "")
+                + "); give another --run-dir"
+            )
+
+    def _write_description(self, command: list[str]) -> None:
+        if not (self.directory / "config.yaml").exists():
+            write_atomically(self.directory / "command.txt", " ".join(map(_quote, ["python", *command])) + "\n")
+            write_atomically(self.directory / "environment.json", json.dumps(environment(), indent=1) + "\n")
+            text = yaml.safe_dump(configs.to_dict(self.config), sort_keys=False)
+            write_atomically(self.directory / "config.yaml", text)
+
+    @property
+    def id(self) -> str:
+        return self.directory.name
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.directory / "checkpoint.pt"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        return read_result(self.directory)
+
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Drop log lines of steps after `step` (they will be made again); returns the lines that stay."""
+        path = self.directory / "log.jsonl"
+        complete = path.read_text().rpartition("\n")[0].split("\n") if path.exists() else []
+        kept = [line for line in complete if line and json.loads(line)["step"] <= step]
+        write_atomically(path, "".join(line + "\n" for line in kept))
+        return [json.loads(line) for line in kept]
+
+    def log(self, kind: str, step: int, **values: Any) -> None:
+        """Append one JSON line; everything measured in seconds belongs under `timing`."""
+        if self._log is None:
+            self._log = open(self.directory / "log.jsonl", "a")  # noqa: SIM115 - held until close()
+        self._log.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._log.flush()
+
+    def sync(self) -> None:
+        """Force the log to disk: called before a checkpoint, so that the log never ends before its checkpoint."""
+        if self._log is not None:
+            os.fsync(self._log.fileno())
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write result.json: from now on the run is finished."""
+        self.sync()
+        write_atomically(self.directory / "result.json", json.dumps(dict(result), indent=1) + "\n")
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+        self._lock.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _identity_of_file(path: Path, cls: type) -> dict[str, Any]:
+    config = configs.load(path, cls=cls)
+    return configs.flatten({**configs.identity(config), "seed": config.seed})
+
+
+def _quote(word: str) -> str:
+    return f"'{word}'" if any(c in word for c in " *[]()$;&|<>?") else word
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and commit, as plain types."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        **versions,
+        **commit(),
+    }
+
+
+def commit() -> dict[str, Any]:
+    """The repository's commit and whether the working tree differs from it; None outside a repository."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return {"commit": head.strip(), "modified": bool(_git(root, "status", "--porcelain", "-uno").strip())}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "modified": None}
+
+
+def _git(root: Path, *words: str) -> str:
+    command = ["git", "-C", str(root), *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
