@@ -1,0 +1,71 @@
+# Everything happens in .venv, which is made from requirements.lock the first time a target needs it.
+# Needed on the machine: Python >= 3.11, git, make, bash. PYTHON=/path/to/python3 chooses the interpreter.
+
+SHELL := bash
+PYTHON ?=
+CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python)
+READY := .venv/ready
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+DETECTRON2 := git+https://github.com/facebookresearch/detectron2.git@02b5c4e295e990042a714712c21dc79b731e8833
+
+# Idle OpenMP threads sleep instead of spinning: on a busy machine with few cores spinning makes small nets 5-20x slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint detectron2 lock
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: $(READY) ## Table 4 at smoke size on this machine, from pre-training to the printed table
+	@$(BIN)/python slurm/launch.py table4 --preset smoke --executor local
+	@$(BIN)/python paper/make_tables.py table4
+
+test: $(READY) ## the tests
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+
+lint: $(READY) ## ruff, rules and format
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+detectron2: .venv/detectron2 ## detectron2, which only detection/ needs (about 90 s; needs a C++ compiler)
+
+lock: $(READY) ## requirements.lock from pyproject.toml
+	@$(PIP) install --quiet uv==0.13.9
+	@$(BIN)/uv pip compile --no-config --quiet --universal --generate-hashes --no-header --no-annotate \
+	    --extra dev --output-file requirements.lock pyproject.toml
+	@touch requirements.lock
+
+# The stamp goes first and comes back last, so an interrupted set-up starts over with an empty .venv.
+# --no-cache-dir: older pips hold a whole file in memory (PyTorch: 3 GB in all) to write it to their cache.
+# --no-compile: the byte code of what is really imported is written at the first import.
+$(READY): pyproject.toml requirements.lock
+	@set -euo pipefail; SECONDS=0; \
+	if [ ! -e $@ ]; then $(make_venv); fi; \
+	rm -f $@; \
+	echo "set-up: installing $$(grep -c == requirements.lock) packages, PyTorch among them: some 3 GB to download"; \
+	$(PIP) install --no-cache-dir --no-compile --progress-bar off --require-hashes --no-deps -r requirements.lock \
+	    | { grep --line-buffered -oE 'Downloading .*[0-9]{3,}\.[0-9] MB' || true; }; \
+	$(PIP) install --quiet --no-build-isolation --no-deps --editable .; \
+	touch $@; echo "set-up: done in $$SECONDS s"
+
+define make_venv
+	python=; found=; \
+	for candidate in $(CANDIDATES); do \
+	    "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; found=$$candidate; \
+	    "$$candidate" -c 'import ensurepip, venv' 2>/dev/null || continue; python=$$candidate; break; \
+	done; \
+	[ -n "$$found" ] || { echo "error: no Python >= 3.11 found (looked for: $(CANDIDATES)); install one, or say PYTHON=/path/to/it" >&2; exit 1; }; \
+	[ -n "$$python" ] || { echo "error: $$found has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; \
+	echo "set-up: $$("$$python" --version) in .venv"; \
+	"$$python" -m venv --clear .venv
+endef
+
+# Tied to its torch version, so built again when the lock changes. PATH: torch finds ninja there.
+.venv/detectron2: $(READY) requirements.lock
+	@command -v c++ >/dev/null || { echo "error: detectron2 needs a C++ compiler; on Debian and Ubuntu: apt-get install g++" >&2; exit 1; }
+	@$(PIP) uninstall --quiet --yes detectron2
+	@echo "detectron2: building, about 90 s"
+	@$(PIP) install --quiet 'setuptools<82' wheel ninja
+	@PATH="$(CURDIR)/$(BIN):$$PATH" MAX_JOBS=2 $(PIP) install --quiet --no-build-isolation '$(DETECTRON2)'
+	@touch $@
