@@ -1,0 +1,1 @@
+"""From cells to jobs, and from jobs to SLURM or this machine."""

@@ -1,0 +1,74 @@
+"""What a run costs, estimated: counted FLOPs over an assumed sustained rate. No torch here.
+
+The forward pass is counted convolution by convolution (2 FLOP per multiply-add; ResNet-18 at 32x32: 1.11 GFLOP,
+ResNet-50 at 224x224: 8.2 GFLOP); a pass with gradient costs three forward passes. The rates are those of published
+training on one A100 in mixed precision: ResNet-50 at 224, 2,025 images/s supervised (bandwidth-bound), 49 TFLOP/s;
+ResNet-18 at 32, 77 TFLOP/s. For fp32 recipes half of them is assumed, and 0.1 TFLOP/s for two CPU cores.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from mixmask.config import Backbone, Linear, Pretrain
+
+ASSUMPTION = (
+    "estimate: counted FLOPs on one A100 at an assumed 49 (ResNet-50) or 77 (ResNet-18) TFLOP/s in bf16, "
+    "half of it in fp32; data loading not counted"
+)
+TERAFLOPS = {"resnet50": 49.0, "resnet18": 77.0}
+CPU_TERAFLOPS = 0.1
+
+IMAGES = {"cifar100": (50_000, 10_000), "tiny_imagenet": (100_000, 10_000), "imagenet": (1_281_167, 50_000)}
+PHOTOS = (2_000, 800)  # and other small sets: training, test
+
+# Passes through the encoder per training image and step: (with gradient, forward only).
+CLEAN = {"moco": (1, 1), "simclr": (2, 0), "byol": (2, 2), "simsiam": (2, 0)}
+ADDED = {"vanilla": 0, "mixmask": 1, "unmix": 1, "erase": 1, "both": 2, "mscn": 2}  # mixtures and masked views
+
+BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
+
+
+@functools.cache
+def forward_gflop(backbone: Backbone, size: int) -> float:
+    """GFLOP of one forward pass of one image of `size` x `size` pixels (convolutions only)."""
+    width, bottleneck = backbone.width, backbone.arch == "resnet50"
+    side = size // 2 if backbone.stem == "imagenet" else size
+    macs = 3 * width * side**2 * (49 if backbone.stem == "imagenet" else 9)
+    side = side if backbone.stem == "cifar" else side // 2  # max-pooling
+    channels = width
+    for stage, blocks in enumerate(BLOCKS[backbone.arch]):
+        inner = width * 2**stage
+        out = 4 * inner if bottleneck else inner
+        for block in range(blocks):
+            before, side = side, side // (2 if stage and not block else 1)
+            if bottleneck:
+                macs += channels * inner * before**2 + 9 * inner**2 * side**2 + inner * out * side**2
+            else:
+                macs += 9 * (channels * inner + inner**2) * side**2
+            macs += channels * out * side**2 if channels != out else 0  # projection on the shortcut
+            channels = out
+    return 2 * macs / 1e9
+
+
+def pretrain_pflop(config: Pretrain) -> float:
+    """PFLOP of a pre-training."""
+    gradient, forward = CLEAN.get(config.framework, (2, 2))
+    if config.settings.get("symmetric"):
+        gradient, forward = 2, 2
+    passes = 3 * (gradient + ADDED.get(config.method, 1)) + forward
+    images = IMAGES.get(config.dataset, PHOTOS)[0] * config.epochs
+    return images * passes * forward_gflop(config.backbone, config.augment.size) / 1e6
+
+
+def linear_pflop(config: Linear, pretraining: Pretrain) -> float:
+    """PFLOP of a linear probe: forward passes only, training and test images, every epoch."""
+    images = sum(IMAGES.get(config.dataset, PHOTOS)) * config.epochs
+    return images * forward_gflop(pretraining.backbone, config.augment.size) / 1e6
+
+
+def hours(config: Pretrain | Linear, pretraining: Pretrain, gpus: int) -> float:
+    """Expected hours on one A100; on two CPU cores where `gpus` is 0."""
+    pflop = pretrain_pflop(config) if isinstance(config, Pretrain) else linear_pflop(config, pretraining)
+    rate = TERAFLOPS[pretraining.backbone.arch] / (1 if pretraining.precision == "bf16" else 2)
+    return pflop * 1e3 / (rate if gpus else CPU_TERAFLOPS) / 3600

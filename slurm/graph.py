@@ -1,0 +1,114 @@
+"""Cells -> distinct runs -> a graph of jobs, as data. No torch here.
+
+A job is keyed by its run directory, which is named after the hash of everything that decides its numbers: two cells
+that need the same run share one job.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixmask.config import Linear, Pretrain, build, read_yaml
+from mixmask.runs import read_result
+from paper.cells import ROOT, Cell
+from paper.presets import STAGES, Budget, Step, directory, steps
+from slurm.cost import hours
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a job asks SLURM for (slurm/cluster.yaml)."""
+
+    partition: str
+    account: str
+    constraint: str
+    gpus: int
+    cpus: int
+    memory_gb: int
+    hours: float
+    warning_seconds: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one stage."""
+
+    stage: str
+    config: Pretrain | Linear
+    directory: Path  # the key
+    command: tuple[str, ...]  # what a person would type, `python` first
+    parents: tuple[Path, ...]  # directories of the runs it needs
+    resources: Cluster
+    hours: float  # expected, on one A100 or, without GPUs, on two CPU cores
+    cells: tuple[str, ...]  # ids of the cells that use it
+    notes: tuple[str, ...] = ()
+
+    @property
+    def id(self) -> str:
+        return self.directory.name
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.hours if self.resources.gpus else 0.0
+
+    @property
+    def shell(self) -> str:
+        """The command as one line, ready to paste."""
+        return shlex.join(self.command)
+
+    @property
+    def state(self) -> str:
+        """finished, unfinished (resumed by the same command) or new."""
+        if read_result(self.directory) is not None:
+            return "finished"
+        return "unfinished" if (self.directory / "config.yaml").exists() else "new"
+
+
+def cluster(budget: Budget) -> Cluster:
+    """slurm/cluster.yaml, the preset's values and `--set cluster.key=value`. Raises ConfigError for a wrong key."""
+    values = read_yaml(ROOT / "slurm" / "cluster.yaml")
+    return build(Cluster, {**values, **budget.preset.cluster, **budget.settings.get("cluster", {})}, "cluster")
+
+
+def jobs(cells: Iterable[Cell], budget: Budget, runs_dir: Path) -> list[Job]:
+    """The distinct runs of `cells`, parents before their children."""
+    resources = cluster(budget)
+    graph: dict[Path, Job] = {}
+    for cell in cells:
+        for seed in budget.seeds(cell):
+            chain: list[Job] = []
+            for step in steps(cell, seed, budget):
+                chain.append(_job(step, cell, chain, resources, runs_dir))
+            for job in chain:
+                graph[job.directory] = _shared(graph.get(job.directory), job)
+    return list(graph.values())
+
+
+def _job(step: Step, cell: Cell, chain: list[Job], resources: Cluster, runs_dir: Path) -> Job:
+    parents = tuple(job.directory for job in chain)
+    pretraining = chain[0].config if chain else step.config
+    where = directory(runs_dir, step)
+    words = ["python", STAGES[step.stage].script]
+    words += ["--checkpoint", str(parents[0] / "checkpoint.pt")] if parents else []
+    words += ["--config", step.recipe]
+    if step.overrides:
+        words += ["--set", *(f"{key}={_yaml(value)}" for key, value in step.overrides.items())]
+    words += ["--run-dir", str(where)]
+    expected = hours(step.config, pretraining, resources.gpus)
+    return Job(step.stage, step.config, where, tuple(words), parents, resources, expected, (cell.id,), step.notes)
+
+
+def _shared(known: Job | None, job: Job) -> Job:
+    """The job that is there already, used by one cell more."""
+    return job if known is None else dataclasses.replace(known, cells=tuple(dict.fromkeys(known.cells + job.cells)))
+
+
+def _yaml(value: Any) -> str:
+    """A value as YAML on one line."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,177 @@
+"""Launch all runs that a table, a figure or a cell of the paper needs: on SLURM, or on this machine.
+
+examples:
+  python slurm/launch.py table4 --dry-run                          the jobs, their commands and their cost
+  python slurm/launch.py table4                                    the published budget, on SLURM
+  python slurm/launch.py table4 --preset smoke --executor local    everything in minutes, on this machine
+  python slurm/launch.py 'table4/*/mixmask/200' --set epochs=100 linear.epochs=50 cluster.partition=gpu
+  python slurm/launch.py status table4                             what is finished, unfinished, not started
+
+Finished runs are skipped, unfinished ones go on, equal ones are shared: launching again is always safe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from mixmask.config import UserError, main_guard  # noqa: E402
+from mixmask.runs import read_result  # noqa: E402
+from paper.cells import Cell, select  # noqa: E402
+from paper.presets import Budget, budget, presets  # noqa: E402
+from slurm import cost, graph, local, submit  # noqa: E402
+from slurm.graph import Job  # noqa: E402
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, build the graph, then print it or hand it to an executor."""
+    options = _parse(arguments)
+    status = options.targets[:1] == ["status"]
+    targets = options.targets[status:]
+    cells = select(targets)
+    chosen = budget(options.preset, options.set)
+    runs_dir = _enter_repository(Path(options.runs_dir))
+    jobs = graph.jobs(cells, chosen, runs_dir)
+    if status:
+        print_status(cells, jobs)
+    elif options.dry_run:
+        print_graph(cells, jobs, chosen, targets)
+    else:
+        executor = _executor(options.executor, chosen)
+        print_header(cells, jobs, chosen, targets)
+        execute(jobs, executor, runs_dir)
+        print_next(cells, runs_dir, options)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    about, _, examples = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python slurm/launch.py",
+        description=about,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help="table4, a cell id, with wildcards; none: all")
+    parser.add_argument("--preset", default="paper", help=f"{', '.join(presets())} (default: paper)")
+    parser.add_argument("--executor", choices=["auto", "slurm", "local"], default="auto")
+    parser.add_argument("--runs-dir", default="runs", metavar="DIR", help="where the runs live (default: runs)")
+    parser.add_argument("--dry-run", action="store_true", help="print the jobs and their cost; run nothing")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="keys of the pre-training recipe; of the probe as linear.KEY; of slurm/cluster.yaml as cluster.KEY",
+    )
+    return parser.parse_args(arguments)
+
+
+def _enter_repository(runs_dir: Path) -> Path:
+    """Commands name scripts and recipes as seen from the repository's root, so that is where they run."""
+    if Path.cwd() != ROOT:
+        runs_dir = runs_dir.resolve()
+        os.chdir(ROOT)
+    return runs_dir
+
+
+def _executor(name: str, chosen: Budget) -> str:
+    """`auto` is SLURM where there is one; without it the smoke preset runs here, and the paper's budget asks first."""
+    if name == "local" or (name == "auto" and chosen.preset.name == "smoke" and not submit.available()):
+        return "local"
+    if submit.available():
+        return "slurm"
+    raise UserError(
+        "no SLURM was found (no sbatch on PATH, or no controller that answers): type --executor local to run on this "
+        "machine, --preset smoke for a trial of minutes, or --dry-run to see the jobs and their cost"
+    )
+
+
+def execute(jobs: list[Job], executor: str, runs_dir: Path) -> None:
+    """Hand the graph to an executor."""
+    if executor == "slurm":
+        submit.launch(jobs, runs_dir)
+    else:
+        local.launch(jobs)
+
+
+# ------------------------------------------------------------------------------------------------------ printing
+
+
+def print_header(cells: list[Cell], jobs: list[Job], chosen: Budget, targets: list[str]) -> None:
+    """What was asked, and how many runs it takes."""
+    stages = ", ".join(f"{number} {stage}" for stage, number in Counter(job.stage for job in jobs).items())
+    states = ", ".join(f"{number} {state}" for state, number in Counter(job.state for job in jobs).items())
+    print(f"target  {' '.join(targets) or 'all'}")
+    print(f"preset  {chosen.label}: {chosen.preset.about}")
+    print(f"cells   {len(cells)}")
+    print(f"runs    {len(jobs)} distinct ({stages}): {states}")
+    for note in _notes(cells, jobs):
+        print(f"note    {note}")
+    print(flush=True)
+
+
+def _notes(cells: list[Cell], jobs: list[Job]) -> list[str]:
+    notes: dict[str, list[str]] = {}
+    for name, text in [(c.id, c.note) for c in cells if c.note] + [(j.id, n) for j in jobs for n in j.notes]:
+        notes.setdefault(text, []).append(name)
+    return [f"{', '.join(names)}: {text}" for text, names in notes.items()]
+
+
+def print_graph(cells: list[Cell], jobs: list[Job], chosen: Budget, targets: list[str]) -> None:
+    """Every job, its command alone on a line, and the cost."""
+    print_header(cells, jobs, chosen, targets)
+    for number, job in enumerate(jobs, 1):
+        asked = job.resources
+        where = f"{asked.gpus} GPU, " if asked.gpus else "no GPU, "
+        print(f"[{number}/{len(jobs)}] {job.stage} {job.id}: {job.state}")
+        print(f"  parents    {', '.join(map(str, job.parents)) or 'none'}")
+        print(f"  resources  {where}{asked.cpus} CPUs, {asked.memory_gb} GB; {_duration(job)}")
+        print(f"  cells      {', '.join(job.cells)}")
+        print(job.shell)
+        print()
+    left = [job for job in jobs if job.state != "finished"]
+    print(f"total {sum(job.gpu_hours for job in jobs):.1f} GPU-hours", end="")
+    print(f", {sum(job.gpu_hours for job in left):.1f} of them left to run in {len(left)} jobs")
+    print(cost.ASSUMPTION if jobs[0].resources.gpus else _cpu_assumption(left))
+
+
+def _duration(job: Job) -> str:
+    return f"about {job.gpu_hours:.1f} GPU-hours" if job.resources.gpus else f"about {60 * job.hours:.1f} min"
+
+
+def _cpu_assumption(left: list[Job]) -> str:
+    minutes = 60 * sum(job.hours for job in left)
+    return (
+        f"no GPU is asked for; estimate: {minutes:.0f} min on two CPU cores at an assumed {cost.CPU_TERAFLOPS} TFLOP/s"
+    )
+
+
+def print_status(cells: list[Cell], jobs: list[Job]) -> None:
+    """Per cell, each of its runs: the value, unfinished, or not started."""
+    for cell in cells:
+        print(cell.id)
+        for job in jobs:
+            if cell.id in job.cells:
+                result = read_result(job.directory)
+                value = "" if result is None else local.headline(result["metrics"])
+                print(f"  {job.state:<10} {job.directory}{value}")
+
+
+def print_next(cells: list[Cell], runs_dir: Path, options: argparse.Namespace) -> None:
+    """Where the results are, and what turns them into a table."""
+    words = ["python paper/make_tables.py", *dict.fromkeys(cell.target for cell in cells)]
+    words += ["--runs-dir", str(runs_dir)] if str(runs_dir) != "runs" else []
+    words += ["--preset", options.preset, "--set", *options.set] if options.set else []
+    print(f"\nresults are in {runs_dir}; the table:\n{' '.join(words)}")
+
+
+if __name__ == "__main__":
+    main_guard(main)

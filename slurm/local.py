@@ -1,0 +1,152 @@
+"""The local executor: jobs in topological order, one at a time, on this machine. No torch here.
+
+One start-up of torch serves all: a fork server imports it once, and each job is a fork that runs the printed command's
+script with the printed command's arguments. A job's output is shown as it comes and kept in DIR/output.log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import multiprocessing
+import multiprocessing.process
+import os
+import pty
+import runpy
+import signal
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+from mixmask.config import UserError
+from mixmask.runs import read_result
+from paper.cells import ROOT
+from slurm.graph import Job
+
+
+def launch(jobs: list[Job]) -> None:
+    """Run what is not finished. Raises UserError, naming what failed and where its log is; KeyboardInterrupt."""
+    todo = [job for job in jobs if job.state != "finished"]
+    if len(todo) < len(jobs):
+        print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are finished already")
+    if not todo:
+        return
+    _prepare()
+    failed: dict[Path, str] = {}
+    for number, job in enumerate(todo, 1):
+        print(f"[{number}/{len(todo)}] {job.stage} {job.id} ({', '.join(job.cells)})", flush=True)
+        missing = [parent for parent in job.parents if parent in failed]
+        failure = f"skipped: it needs {missing[0]}" if missing else _run(job)
+        if failure:
+            failed[job.directory] = failure
+            print(f"[{number}/{len(todo)}] {failure}", flush=True)
+    if failed:
+        lines = [f"\n  {directory}: {failure}" for directory, failure in failed.items()]
+        raise UserError(
+            f"{len(failed)} of {len(todo)} runs did not finish; the same command tries again{''.join(lines)}"
+        )
+
+
+def _prepare() -> None:
+    """The fork server, with torch imported once; threads that wait asleep, unless the user chose otherwise."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    multiprocessing.set_forkserver_preload(["torch", "torchvision"])
+
+
+def _run(job: Job) -> str:
+    """Run one job, showing its output. Returns what went wrong, or nothing."""
+    start = time.monotonic()
+    job.directory.mkdir(parents=True, exist_ok=True)
+    log = job.directory / "output.log"
+    reader, writer = _channel()
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_script, args=(Connection(writer, readable=False), job.command[1:], str(ROOT)))
+    with _sigint_blocked():  # Ctrl-C reaches this process alone, and is passed on once
+        process.start()
+    try:
+        _forward(reader, process, log)
+    except KeyboardInterrupt:
+        os.kill(process.pid, signal.SIGINT)
+        _forward(reader, process, log)
+        raise
+    finally:
+        os.close(reader)
+    process.join()
+    result = read_result(job.directory)
+    if process.exitcode or result is None:
+        return f"failed (exit status {process.exitcode}); its output is in {log}"
+    print(f"    {time.monotonic() - start:.0f} s{headline(result['metrics'])}", flush=True)
+    return ""
+
+
+def _script(output: Connection, words: tuple[str, ...], root: str) -> None:
+    """In the forked process: become `python SCRIPT ARGUMENTS`."""
+    os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    for descriptor in (1, 2):
+        os.dup2(output.fileno(), descriptor)
+    output.close()
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - as long as the process
+    os.chdir(root)
+    script = words[0]
+    sys.argv, sys.path[0] = list(words), str(Path(script).resolve().parent)
+    runpy.run_path(script, run_name="__main__")
+
+
+def _channel() -> tuple[int, int]:
+    """Descriptors to read and to write: a terminal of this one's size where there is one, so that bars move."""
+    if not sys.stdout.isatty():
+        return os.pipe()
+    reader, writer = pty.openpty()
+    termios.tcsetwinsize(writer, termios.tcgetwinsize(sys.stdout.fileno()))
+    return reader, writer
+
+
+def _forward(reader: int, process: multiprocessing.process.BaseProcess, log: Path) -> None:
+    """Show the job's output and append it to `log`, until the job ends; of a progress bar the log gets the last state."""
+    pending = b""
+    with open(log, "ab") as file:
+        for piece in _pieces(reader, process):
+            sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
+            *lines, pending = (pending + piece).split(b"\n")
+            file.writelines(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n" for line in lines)
+            file.flush()
+        file.write(pending)
+
+
+def _pieces(reader: int, process: multiprocessing.process.BaseProcess) -> Iterator[bytes]:
+    """What the job writes, as it comes; ends when the job has ended and all is read."""
+    while True:
+        ready = wait([reader, process.sentinel])
+        if reader not in ready and not wait([reader], timeout=0):
+            return
+        try:
+            piece = os.read(reader, 65536)
+        except OSError as error:  # a pseudo-terminal's way of saying that the other side has closed
+            if error.errno != errno.EIO:
+                raise
+            piece = b""
+        if not piece:
+            return
+        yield piece
+
+
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def headline(metrics: dict[str, float]) -> str:
+    """The metric a reader looks for: the last epoch's accuracy, else the loss."""
+    last = [name for name in metrics if name.endswith("_last")]
+    return (
+        "".join(f", {name} {metrics[name]:.1f} %" for name in last) or f", loss {metrics.get('loss', float('nan')):.3f}"
+    )
