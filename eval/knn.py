@@ -1,0 +1,54 @@
+"""k-NN accuracy of a pre-trained encoder: the code that pre-training runs online, on a checkpoint.
+
+Example:
+    python eval/knn.py --checkpoint runs/pretrain/RUN/checkpoint.pt --set knn.features=backbone
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from mixmask import checkpoint, data, knn
+from mixmask import config as configs
+from mixmask.config import KNNEval
+from mixmask.optim import pick_device
+from mixmask.progress import say
+from mixmask.runs import Run, run_directory
+
+
+def evaluate(config: KNNEval, path: Path, directory: Path) -> dict[str, Any]:
+    """k-NN of the checkpoint at `path`, on the data set of `config`; returns what result.json holds."""
+    device = pick_device(config.run.device)
+    with Run(directory, config) as run:
+        if run.result is None:
+            encoder, recipe, _ = checkpoint.load_encoder(path, device)
+            options = (config.run.download, config.run.allow_partial_data)
+            train, test = (data.load(config.dataset, config.run.data_root, s, *options) for s in ("train", "test"))
+            values = knn.evaluate(encoder, train, test, recipe.augment, config.knn, device, config.run.workers)
+            run.finish({"run": run.id, "metrics": {f"{name}_last": value for name, value in values.items()}})
+        for name, value in run.result["metrics"].items():
+            say(f"{name} {value:.2f} %  ({run.directory / 'result.json'})")
+        return run.result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a pre-training run's checkpoint.pt")
+    parser.add_argument("--config", default="eval/configs/knn.yaml", help="default: eval/configs/knn.yaml")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="replace keys of the recipe")
+    parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/knn/<name of the run>")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
+    args = parser.parse_args()
+    state = checkpoint.load(args.checkpoint)
+    overrides = {"dataset": state["config"]["dataset"], "run": state["config"]["run"]}
+    values = {**configs.read_yaml(args.config), **overrides}
+    config = configs.resolve(values, configs.parse_overrides(args.set), KNNEval)
+    config = dataclasses.replace(config, checkpoint=state["run"], seed=state["config"]["seed"])
+    evaluate(config, args.checkpoint, args.run_dir or run_directory(args.runs_dir, "knn", config))
+
+
+if __name__ == "__main__":
+    configs.main_guard(main)

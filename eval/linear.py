@@ -1,0 +1,197 @@
+"""Linear probe: a linear classifier on the frozen encoder's pooled features (Table 9, right).
+
+Example:
+    python eval/linear.py --checkpoint runs/pretrain/RUN/checkpoint.pt --config eval/configs/imagenet_linear.yaml
+
+Frozen means: evaluation mode, no gradient, and afterwards a check that no parameter or buffer has changed. The test
+accuracy of every epoch is logged; the last one is reported, the best one noted. The same command resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixmask import checkpoint, data
+from mixmask import config as configs
+from mixmask.config import Augment, ConfigError, Linear, UserError
+from mixmask.interrupt import Interrupt
+from mixmask.optim import build_optimizer, pick_device, set_learning_rate
+from mixmask.progress import Progress, Stopwatch, say
+from mixmask.randomness import seed_of
+from mixmask.runs import Run, read_log, run_directory
+from mixmask.schedules import learning_rate
+from mixmask.views import test_batches, train_batches
+
+
+def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
+    """Train and test the classifier on the encoder of the checkpoint at `path`; returns what result.json holds.
+
+    Raises UserError for bad configs, data and checkpoints, and if the encoder did not stay as it was.
+    """
+    device = pick_device(config.run.device)
+    with Run(directory, config) as run:
+        if run.result is not None:
+            say(f"{run.id} is finished: {summary(run.result)}; nothing to do")
+            return run.result
+        train_set, test_set = (load(config, split, device) for split in ("train", "test"))
+        steps_per_epoch = len(train_set) // config.batch_size
+        if steps_per_epoch == 0:
+            raise ConfigError(f"batch_size: {config.batch_size} exceeds the {len(train_set)} training images")
+        encoder, recipe, _ = checkpoint.load_encoder(path, device)
+        backbone, before = encoder.backbone, fingerprint(encoder)
+        augment = dataclasses.replace(config.augment, mean=recipe.augment.mean, std=recipe.augment.std)
+        classifier = build_classifier(backbone.features, len(train_set.classes), config.seed).to(device)
+        optimizer = build_optimizer(config.optimizer, classifier.parameters())
+        first = resume(run, classifier, optimizer)
+        say(header(run, config, recipe, train_set, first))
+
+        with Interrupt() as interrupt:
+            for epoch in range(first, config.epochs):
+                watch, losses = Stopwatch(), []
+                progress = Progress(steps_per_epoch, f"epoch {epoch + 1}/{config.epochs}")
+                batches = train_batches(
+                    train_set, augment, config.batch_size, config.seed, epoch, 1, device, config.run.workers
+                )
+                for step, ((images,), indices) in enumerate(batches, epoch * steps_per_epoch):
+                    rate = learning_rate(config.schedule, config.optimizer.lr, step, steps_per_epoch, config.epochs)
+                    set_learning_rate(optimizer, rate)
+                    with torch.no_grad():
+                        features = backbone(images)  # (N, features), evaluation mode: running statistics
+                    labels = train_set.labels[indices.to(train_set.labels.device)].to(device)
+                    loss = F.cross_entropy(classifier(features), labels)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimizer.step()
+                    losses.append(loss.detach())
+                    progress.step()
+                progress.close()
+                accuracy = test(backbone, classifier, test_set, augment, config, device)
+                values = {"loss": torch.stack(losses).double().mean().item(), "test_top1": accuracy, "lr": rate}
+                run.log("epoch", epoch, epoch=epoch + 1, **values, timing={"seconds": round(watch.lap(), 3)})
+                say(f"epoch {epoch + 1}/{config.epochs}  loss {values['loss']:.4f}  top-1 {accuracy:.2f} %  lr {rate:g}")
+                save(run, config, classifier, optimizer, epoch + 1)
+                if interrupt.requested and epoch + 1 < config.epochs:
+                    raise KeyboardInterrupt
+        if fingerprint(encoder) != before:
+            raise UserError(f"{run.id}: the frozen encoder changed during the probe; the result is not valid")
+        run.finish(result(run, config, device))
+        say(f"{run.id} is finished: {summary(run.result)}")
+        return run.result
+
+
+def load(config: Linear, split: str, device: torch.device) -> data.Resident | data.Files:
+    """The verified data set; held on the device where it fits in memory."""
+    options = (config.run.download, config.run.allow_partial_data)
+    dataset = data.load(config.dataset, config.run.data_root, split, *options)
+    return dataset.to(device) if isinstance(dataset, data.Resident) else dataset
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over every parameter and buffer, bit by bit."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def build_classifier(features: int, classes: int, seed: int) -> nn.Linear:
+    """Weights N(0, 0.01), bias 0 (MoCo's main_lincls.py)."""
+    classifier = nn.Linear(features, classes)
+    generator = torch.Generator().manual_seed(seed_of(seed, "classifier"))
+    with torch.no_grad():
+        classifier.weight.normal_(0, 0.01, generator=generator)
+        classifier.bias.zero_()
+    return classifier
+
+
+@torch.no_grad()
+def test(
+    backbone: nn.Module,
+    classifier: nn.Module,
+    test_set: data.Resident | data.Files,
+    augment: Augment,
+    config: Linear,
+    device: torch.device,
+) -> float:
+    """Top-1 accuracy on the test images, in percent."""
+    batches = test_batches(test_set, augment, config.test_resize, device, workers=config.run.workers)
+    predictions: Tensor = torch.cat([classifier(backbone(images)).argmax(dim=1) for images in batches])
+    return round((predictions == test_set.labels.to(device)).float().mean().item() * 100, 4)
+
+
+def resume(run: Run, classifier: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Epochs done; loads the last checkpoint where there is one."""
+    if not run.checkpoint.exists():
+        run.rewind(-1)
+        return 0
+    state = checkpoint.load(run.checkpoint)
+    checkpoint.load_weights(classifier, state["model"], run.checkpoint)
+    optimizer.load_state_dict(state["optimizer"])
+    run.rewind(state["epoch"])
+    return state["epoch"]
+
+
+def save(
+    run: Run, config: Linear, classifier: nn.Module, optimizer: torch.optim.Optimizer, epoch: int
+) -> None:
+    run.sync()
+    state = {"run": run.id, "config": configs.to_dict(config), "epoch": epoch}
+    checkpoint.save(run.checkpoint, {**state, "model": classifier.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+def result(run: Run, config: Linear, device: torch.device) -> dict[str, Any]:
+    """Last and best test accuracy, under the protocol's name."""
+    run.sync()
+    epochs = [line for line in read_log(run.directory) if line["kind"] == "epoch"]
+    name = f"linear_{config.optimizer.name}"
+    return {
+        "run": run.id,
+        "checkpoint": config.checkpoint,
+        "metrics": {
+            f"{name}_last": epochs[-1]["test_top1"],
+            f"{name}_best": max(line["test_top1"] for line in epochs),
+        },
+        "epochs": config.epochs,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "timing": {"seconds": round(sum(line["timing"]["seconds"] for line in epochs), 1)},
+    }
+
+
+def summary(result: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.2f} %" for name, value in result["metrics"].items())
+
+
+def header(run: Run, config: Linear, recipe: Any, train_set: Any, first: int) -> str:
+    return (
+        f"{run.id}" + (f" (resumed after epoch {first})" if first else "") + "\n"
+        f"  encoder of {config.checkpoint} ({recipe.framework}, {recipe.method})\n"
+        f"  {config.dataset}: {len(train_set)} images, {len(train_set.classes)} classes; total batch {config.batch_size}, "
+        f"{config.optimizer.name}, lr {config.optimizer.lr:g} (used as it is), {config.epochs} epochs"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a pre-training run's checkpoint.pt")
+    parser.add_argument("--config", required=True, help="a recipe, such as eval/configs/imagenet_linear.yaml")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="replace keys of the recipe")
+    parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/linear/<name of the run>")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
+    args = parser.parse_args()
+    state = checkpoint.load(args.checkpoint)
+    config = configs.load(args.config, configs.parse_overrides(args.set), Linear)
+    config = dataclasses.replace(config, checkpoint=state["run"])
+    probe(config, args.checkpoint, args.run_dir or run_directory(args.runs_dir, "linear", config))
+
+
+if __name__ == "__main__":
+    configs.main_guard(main)

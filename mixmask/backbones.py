@@ -1,0 +1,113 @@
+"""ResNet-18 and ResNet-50 with the stems of small images, and BatchNorm over parts of the batch.
+
+Blocks, layout, names and initialisation are torchvision's (He et al. 2016): with width 64 and the ImageNet stem the
+state dict is torchvision's, without `fc`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+
+from mixmask.config import Backbone
+
+ARCHITECTURES: dict[str, tuple[type[nn.Module], tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose statistics are those of `groups` equal, contiguous parts of the batch: `groups` GPUs in one.
+
+    Running statistics move to the mean over the groups (as Un-Mix's and MoCo's CIFAR code have it). In evaluation it
+    is plain BatchNorm. Raises ValueError for a training batch that the groups do not divide.
+    """
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__(channels)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
+        if not self.training or self.groups == 1:
+            return super().forward(x)
+        if len(x) % self.groups:
+            raise ValueError(f"a batch of {len(x)} images cannot be split into {self.groups} BatchNorm groups")
+        mean, var = (b.expand(self.groups, -1).clone() for b in (self.running_mean, self.running_var))  # (G, C)
+        parts = [
+            F.batch_norm(part, mean[g], var[g], self.weight, self.bias, True, self.momentum, self.eps)
+            for g, part in enumerate(x.chunk(self.groups))
+        ]
+        self.running_mean.copy_(mean.mean(0))
+        self.running_var.copy_(var.mean(0))
+        self.num_batches_tracked.add_(1)
+        return torch.cat(parts)
+
+
+class ResNet(nn.Module):
+    """Images (N, 3, H, W) -> pooled features (N, `features`)."""
+
+    def __init__(self, arch: str, stem: str, width: int = 64, bn_groups: int = 1):
+        super().__init__()
+        block, depths = ARCHITECTURES[arch]
+        norm = partial(SplitBatchNorm2d, groups=bn_groups) if bn_groups > 1 else nn.BatchNorm2d
+        small = stem != "imagenet"
+        self.conv1 = nn.Conv2d(3, width, 3 if small else 7, 1 if small else 2, 1 if small else 3, bias=False)
+        self.bn1 = norm(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, stride=2, padding=1)
+        channels = width
+        for i, depth in enumerate(depths):
+            planes = width * 2**i
+            layer = _layer(block, channels, planes, depth, stride=1 if i == 0 else 2, norm=norm)
+            setattr(self, f"layer{i + 1}", layer)
+            channels = planes * block.expansion
+        self.features = channels
+        _initialise(self, keep_stem=small)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.mean(dim=(2, 3))
+
+
+def _layer(
+    block: type[nn.Module], channels: int, planes: int, depth: int, stride: int, norm: Callable[[int], nn.Module]
+) -> nn.Sequential:
+    """`depth` residual blocks; the first changes resolution and channels. torchvision's blocks fix width at 64 * ..."""
+    out = planes * block.expansion
+    downsample = None
+    if stride != 1 or channels != out:
+        downsample = nn.Sequential(conv1x1(channels, out, stride), norm(out))
+    first = block(channels, planes, stride, downsample, norm_layer=norm)
+    return nn.Sequential(first, *(block(out, planes, norm_layer=norm) for _ in range(1, depth)))
+
+
+def _initialise(model: ResNet, keep_stem: bool) -> None:
+    """torchvision's initialisation; the small stem keeps PyTorch's default, since it replaces conv1 after the fact
+    in the published CIFAR code (unmix_c100.py, htdt/self-supervised)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and not (keep_stem and module is model.conv1):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def build_backbone(backbone: Backbone) -> ResNet:
+    """The backbone that a recipe describes."""
+    return ResNet(backbone.arch, backbone.stem, backbone.width, backbone.bn_groups)
+
+
+class Encoder(nn.Module):
+    """Backbone and head: images (N, 3, H, W) -> (N, dim). Features for evaluation come from `.backbone`."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))

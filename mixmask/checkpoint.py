@@ -1,0 +1,111 @@
+"""Checkpoints: written atomically, holding tensors and plain types only, read without executing anything."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mixmask import config as configs
+from mixmask.backbones import Encoder
+from mixmask.config import Pretrain, UserError
+from mixmask.frameworks import build_framework
+
+FORMAT = 1
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be used; the text names the file and the reason."""
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write beside, flush to disk, rename: a crash leaves the old checkpoint or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error.strerror}; the checkpoint before is intact") from None
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of this project. Raises CheckpointError: absent, cut off, foreign, or with code in it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"no such checkpoint: {path}") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path} is a directory; expected a file such as {Path(path) / 'checkpoint.pt'}") from None
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
+            raise CheckpointError(
+                f"{path} holds pickled objects besides tensors and plain types; it was refused, and nothing in it was run"
+            ) from None
+        raise CheckpointError(f"{path} is not a checkpoint, or is damaged") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{path} is cut off or damaged ({reason})") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT or "config" not in state:
+        raise CheckpointError(f"{path} is not a checkpoint of this project (no config in it)")
+    return state
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Strictly: every key, every shape. Raises CheckpointError naming the first that differs."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+    if missing or extra or shapes:
+        first = (missing + extra + sorted(shapes))[0]
+        here, there = (tuple(w[first].shape) if first in w else "absent" for w in (own, weights))
+        raise CheckpointError(
+            f"{path} is of another architecture: {len(missing)} keys missing, {len(extra)} unexpected, "
+            f"{len(shapes)} of another shape; first: '{first}' (expected {here}, found {there})"
+        )
+    module.load_state_dict(weights)
+
+
+def load_encoder(path: str | Path, device: torch.device | str = "cpu") -> tuple[Encoder, Pretrain, str]:
+    """The frozen encoder of a pre-training checkpoint, in evaluation mode; its recipe; the run's identity."""
+    state = load(path)
+    recipe = configs.resolve(state["config"], {}, Pretrain)
+    framework = build_framework(recipe)
+    load_weights(framework, state["model"], path)
+    encoder = framework.encoder.requires_grad_(False).eval().to(device)
+    if recipe.run.channels_last:
+        encoder = encoder.to(memory_format=torch.channels_last)
+    return encoder, recipe, state["run"]
+
+
+def random_states() -> dict[str, Any]:
+    """The state of every global random generator, as tensors and plain types."""
+    version, keys, gauss = random.getstate()
+    name, numpy_keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(keys), gauss],
+        "numpy": [name, torch.from_numpy(numpy_keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Undo what happened since `random_states()`."""
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, numpy_keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, numpy_keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

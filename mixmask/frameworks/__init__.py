@@ -1,0 +1,34 @@
+"""Frameworks: how an image is embedded, and what its embedding is scored against.
+
+A framework is a module with an `encoder` (backbone and head) and
+
+    targets(x1, x2, generator)             all that the two clean views are needed for, once per iteration
+    embed(images) -> tuple of (N, ...)     what the gradient flows through
+    score(embedding, targets, clean)       one loss per row, (N,)
+    finish(targets, step, steps)           after the optimiser's step: queue, target network
+    metrics(targets)                       scalars worth a line in the log
+    check_data(images)                     refuses settings that the data set cannot bear
+
+Adding one is a file here and a line below.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mixmask.backbones import build_backbone
+from mixmask.config import ConfigError, Pretrain, build, nearest
+from mixmask.frameworks.moco import MoCo
+
+FRAMEWORKS: dict[str, type[nn.Module]] = {
+    "moco": MoCo,
+}
+
+
+def build_framework(recipe: Pretrain) -> nn.Module:
+    """The framework of a recipe, with fresh weights. Raises ConfigError for a name or a setting that is not known."""
+    if recipe.framework not in FRAMEWORKS:
+        raise ConfigError(f"framework: unknown '{recipe.framework}'{nearest(recipe.framework, FRAMEWORKS)}")
+    framework = FRAMEWORKS[recipe.framework]
+    settings = build(framework.Settings, recipe.settings, where=recipe.framework)
+    return framework(build_backbone(recipe.backbone), settings)

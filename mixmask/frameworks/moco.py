@@ -1,0 +1,135 @@
+"""MoCo v1 and v2: a queue of keys from a slowly moving encoder (He et al. 2020; Chen et al. 2020).
+
+Paper: Eq. 5 and 6; recipes: Table 8, column 1 (v1, symmetric loss) and Table 9 (v2: MLP head, one direction).
+In the symmetric form a mixture of x1 is scored against k2 and k1 and is never a key (as in Un-Mix's CIFAR code).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixmask.backbones import Encoder, ResNet
+from mixmask.config import ConfigError, within
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The `moco:` section of a recipe."""
+
+    dim: int = within(1)
+    queue: int = within(1)
+    momentum: float = within(0, 1)
+    temperature: float = within(1e-6)
+    mlp: bool = False
+    symmetric: bool = False
+    shuffle_bn: bool = True
+
+
+@dataclass
+class Targets:
+    """What one iteration's queries are scored against."""
+
+    x2: Tensor  # (N, C, H, W)
+    k2: Tensor  # (N, dim), unit length
+    k1: Tensor | None  # (N, dim), unit length; None when the loss has one direction
+    positive_similarity: Tensor | None = None  # mean cosine of q(x1) and k(x2)
+
+
+class MoCo(nn.Module):
+    """The query encoder is `encoder`; `queue` (K, dim) is a ring buffer, `pointer` the next row to be overwritten."""
+
+    Settings = Settings
+
+    def __init__(self, backbone: ResNet, settings: Settings):
+        super().__init__()
+        self.settings = settings
+        self.encoder = Encoder(backbone, _head(backbone.features, settings))
+        self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(settings.queue, settings.dim), dim=1))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
+
+    def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Targets:
+        """Move the key encoder, then embed the keys; without gradient."""
+        self.move_key_encoder()
+        k2 = self.keys(x2, generator)
+        return Targets(x2, k2, self.keys(x1, generator) if self.settings.symmetric else None)
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (N, dim) of unit length, and the log-sum-exp (N,) of their logits against the queue.
+
+        The second depends on no target, so every direction and row order of a mixture shares it.
+        """
+        q = unit(self.encoder(images))
+        return q, torch.logsumexp(q @ self.queue.T / self.settings.temperature, dim=1)
+
+    def score(self, embedding: tuple[Tensor, Tensor], targets: Targets, clean: bool) -> Tensor:
+        """Eq. 5 (a clean query) or one term of Eq. 6 (a mixture), per row (N,); summed over directions if symmetric."""
+        loss = self.infonce(embedding, targets.k2)
+        if clean:
+            targets.positive_similarity = (embedding[0] * targets.k2).sum(dim=1).mean().detach()
+        if self.settings.symmetric:
+            loss = loss + self.infonce(self.embed(targets.x2) if clean else embedding, targets.k1)
+        return loss
+
+    def infonce(self, embedding: tuple[Tensor, Tensor], keys: Tensor) -> Tensor:
+        """-log of exp(q.k / T) over itself plus the sum over the queue of exp(q.u / T) (Eq. 5). (N,)"""
+        q, negatives = embedding
+        positive = (q * keys).sum(dim=1) / self.settings.temperature
+        return torch.logaddexp(positive, negatives) - positive
+
+    @torch.no_grad()
+    def keys(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Keys (N, dim) of unit length. Rows are shuffled before the key encoder and put back after it, so that a key's
+        BatchNorm group is not its query's (shuffle-BN, He et al. Section 3.3)."""
+        if not self.settings.shuffle_bn:
+            return unit(self.key_encoder(images))
+        order = torch.randperm(len(images), generator=generator, device=images.device)
+        return unit(self.key_encoder(images[order]))[torch.argsort(order)]
+
+    @torch.no_grad()
+    def move_key_encoder(self) -> None:
+        """key = m * key + (1 - m) * query, parameters only; before the keys are made (He et al., Eq. 2, Algorithm 1)."""
+        keys, queries = list(self.key_encoder.parameters()), list(self.encoder.parameters())
+        torch._foreach_lerp_(keys, queries, 1 - self.settings.momentum)
+
+    @torch.no_grad()
+    def finish(self, targets: Targets, step: int, steps: int) -> None:
+        """Enqueue the keys of both views, once both directions have used the queue as it was."""
+        self.enqueue(targets.k2 if targets.k1 is None else torch.cat([targets.k1, targets.k2]))
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Overwrite the oldest rows; any number of keys, wrapping around the end of the buffer."""
+        size = len(self.queue)
+        skipped = max(len(keys) - size, 0)  # of more keys than rows only the newest can stay
+        index = (self.pointer + skipped + torch.arange(len(keys) - skipped, device=keys.device)) % size
+        self.queue.index_copy_(0, index, keys[skipped:].to(self.queue.dtype))
+        self.pointer.copy_((self.pointer + len(keys)) % size)
+
+    def metrics(self, targets: Targets) -> dict[str, Tensor]:
+        """positive_similarity: mean cosine between a query and its key, in [-1, 1]."""
+        return {"positive_similarity": targets.positive_similarity}
+
+    def check_data(self, images: int) -> None:
+        """Raises ConfigError for a queue longer than the data set: its older keys would be copies of the positive."""
+        if self.settings.queue > images:
+            raise ConfigError(
+                f"moco.queue: {self.settings.queue} keys, but the data set has only {images} images; "
+                "a queue must not be larger than the data set"
+            )
+
+
+def _head(features: int, settings: Settings) -> nn.Module:
+    """v1: one linear layer. v2: Linear - ReLU - Linear, as wide as the features."""
+    last = nn.Linear(features, settings.dim)
+    return nn.Sequential(nn.Linear(features, features), nn.ReLU(inplace=True), last) if settings.mlp else last
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of unit Euclidean length, in float32 or wider."""
+    return F.normalize(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, dim=1)

@@ -1,0 +1,118 @@
+"""Methods turn a batch into anchors: what is embedded, with which weight, in which row order (Eq. 1, 2, Algorithm 1).
+
+Every mixture is `m * x + (1 - m) * x[partner]` with a weight map m in [0, 1]: a binary mask (MixMask, CutMix) or a
+constant (Mixup). Its coefficient lambda is the mean of m (Eq. 3). The same mixed images, read in the order that undoes
+the permutation, are the switch images of Eq. 2: they contain image i with weight 1 - lambda and cost no forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixmask.config import Erase, Mask, Pretrain, UnMix
+from mixmask.masks import mixture_coefficient, sample_mask
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """One term of the objective. Anchors that hold the same `images` object share one forward pass."""
+
+    name: str
+    images: Tensor  # (N, C, H, W)
+    weight: Tensor | float = 1.0  # scalar, or (N,): one per scored row
+    order: Tensor | None = None  # (N,): row i is scored with the embedding of images[order[i]]; None: as they are
+    clean: bool = False  # x1 itself, which the framework scores in all its directions
+
+
+def vanilla(x1: Tensor) -> list[Anchor]:
+    """The framework's own loss and nothing else (Eq. 5)."""
+    return [Anchor("clean", x1, clean=True)]
+
+
+def mixmask(x1: Tensor, mask: Mask, rngs: Sequence[np.random.Generator], permutation: str = "") -> list[Anchor]:
+    """The two terms of Eq. 6 for x1 (N, C, H, W). One generator for each mix group: its mask, its permutation."""
+    masks = torch.cat([sample_mask(mask, *x1.shape[-2:], rng) for rng in rngs])  # (G, 1, H, W)
+    partner = partners(len(x1), rngs, permutation or mask.permutation)
+    return mixture("mixmask", x1, masks, partner, switch=mask.switch)
+
+
+def unmix(x1: Tensor, settings: UnMix, rngs: Sequence[np.random.Generator]) -> list[Anchor]:
+    """Un-Mix (Shen et al. 2022; Algorithm 1, lines 2-11): Mixup with probability `prob`, else CutMix; reversed batch."""
+    maps = torch.cat([unmix_map(settings.prob, *x1.shape[-2:], rng) for rng in rngs])  # (G, 1, H, W)
+    return mixture("unmix", x1, maps, partners(len(x1), rngs, "reverse"))
+
+
+def erase(x1: Tensor, mask: Mask, settings: Erase, rngs: Sequence[np.random.Generator]) -> list[Anchor]:
+    """The erase baseline (Figure 2, dashed box): removed cells become zero (the data set's mean) or unit noise."""
+    masks = torch.cat([sample_mask(mask, *x1.shape[-2:], rng) for rng in rngs])
+    keep = per_row(masks.to(x1), len(x1))
+    erased = keep * x1
+    if settings.fill == "noise":
+        generator = torch.Generator(x1.device).manual_seed(int(rngs[0].integers(2**62)))
+        noise = torch.randn(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
+        erased = erased + (1 - keep) * noise
+    return [Anchor("erase", erased)]
+
+
+def mixture(name: str, x1: Tensor, maps: Tensor, partner: Tensor, switch: bool = True) -> list[Anchor]:
+    """Eq. 1 and 2: mixed images in normal order, weight lambda, and in reverse order, weight 1 - lambda.
+
+    x1 (N, C, H, W); maps (G, 1, H, W), one for each of G equal parts of the batch; partner (N,) within the parts.
+    """
+    lam = mixture_coefficient(maps).repeat_interleave(len(x1) // len(maps)).to(x1)  # (N,) Eq. 3
+    partner = partner.to(x1.device)
+    m = per_row(maps.to(x1), len(x1))
+    mixed = m * x1 + (1 - m) * x1[partner]  # Eq. 1
+    anchors = [Anchor(name, mixed, weight=lam)]
+    if switch:
+        inverse = torch.argsort(partner)  # mixture inverse[i] is the one whose filling is image i: Eq. 2
+        anchors.append(Anchor(f"{name}_switch", mixed, weight=(1 - lam)[inverse], order=inverse))
+    return anchors
+
+
+def per_row(maps: Tensor, n: int) -> Tensor:
+    """(G, 1, H, W) -> one map per image (N, 1, H, W); a single one is left to broadcast."""
+    return maps if len(maps) == 1 else maps.repeat_interleave(n // len(maps), dim=0)
+
+
+def partners(n: int, rngs: Sequence[np.random.Generator], permutation: str) -> Tensor:
+    """The partner of each image, inside its mix group: n-1-i ("reverse"), or a random permutation. Long (N,)."""
+    size = n // len(rngs)
+    groups = [np.arange(size)[::-1] if permutation == "reverse" else rng.permutation(size) for rng in rngs]
+    return torch.from_numpy(np.concatenate([group + size * g for g, group in enumerate(groups)]))
+
+
+def unmix_map(prob: float, height: int, width: int, rng: np.random.Generator) -> Tensor:
+    """Algorithm 1, lines 3-11: lambda everywhere (Mixup), or 1 outside a box and 0 inside (CutMix). (1, 1, H, W)."""
+    lam = rng.random()  # Beta(1, 1) is the uniform distribution
+    if rng.random() < prob:
+        return torch.full((1, 1, height, width), lam)
+    top, bottom, left, right = cutmix_box(lam, height, width, rng)
+    outside = torch.ones(1, 1, height, width)
+    outside[..., top:bottom, left:right] = 0
+    return outside
+
+
+def cutmix_box(lam: float, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """CutMix's box: sides sqrt(1 - lambda), uniform centre, clipped to the image. (top, bottom, left, right), pixels."""
+    half_height, half_width = int(height * np.sqrt(1 - lam)) // 2, int(width * np.sqrt(1 - lam)) // 2
+    y, x = int(rng.integers(height)), int(rng.integers(width))
+    return max(y - half_height, 0), min(y + half_height, height), max(x - half_width, 0), min(x + half_width, width)
+
+
+Rngs = Sequence[np.random.Generator]
+
+METHODS: dict[str, Callable[[Pretrain, Tensor, Rngs], list[Anchor]]] = {
+    "vanilla": lambda recipe, x1, rngs: vanilla(x1),
+    "unmix": lambda recipe, x1, rngs: vanilla(x1) + unmix(x1, recipe.unmix, rngs),
+    "mixmask": lambda recipe, x1, rngs: vanilla(x1) + mixmask(x1, recipe.mask, rngs),
+    "both": lambda recipe, x1, rngs: (
+        vanilla(x1) + unmix(x1, recipe.unmix, rngs) + mixmask(x1, recipe.mask, rngs, recipe.both.permutation)
+    ),
+    "erase": lambda recipe, x1, rngs: vanilla(x1) + erase(x1, recipe.mask, recipe.erase, rngs),
+}

@@ -1,0 +1,41 @@
+"""The objective, once for every framework and every method.
+
+    L = sum over anchors a of  weight_a * score(embedding of images_a [rows in order_a])          (Eq. 4 and 6)
+
+A method says what the anchors are, a framework how an image is embedded and what its embedding is scored against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixmask.methods import Anchor
+
+
+def objective(
+    framework: Any, x1: Tensor, x2: Tensor, anchors: Sequence[Anchor], generator: torch.Generator | None = None
+) -> tuple[Tensor, dict[str, Tensor], Any]:
+    """The loss (a scalar), its parts by anchor (detached, weighted), and the targets for `framework.finish`.
+
+    x1, x2: the two views, (N, C, H, W). Each distinct batch of images is embedded once.
+    """
+    targets = framework.targets(x1, x2, generator)
+    embeddings: dict[int, Any] = {}
+    parts: dict[str, Tensor] = {}
+    for anchor in anchors:
+        if id(anchor.images) not in embeddings:
+            embeddings[id(anchor.images)] = framework.embed(anchor.images)
+        embedding = rows(embeddings[id(anchor.images)], anchor.order)
+        scores = framework.score(embedding, targets, clean=anchor.clean)  # (N,)
+        parts[anchor.name] = (anchor.weight * scores).mean()
+    loss = torch.stack(list(parts.values())).sum()
+    return loss, {name: part.detach() for name, part in parts.items()}, targets
+
+
+def rows(embedding: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor, ...]:
+    """Each tensor's rows in the given order: the reverse order of a mixture costs an indexing, not a forward pass."""
+    return embedding if order is None else tuple(part[order] for part in embedding)

@@ -1,0 +1,37 @@
+"""Optimisers, devices and the small things every training stage sets up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from mixmask.config import ConfigError, Optimizer
+
+
+def build_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """SGD or Adam, over the parameters that take gradients."""
+    trained = [p for p in parameters if p.requires_grad]
+    if optimizer.name == "sgd":
+        return torch.optim.SGD(
+            trained, lr=optimizer.lr, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay
+        )
+    return torch.optim.Adam(trained, lr=optimizer.lr, weight_decay=optimizer.weight_decay)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The same rate for every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: a GPU where there is one, else the CPU. Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise ConfigError(f"run.device: '{name}' is not available here; expected auto, cpu or a GPU such as cuda") from None
+    return torch.device(name)

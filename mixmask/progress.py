@@ -1,0 +1,49 @@
+"""Progress for people: a bar on a terminal, plain lines in a file."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Counts iterations of an epoch. On a terminal a bar; elsewhere nothing but the lines given to `say`."""
+
+    def __init__(self, total: int, label: str, start: int = 0):
+        self.bar = tqdm(
+            total=total, initial=start, desc=label, unit="it", leave=False, dynamic_ncols=True, disable=not _terminal()
+        )
+
+    def step(self, **values: str) -> None:
+        self.bar.update(1)
+        if values:
+            self.bar.set_postfix(values, refresh=False)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def say(text: str) -> None:
+    """One line, above a bar where there is one."""
+    if _terminal():
+        tqdm.write(text)
+    else:
+        print(text, flush=True)
+
+
+def _terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+class Stopwatch:
+    """Seconds since the start or the last `lap()`."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self.start = now - self.start, now
+        return seconds

@@ -1,0 +1,96 @@
+"""From a data set to augmented views on the device, for training, and to plain test images, for evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from mixmask import data
+from mixmask.augment import augment_view, test_view
+from mixmask.config import Augment
+from mixmask.randomness import torch_generator
+
+
+def train_batches(
+    dataset: data.Resident | data.Files,
+    augment: Augment,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    views: int,
+    device: torch.device,
+    workers: int = 0,
+    skip: int = 0,
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """One epoch of (views, indices): `views` tensors float (N, 3, S, S) on the device, indices int64 (N,).
+
+    Which images and how they are augmented follow from (seed, epoch, position) alone; `skip` batches are passed over.
+    """
+    batches = data.batch_indices(len(dataset), batch_size, seed, epoch)
+    start = epoch * len(batches)
+    pixels = _resident_pixels if isinstance(dataset, data.Resident) else _decoded_pixels
+    stream = pixels(dataset, batches[skip:], augment, seed, epoch, views, device, workers)
+    if isinstance(dataset, data.Files):
+        augment = dataclasses.replace(augment, order=tuple(name for name in augment.order if name != "crop"))
+    for position, (images, indices) in enumerate(stream, start + skip):
+        generator = torch_generator(device, seed, "augment", position)
+        yield [augment_view(augment, view, generator) for view in images], indices
+
+
+def _resident_pixels(
+    dataset: data.Resident,
+    batches: Tensor,
+    augment: Augment,
+    seed: int,
+    epoch: int,
+    views: int,
+    device: torch.device,
+    workers: int,
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """The same uint8 images for each view: all of the augmentation happens on the device."""
+    for indices in batches.to(dataset.images.device):
+        images = dataset.images[indices]  # (N, 3, H, W)
+        yield [images] * views, indices
+
+
+def _decoded_pixels(
+    dataset: data.Files,
+    batches: Tensor,
+    augment: Augment,
+    seed: int,
+    epoch: int,
+    views: int,
+    device: torch.device,
+    workers: int,
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Workers decode and crop; each view is a uint8 crop of its own."""
+    crop = (augment.size, augment.crop_scale, augment.crop_ratio, augment.interpolation)
+    for crops, indices in data.loader(dataset, batches, seed, epoch, *crop, views, workers):
+        yield list(crops.to(device, non_blocking=True).unbind(1)), indices
+
+
+def test_batches(
+    dataset: data.Resident | data.Files,
+    augment: Augment,
+    resize: int,
+    device: torch.device,
+    batch_size: int = 500,
+    workers: int = 0,
+    first: int | None = None,
+) -> Iterator[Tensor]:
+    """The test images float (N, 3, S, S) in order: shorter side to `resize` (0: kept), centre crop, normalised."""
+    if isinstance(dataset, data.Files):
+        stream = data.centre_loader(dataset, batch_size, resize, augment.size, augment.interpolation, workers)
+        pixels = (images.to(device, non_blocking=True) for images, _ in stream)
+        resize = 0
+    else:
+        pixels = (images.to(device) for images in dataset.images.split(batch_size))
+    for images in islice(pixels, first):
+        yield test_view(images, augment.size, resize or None, augment.mean, augment.std, augment.interpolation)
+
+
+test_batches.__test__ = False  # not a test, whatever its name says to pytest

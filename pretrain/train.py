@@ -1,0 +1,338 @@
+"""Pre-train an encoder: every framework, every method, one loop.
+
+Example:
+    python pretrain/train.py --config pretrain/configs/cifar100_moco.yaml --set method=mixmask seed=1
+
+The run lives in runs/pretrain/<recipe>-<method>-e<epochs>-<hash>-s<seed>/. The same command resumes a run that was
+stopped, and says so when it is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixmask import checkpoint, data, knn
+from mixmask import config as configs
+from mixmask.config import ConfigError, Pretrain, UserError
+from mixmask.frameworks import build_framework
+from mixmask.interrupt import Interrupt
+from mixmask.masks import sample_mask
+from mixmask.methods import METHODS, Anchor
+from mixmask.objective import objective
+from mixmask.optim import build_optimizer, pick_device, set_learning_rate
+from mixmask.progress import Progress, say
+from mixmask.randomness import numpy_generator, seed_of, torch_generator
+from mixmask.runs import Run, run_directory
+from mixmask.schedules import learning_rate
+from mixmask.views import train_batches
+
+
+def train(config: Pretrain, directory: Path, command: list[str] | None = None) -> dict[str, Any]:
+    """Run (or resume) the pre-training that `config` describes in `directory`; returns what result.json holds.
+
+    Raises UserError for bad configs, data and checkpoints, and when the loss is no longer finite.
+    """
+    check(config)
+    device = pick_device(config.run.device)
+    with Run(directory, config, command) as run:
+        if run.result is not None:
+            say(f"{run.id} is finished: {summary(run.result)}; nothing to do")
+            return run.result
+        train_set, test_set = load_data(config, device)
+        framework, optimizer = build(config, device)
+        framework.check_data(len(train_set))
+        steps_per_epoch = len(train_set) // config.batch_size
+        if steps_per_epoch == 0:
+            raise ConfigError(f"batch_size: {config.batch_size} exceeds the {len(train_set)} training images")
+        steps = steps_per_epoch * config.epochs
+        step, sums = resume(run, framework, optimizer)
+        say(header(run, config, train_set, device, step, steps_per_epoch))
+        if step == 0 and config.knn.every:
+            run.log("epoch", -1, epoch=0, **evaluate(framework, train_set, test_set, config, device))
+
+        with Interrupt() as interrupt:
+            for epoch in range(step // steps_per_epoch, config.epochs):
+                progress = Progress(steps_per_epoch, f"epoch {epoch + 1}/{config.epochs}", step % steps_per_epoch)
+                clock = Clock()
+                batches = train_batches(
+                    train_set,
+                    config.augment,
+                    config.batch_size,
+                    config.seed,
+                    epoch,
+                    2,
+                    device,
+                    config.run.workers,
+                    skip=step % steps_per_epoch,
+                )
+                for (x1, x2), _ in clock.waits(batches):
+                    # The paper's iteration: mixtures of x1 (Eq. 1, 2), the weighted sum over anchors (Eq. 4, 6).
+                    x1, x2 = layout(x1, config), layout(x2, config)  # (N, 3, S, S)
+                    rngs = [numpy_generator(config.seed, "mix", step, group) for group in range(config.mix_groups)]
+                    anchors = METHODS[config.method](config, x1, rngs)
+                    rate = learning_rate(config.schedule, config.optimizer.lr, step, steps_per_epoch, config.epochs)
+                    set_learning_rate(optimizer, rate)
+                    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                        shuffle = torch_generator(device, config.seed, "shuffle", step)
+                        loss, parts, targets = objective(framework, x1, x2, anchors, shuffle)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimizer.step()
+                    framework.finish(targets, step, steps)
+
+                    values = {"loss": loss.detach(), **loss_parts(parts), **framework.metrics(targets)}
+                    accumulate(sums, values)
+                    clock.images += len(x1)
+                    if step % config.run.log_every == 0:
+                        numbers = finite({**values, **coefficients(anchors)}, run, step)
+                        run.log("step", step, epoch=epoch + 1, **numbers, lr=rate, timing=clock.timing())
+                        progress.step(loss=f"{numbers['loss']:.3f}")
+                    else:
+                        progress.step()
+                    step += 1
+                    if interrupt.requested:
+                        save(run, config, framework, optimizer, step, sums)
+                        raise KeyboardInterrupt
+                    if clock.minutes_since_save() > config.run.checkpoint_minutes and step % steps_per_epoch:
+                        save(run, config, framework, optimizer, step, sums)
+                        clock.saved()
+                progress.close()
+                means = finite({name: total / steps_per_epoch for name, total in sums.items()}, run, step - 1)
+                timing = clock.timing()
+                last = epoch + 1 == config.epochs
+                if last or (config.knn.every and (epoch + 1) % config.knn.every == 0):
+                    means.update(evaluate(framework, train_set, test_set, config, device))
+                run.log("epoch", step - 1, epoch=epoch + 1, **means, lr=rate, timing=timing)
+                say(epoch_line(epoch + 1, config.epochs, means, rate, timing))
+                sums.clear()
+                if last or (epoch + 1) % config.run.checkpoint_every == 0 or interrupt.requested:
+                    save(run, config, framework, optimizer, step, sums)
+                if interrupt.requested and not last:
+                    raise KeyboardInterrupt
+        run.finish(result(run, config, steps, device))
+        say(f"{run.id} is finished: {summary(run.result)}")
+        return run.result
+
+
+# ----------------------------------------------------------------------------------------------------- before
+
+
+def check(config: Pretrain) -> None:
+    """Raises ConfigError for settings that cannot work together, before anything is read or written."""
+    if config.method not in METHODS:
+        raise ConfigError(f"method: unknown '{config.method}'{configs.nearest(config.method, METHODS)}")
+    for key, groups in (("backbone.bn_groups", config.backbone.bn_groups), ("mix_groups", config.mix_groups)):
+        if config.batch_size % groups:
+            raise ConfigError(f"{key}: {groups} groups do not divide a batch of {config.batch_size} images")
+    if config.batch_size == config.backbone.bn_groups:
+        raise ConfigError("backbone.bn_groups: BatchNorm needs at least two images in a group")
+    if config.augment.order and not config.augment.mean:
+        raise ConfigError("augment.mean: expected one number per channel")
+    if config.method in ("mixmask", "both", "erase"):
+        sample_mask(config.mask, config.augment.size, config.augment.size, numpy_generator("check"))
+
+
+def load_data(config: Pretrain, device: torch.device) -> tuple[Any, Any]:
+    """The verified training and test sets; those held in memory move to the device."""
+    options = (config.run.data_root, config.run.download, config.run.allow_partial_data)
+    sets = []
+    for split in ("train", "test"):
+        dataset = data.load(config.dataset, options[0], split, download=options[1], allow_partial=options[2])
+        sets.append(dataset.to(device) if isinstance(dataset, data.Resident) else dataset)
+        if dataset.note:
+            say(f"note: {dataset.note}")
+    return sets[0], sets[1]
+
+
+def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The framework, initialised from the seed, and its optimiser."""
+    torch.manual_seed(seed_of(config.seed, "init"))
+    framework = build_framework(config).to(device).train()
+    if config.run.channels_last:
+        framework = framework.to(memory_format=torch.channels_last)
+    return framework, build_optimizer(config.optimizer, framework.parameters())
+
+
+def resume(run: Run, framework: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Tensor]]:
+    """Iterations done, and the current epoch's sums; loads the last checkpoint where there is one."""
+    if not run.checkpoint.exists():
+        run.rewind(-1)
+        return 0, {}
+    state = checkpoint.load(run.checkpoint)
+    checkpoint.load_weights(framework, state["model"], run.checkpoint)
+    optimizer.load_state_dict(state["optimizer"])
+    checkpoint.restore_random_states(state["random"])
+    run.rewind(state["step"])
+    device = next(framework.parameters()).device
+    return state["step"], {name: total.to(device) for name, total in state["sums"].items()}
+
+
+def save(
+    run: Run, config: Pretrain, framework: nn.Module, optimizer: torch.optim.Optimizer, step: int, sums: dict[str, Tensor]
+) -> None:
+    """Everything that the next iteration depends on."""
+    run.sync()
+    checkpoint.save(
+        run.checkpoint,
+        {
+            "run": run.id,
+            "config": configs.to_dict(config),
+            "step": step,
+            "sums": sums,
+            "model": framework.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "random": checkpoint.random_states(),
+        },
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- during
+
+
+def layout(x: Tensor, config: Pretrain) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if config.run.channels_last else x
+
+
+def loss_parts(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weighted terms of the objective, by anchor."""
+    return {f"loss_{name}": part for name, part in parts.items()}
+
+
+def coefficients(anchors: list[Anchor]) -> dict[str, Tensor]:
+    """Mean mixture coefficient of each mixture in its normal order (Eq. 3)."""
+    mixtures = [a for a in anchors if isinstance(a.weight, Tensor) and a.order is None]
+    return {f"lambda_{a.name}": a.weight.mean() for a in mixtures}
+
+
+def accumulate(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Add to the epoch's sums, in float64, without waiting for the device."""
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0) + value.double()
+
+
+def finite(values: dict[str, Tensor], run: Run, step: int) -> dict[str, float]:
+    """The values as numbers. Raises UserError when one is not finite."""
+    numbers = {name: float(value) for name, value in values.items()}
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise UserError(f"{run.id}: {name} is {number} at step {step}; stopped, the last checkpoint is intact")
+    return numbers
+
+
+def evaluate(framework: nn.Module, train_set: Any, test_set: Any, config: Pretrain, device: torch.device) -> dict:
+    """k-NN accuracy of the encoder as it is now."""
+    return knn.evaluate(
+        framework.encoder, train_set, test_set, config.augment, config.knn, device, config.run.workers
+    )
+
+
+class Clock:
+    """Images, seconds and seconds spent waiting for data since the last reading."""
+
+    def __init__(self) -> None:
+        self.images, self.wait = 0, 0.0
+        self.start = self.last_save = time.perf_counter()
+
+    def waits(self, batches):
+        """The batches, with the time it takes to get each counted as waiting."""
+        batches = iter(batches)
+        while True:
+            before = time.perf_counter()
+            batch = next(batches, None)
+            self.wait += time.perf_counter() - before
+            if batch is None:
+                return
+            yield batch
+
+    def timing(self) -> dict[str, float]:
+        """images_per_second and data_wait (a share, 0 to 1) since the epoch began."""
+        seconds = time.perf_counter() - self.start
+        return {
+            "seconds": round(seconds, 3),
+            "images_per_second": round(self.images / seconds, 1),
+            "data_wait": round(self.wait / seconds, 4),
+        }
+
+    def minutes_since_save(self) -> float:
+        return (time.perf_counter() - self.last_save) / 60
+
+    def saved(self) -> None:
+        self.last_save = time.perf_counter()
+
+
+# ------------------------------------------------------------------------------------------------------ after
+
+
+def result(run: Run, config: Pretrain, steps: int, device: torch.device) -> dict[str, Any]:
+    """What result.json holds: each metric under its full name, after the last epoch, the best, and before training."""
+    from mixmask.runs import read_log
+
+    run.sync()
+    epochs = [line for line in read_log(run.directory) if line["kind"] == "epoch"]
+    metrics = {"loss": epochs[-1]["loss"]}
+    for name in (key for key in epochs[-1] if key.startswith("knn_")):
+        values = {line["epoch"]: line[name] for line in epochs if name in line}
+        metrics[f"{name}_last"] = values[config.epochs]
+        metrics[f"{name}_best"] = max(v for e, v in values.items() if e > 0)
+        if 0 in values:
+            metrics[f"{name}_init"] = values[0]
+    seconds = sum(line["timing"]["seconds"] for line in epochs if "timing" in line)
+    return {
+        "run": run.id,
+        "metrics": metrics,
+        "epochs": config.epochs,
+        "steps": steps,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "timing": {"seconds": round(seconds, 1)},
+    }
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The headline numbers of a result, for people."""
+    shown = {k: v for k, v in result["metrics"].items() if not k.endswith("_best")}
+    return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+
+
+def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, step: int, steps_per_epoch: int) -> str:
+    """What is about to happen, with the numbers that are really used."""
+    b, o = config.backbone, config.optimizer
+    lines = [
+        f"{run.id}" + (f" (resumed at epoch {step / steps_per_epoch:.2f})" if step else ""),
+        f"  {config.framework}, {config.method}; {b.arch}, {b.stem} stem, width {b.width}, {b.bn_groups} BatchNorm groups",
+        f"  {config.dataset}: {len(train_set)} images, {len(train_set.classes)} classes; views of {config.augment.size} px",
+        f"  total batch {config.batch_size} in {config.mix_groups} mix group(s), {steps_per_epoch} steps an epoch, "
+        f"{config.epochs} epochs; {o.name}, lr {o.lr:g} (used as it is), weight decay {o.weight_decay:g}",
+        f"  {device}, {config.precision}, {torch.get_num_threads()} CPU threads; log in {run.directory / 'log.jsonl'}",
+    ]
+    return "\n".join(lines)
+
+
+def epoch_line(epoch: int, epochs: int, means: dict[str, float], rate: float, timing: dict[str, float]) -> str:
+    """One line an epoch."""
+    accuracy = "".join(f"  {name} {value:.2f} %" for name, value in means.items() if name.startswith("knn_"))
+    return (
+        f"epoch {epoch}/{epochs}  loss {means['loss']:.4f}{accuracy}  lr {rate:.4g}  "
+        f"{timing['images_per_second']:.0f} images/s  data wait {timing['data_wait']:.0%}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a recipe, such as pretrain/configs/cifar100_moco.yaml")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="replace keys of the recipe")
+    parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/pretrain/<name of the run>")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
+    args = parser.parse_args()
+    config = configs.load(args.config, configs.parse_overrides(args.set))
+    train(config, args.run_dir or run_directory(args.runs_dir, "pretrain", config))
+
+
+if __name__ == "__main__":
+    configs.main_guard(main)
