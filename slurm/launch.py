@@ -130,10 +130,9 @@ def print_graph(cells: list[Cell], jobs: list[Job], chosen: Budget, targets: lis
     print_header(cells, jobs, chosen, targets)
     for number, job in enumerate(jobs, 1):
         asked = job.resources
-        where = f"{asked.gpus} GPU, " if asked.gpus else "no GPU, "
         print(f"[{number}/{len(jobs)}] {job.stage} {job.id}: {job.state}")
         print(f"  parents    {', '.join(map(str, job.parents)) or 'none'}")
-        print(f"  resources  {where}{asked.cpus} CPUs, {asked.memory_gb} GB; {_duration(job)}")
+        print(f"  resources  {asked.gpus} GPU, {asked.cpus} CPUs, {asked.memory_gb} GB; {_duration(job)}")
         print(f"  cells      {', '.join(job.cells)}")
         print(job.shell)
         print()
@@ -144,7 +143,9 @@ def print_graph(cells: list[Cell], jobs: list[Job], chosen: Budget, targets: lis
 
 
 def _duration(job: Job) -> str:
-    return f"about {job.gpu_hours:.1f} GPU-hours" if job.resources.gpus else f"about {60 * job.hours:.1f} min"
+    if job.resources.gpus:
+        return f"about {job.gpu_hours:.1f} GPU-hours, in jobs of up to {job.resources.hours:g} h"
+    return f"about {60 * job.hours:.1f} min on the CPU"
 
 
 def _cpu_assumption(left: list[Job]) -> str:

@@ -26,6 +26,8 @@ from mixmask.runs import read_result
 from paper.cells import ROOT
 from slurm.graph import Job
 
+PRELOADED = ("torch", "torchvision")  # imported once, for all jobs
+
 
 def launch(jobs: list[Job]) -> None:
     """Run what is not finished. Raises UserError, naming what failed and where its log is; KeyboardInterrupt."""
@@ -34,7 +36,7 @@ def launch(jobs: list[Job]) -> None:
         print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are finished already")
     if not todo:
         return
-    _prepare()
+    _prepare(todo[0].resources.cpus)
     failed: dict[Path, str] = {}
     for number, job in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {job.stage} {job.id} ({', '.join(job.cells)})", flush=True)
@@ -50,10 +52,14 @@ def launch(jobs: list[Job]) -> None:
         )
 
 
-def _prepare() -> None:
-    """The fork server, with torch imported once; threads that wait asleep, unless the user chose otherwise."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    multiprocessing.set_forkserver_preload(["torch", "torchvision"])
+def _prepare(cpus: int) -> None:
+    """The fork server and its threads, where the user has not chosen; being told to end is treated as Ctrl-C is."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(min(cpus, os.cpu_count() or 1)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make small nets many times slower
+    multiprocessing.set_forkserver_preload(list(PRELOADED))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _run(job: Job) -> str:
@@ -62,15 +68,14 @@ def _run(job: Job) -> str:
     job.directory.mkdir(parents=True, exist_ok=True)
     log = job.directory / "output.log"
     reader, writer = _channel()
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=_script, args=(Connection(writer, readable=False), job.command[1:], str(ROOT)))
-    with _sigint_blocked():  # Ctrl-C reaches this process alone, and is passed on once
-        process.start()
+    output = Connection(writer, readable=False)
+    process = multiprocessing.get_context("forkserver").Process(target=_script, args=(output, job.command[1:]))
     try:
+        with _sigint_blocked(), output:  # Ctrl-C reaches this process alone, and is passed on once
+            process.start()
         _forward(reader, process, log)
     except KeyboardInterrupt:
-        os.kill(process.pid, signal.SIGINT)
-        _forward(reader, process, log)
+        _interrupt(reader, process, log)
         raise
     finally:
         os.close(reader)
@@ -82,7 +87,18 @@ def _run(job: Job) -> str:
     return ""
 
 
-def _script(output: Connection, words: tuple[str, ...], root: str) -> None:
+def _interrupt(reader: int, process: multiprocessing.process.BaseProcess, log: Path) -> None:
+    """Ask the job to save and end, and wait for it; a second Ctrl-C does not wait."""
+    os.kill(process.pid, signal.SIGINT)
+    try:
+        _forward(reader, process, log)
+        process.join()
+    except KeyboardInterrupt:
+        process.kill()
+        process.join()
+
+
+def _script(output: Connection, words: tuple[str, ...]) -> None:
     """In the forked process: become `python SCRIPT ARGUMENTS`."""
     os.setsid()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -90,7 +106,7 @@ def _script(output: Connection, words: tuple[str, ...], root: str) -> None:
         os.dup2(output.fileno(), descriptor)
     output.close()
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - as long as the process
-    os.chdir(root)
+    os.chdir(ROOT)
     script = words[0]
     sys.argv, sys.path[0] = list(words), str(Path(script).resolve().parent)
     runpy.run_path(script, run_name="__main__")
@@ -106,7 +122,7 @@ def _channel() -> tuple[int, int]:
 
 
 def _forward(reader: int, process: multiprocessing.process.BaseProcess, log: Path) -> None:
-    """Show the job's output and append it to `log`, until the job ends; of a progress bar the log gets the last state."""
+    """Show the job's output and append it to `log`, until the job ends; of a progress bar it gets the last state."""
     pending = b""
     with open(log, "ab") as file:
         for piece in _pieces(reader, process):
