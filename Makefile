@@ -28,7 +28,7 @@ test: $(READY) ## the tests
 lint: $(READY) ## ruff, rules and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-detectron2: .venv/detectron2 ## detectron2, which only detection/ needs (about 90 s; needs a C++ compiler)
+detectron2: .venv/detectron2 ## detectron2, which only detection/ needs (one to three minutes; needs a C++ compiler)
 
 lock: $(READY) ## requirements.lock from pyproject.toml
 	@$(PIP) install --quiet uv==0.13.9
@@ -43,7 +43,7 @@ $(READY): pyproject.toml requirements.lock
 	@set -euo pipefail; SECONDS=0; \
 	if [ ! -e $@ ]; then $(make_venv); fi; \
 	rm -f $@; \
-	echo "set-up: installing $$(grep -c == requirements.lock) packages, PyTorch among them: some 3 GB to download"; \
+	echo "set-up: installing requirements.lock (with PyTorch for CUDA on Linux about 3 GB to download, one to two minutes)"; \
 	$(PIP) install --no-cache-dir --no-compile --progress-bar off --require-hashes --no-deps -r requirements.lock \
 	    | { grep --line-buffered -oE 'Downloading .*[0-9]{3,}\.[0-9] MB' || true; }; \
 	$(PIP) install --quiet --no-build-isolation --no-deps --editable .; \
@@ -64,8 +64,8 @@ endef
 # Tied to its torch version, so built again when the lock changes. PATH: torch finds ninja there.
 .venv/detectron2: $(READY) requirements.lock
 	@command -v c++ >/dev/null || { echo "error: detectron2 needs a C++ compiler; on Debian and Ubuntu: apt-get install g++" >&2; exit 1; }
-	@$(PIP) uninstall --quiet --yes detectron2
-	@echo "detectron2: building, about 90 s"
+	@$(PIP) uninstall -qq --yes detectron2
+	@echo "detectron2: building, one to three minutes"
 	@$(PIP) install --quiet 'setuptools<82' wheel ninja
 	@PATH="$(CURDIR)/$(BIN):$$PATH" MAX_JOBS=2 $(PIP) install --quiet --no-build-isolation '$(DETECTRON2)'
 	@touch $@
