@@ -32,6 +32,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mixmask.config import UserError
+from mixmask.randomness import numpy_generator
 
 log = logging.getLogger(__name__)
 
@@ -338,7 +339,7 @@ def _photos(root: Path, split: str, download: bool, allow_partial: bool, expecte
 
 def photo_corners(size: tuple[int, int], index: int, split: str, count: int) -> np.ndarray:
     """Top-left corners (count, 2) as (x, y) of photograph `index`'s patches, alternating between the split's bands."""
-    rng = np.random.default_rng((index, split == "test"))
+    rng = numpy_generator("photos", index, split)
     along = int(size[1] > size[0])  # the longer axis, which the bands divide
     corners = np.empty((count, 2), dtype=np.int64)
     for i in range(count):
@@ -464,7 +465,7 @@ def _one_line(error: Exception) -> str:
 def batch_indices(n: int, batch_size: int, seed: int, epoch: int) -> Tensor:
     """The epoch's shuffled batches, int64 (n // batch_size, batch_size); the remainder is dropped."""
     steps = n // batch_size
-    order = np.random.default_rng((seed, epoch)).permutation(n)
+    order = numpy_generator(seed, "order", epoch).permutation(n)
     return torch.from_numpy(order[: steps * batch_size]).reshape(steps, batch_size)
 
 
@@ -473,7 +474,7 @@ def subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
     chosen = []
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten()
-        order = np.random.default_rng((seed, label)).permutation(len(members))
+        order = numpy_generator(seed, "subset", label).permutation(len(members))
         chosen.append(members[torch.from_numpy(order[: max(1, round(fraction * len(members)))])])
     return torch.cat(chosen).sort().values
 
@@ -534,7 +535,7 @@ class RandomCrops:
 
     def __getitem__(self, index: int) -> Tensor:
         image = read_image(os.fsdecode(self.paths[index]))
-        rng = np.random.default_rng((self.seed, self.epoch, index, self.views))
+        rng = numpy_generator(self.seed, "crops", self.epoch, index)
         boxes = [crop_box(image.shape[1], image.shape[2], self.scale, self.ratio, rng) for _ in range(self.views)]
         mode, side = InterpolationMode(self.interpolation), [self.size, self.size]
         return torch.stack([F.resized_crop(image, *box, side, mode, antialias=True) for box in boxes])
