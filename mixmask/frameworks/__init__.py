@@ -6,6 +6,7 @@ A framework is a module with an `encoder` (backbone and head) and
     embed(images) -> tuple of (N, ...)     what the gradient flows through
     score(embedding, targets, clean)       one loss per row, (N,)
     finish(targets, step, steps)           after the optimiser's step: queue, target network
+    constant_rate()                        parameters whose learning rate no schedule changes
     metrics(targets)                       scalars worth a line in the log
     check_data(images)                     refuses settings that the data set cannot bear
 
@@ -18,10 +19,16 @@ from torch import nn
 
 from mixmask.backbones import build_backbone
 from mixmask.config import ConfigError, Pretrain, build, nearest
+from mixmask.frameworks.byol import BYOL
 from mixmask.frameworks.moco import MoCo
+from mixmask.frameworks.simclr import SimCLR
+from mixmask.frameworks.simsiam import SimSiam
 
 FRAMEWORKS: dict[str, type[nn.Module]] = {
     "moco": MoCo,
+    "simclr": SimCLR,
+    "byol": BYOL,
+    "simsiam": SimSiam,
 }
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mixmask.backbones import Encoder, ResNet
 from mixmask.config import ConfigError, within
+from mixmask.frameworks.heads import unit
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,9 @@ class MoCo(nn.Module):
         self.queue.index_copy_(0, index, keys[skipped:].to(self.queue.dtype))
         self.pointer.copy_((self.pointer + len(keys)) % size)
 
+    def constant_rate(self) -> list[nn.Parameter]:
+        return []
+
     def metrics(self, targets: Targets) -> dict[str, Tensor]:
         """positive_similarity: mean cosine between a query and its key, in [-1, 1]."""
         return {"positive_similarity": targets.positive_similarity}
@@ -128,8 +132,3 @@ def _head(features: int, settings: Settings) -> nn.Module:
     """v1: one linear layer. v2: Linear - ReLU - Linear, as wide as the features."""
     last = nn.Linear(features, settings.dim)
     return nn.Sequential(nn.Linear(features, features), nn.ReLU(inplace=True), last) if settings.mlp else last
-
-
-def unit(x: Tensor) -> Tensor:
-    """Rows of unit Euclidean length, in float32 or wider."""
-    return F.normalize(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, dim=1)

@@ -1,0 +1,100 @@
+"""BYOL: predict what a slowly moving target network makes of the other view (Grill et al. 2020, Eq. 2 and 3).
+
+Recipe: Table 8, column 2; what it leaves open follows htdt/self-supervised (`methods/byol.py`). A mixture forms its
+pair with x2, as in Un-Mix's core code, and goes through both networks: online(mixture) predicts target(x2), online(x2)
+predicts target(mixture).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mixmask.backbones import Encoder, ResNet
+from mixmask.config import within
+from mixmask.frameworks.heads import cosine, mlp, spread
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The `byol:` section of a recipe."""
+
+    dim: int = within(1)
+    hidden: int = within(1)  # of the head and of the predictor
+    momentum: float = within(0, 1)  # of the target network, in the first iteration; 1 after the last
+    symmetric_mixture: bool = True  # false: a mixture only predicts target(x2)
+
+
+@dataclass
+class Targets:
+    """Prediction and projection of the second view; and what was seen of the clean pair."""
+
+    prediction: Tensor  # (N, dim), online network, with gradient
+    projection: Tensor  # (N, dim), target network
+    positive_similarity: Tensor | None = None
+    output_spread: Tensor | None = None
+
+
+class BYOL(nn.Module):
+    """The online network is `encoder` and `predictor`; `target_encoder` follows `encoder`."""
+
+    Settings = Settings
+
+    def __init__(self, backbone: ResNet, settings: Settings):
+        super().__init__()
+        self.settings = settings
+        self.encoder = Encoder(backbone, mlp(backbone.features, settings.hidden, settings.dim))
+        self.predictor = mlp(settings.dim, settings.hidden, settings.dim)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Targets:
+        """Both networks' outputs for x2, shared by all pairs."""
+        return Targets(*self.embed(x2))
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Online prediction (N, dim), and the target network's projection (N, dim), which takes no gradient.
+
+        The target network normalises by the batch, as the online one does: it stays in training mode.
+        """
+        with torch.no_grad():
+            projection = self.target_encoder(images)
+        return self.predictor(self.encoder(images)), projection
+
+    def score(self, embedding: tuple[Tensor, Tensor], targets: Targets, clean: bool) -> Tensor:
+        """2 - 2 cos in both directions, summed, per row (N,), in [0, 8]."""
+        prediction, projection = embedding
+        forward = 2 - 2 * cosine(prediction, targets.projection)
+        if clean:
+            targets.positive_similarity = 1 - forward.detach().mean() / 2
+            targets.output_spread = spread(projection)
+        elif not self.settings.symmetric_mixture:
+            return forward
+        return forward + 2 - 2 * cosine(targets.prediction, projection)
+
+    @torch.no_grad()
+    def finish(self, targets: Targets, step: int, steps: int) -> None:
+        """After the optimiser's step: target = tau * target + (1 - tau) * online, parameters only (BYOL, Eq. 1)."""
+        tau = target_momentum(self.settings.momentum, step, steps)
+        torch._foreach_lerp_(list(self.target_encoder.parameters()), list(self.encoder.parameters()), 1 - tau)
+
+    def constant_rate(self) -> list[nn.Parameter]:
+        return []
+
+    def metrics(self, targets: Targets) -> dict[str, Tensor]:
+        """positive_similarity: mean cosine of p(x1) and target(x2); output_spread: 0 (collapse) to about 1."""
+        return {"positive_similarity": targets.positive_similarity, "output_spread": targets.output_spread}
+
+    def check_data(self, images: int) -> None:
+        """Any data set will do."""
+
+
+def target_momentum(base: float, step: int, steps: int) -> float:
+    """From `base` at step 0 to 1 at `steps`, by half a cosine (Grill et al. 2020, Section 3.2).
+
+    htdt/self-supervised holds it for an epoch: at 1000 epochs a difference below 2e-5.
+    """
+    return 1 - (1 - base) * (math.cos(math.pi * step / steps) + 1) / 2

@@ -1,0 +1,89 @@
+"""SimCLR: each view of a pair finds the other among all views of the batch (Chen, Kornblith et al. 2020, Eq. 1).
+
+Recipe: Table 8, column 2; what it leaves open follows htdt/self-supervised (`methods/contrastive.py`): a BatchNorm
+behind the head, and head and BatchNorm over both views of a pair at once. A mixture forms its pair with x2, as in
+Un-Mix's core code; its negatives are the other mixtures and the other second views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixmask.backbones import Encoder, ResNet
+from mixmask.config import within
+from mixmask.frameworks.heads import cosine, mlp, spread, unit
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The `simclr:` section of a recipe."""
+
+    dim: int = within(1)
+    hidden: int = within(1)
+    temperature: float = within(1e-6)
+
+
+@dataclass
+class Targets:
+    """The second view, before the head; and what was seen of the clean pair."""
+
+    features: Tensor  # (N, features), with gradient
+    positive_similarity: Tensor | None = None
+    output_spread: Tensor | None = None
+
+
+class SimCLR(nn.Module):
+    """`encoder.head` ends in a BatchNorm, so its output for a row depends on both halves of the pair."""
+
+    Settings = Settings
+
+    def __init__(self, backbone: ResNet, settings: Settings):
+        super().__init__()
+        self.settings = settings
+        head = mlp(backbone.features, settings.hidden, settings.dim)
+        self.encoder = Encoder(backbone, nn.Sequential(*head, nn.BatchNorm1d(settings.dim)))
+
+    def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Targets:
+        """Backbone features of x2, shared by all pairs."""
+        return Targets(self.encoder.backbone(x2))
+
+    def embed(self, images: Tensor) -> tuple[Tensor]:
+        """Backbone features (N, features): the head runs once for each pair, in `score`."""
+        return (self.encoder.backbone(images),)
+
+    def score(self, embedding: tuple[Tensor], targets: Targets, clean: bool) -> Tensor:
+        """NT-Xent of the pair of `embedding` and x2, per image (N,)."""
+        z = self.encoder.head(torch.cat([embedding[0], targets.features]))  # (2N, dim)
+        if clean:
+            targets.positive_similarity = cosine(*z.detach().chunk(2)).mean()
+            targets.output_spread = spread(z)
+        return nt_xent(unit(z), self.settings.temperature)
+
+    def finish(self, targets: Targets, step: int, steps: int) -> None:
+        """Nothing moves but by gradient."""
+
+    def constant_rate(self) -> list[nn.Parameter]:
+        return []
+
+    def metrics(self, targets: Targets) -> dict[str, Tensor]:
+        """positive_similarity: mean cosine of the two views' outputs; output_spread: 0 (collapse) to about 1."""
+        return {"positive_similarity": targets.positive_similarity, "output_spread": targets.output_spread}
+
+    def check_data(self, images: int) -> None:
+        """Any data set will do."""
+
+
+def nt_xent(z: Tensor, temperature: float) -> Tensor:
+    """Rows i and N + i of z (2N, dim), of unit length, are one pair; the 2N - 2 others are negatives of both.
+
+    Mean of the pair's two cross-entropies, (N,): the mean over pairs is SimCLR's loss.
+    """
+    n = len(z) // 2
+    itself = torch.eye(2 * n, dtype=torch.bool, device=z.device)
+    logits = (z @ z.T / temperature).masked_fill(itself, float("-inf"))  # (2N, 2N)
+    partner = torch.arange(2 * n, device=z.device).roll(n)
+    return F.cross_entropy(logits, partner, reduction="none").view(2, n).mean(dim=0)

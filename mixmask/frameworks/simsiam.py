@@ -1,0 +1,84 @@
+"""SimSiam: predict the other view's projection, which takes no gradient (Chen and He 2021, Eq. 1 to 4).
+
+Recipe: Table 8, column 3; what it leaves open follows PatrickHua/SimSiam, whose CIFAR values the column repeats.
+A mixture forms its pair with x2, as in Un-Mix's core code, in both directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mixmask.backbones import Encoder, ResNet
+from mixmask.config import within
+from mixmask.frameworks.heads import cosine, mlp, spread
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The `simsiam:` section of a recipe."""
+
+    dim: int = within(1)
+    hidden: int = within(1)
+    predictor_hidden: int = within(1)
+    predictor_constant_lr: bool = True  # Chen and He, Section 4.2: the predictor's rate is not decayed
+    symmetric_mixture: bool = True  # false: a mixture only predicts x2
+
+
+@dataclass
+class Targets:
+    """Prediction and projection of the second view; and what was seen of the clean pair."""
+
+    prediction: Tensor  # (N, dim)
+    projection: Tensor  # (N, dim)
+    positive_similarity: Tensor | None = None
+    output_spread: Tensor | None = None
+
+
+class SimSiam(nn.Module):
+    """`encoder` (its head is the projector, which ends in a BatchNorm) and `predictor`."""
+
+    Settings = Settings
+
+    def __init__(self, backbone: ResNet, settings: Settings):
+        super().__init__()
+        self.settings = settings
+        projector = mlp(backbone.features, settings.hidden, settings.dim)
+        self.encoder = Encoder(backbone, nn.Sequential(*projector, nn.BatchNorm1d(settings.dim)))
+        self.predictor = mlp(settings.dim, settings.predictor_hidden, settings.dim)
+
+    def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Targets:
+        """Prediction and projection of x2, shared by all pairs."""
+        return Targets(*self.embed(x2))
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Prediction p (N, dim), and projection z (N, dim) with the gradient stopped."""
+        z = self.encoder(images)
+        return self.predictor(z), z.detach()
+
+    def score(self, embedding: tuple[Tensor, Tensor], targets: Targets, clean: bool) -> Tensor:
+        """-(cos(p, z2) + cos(p2, z)) / 2 per row (N,), in [-1, 1]."""
+        prediction, projection = embedding
+        forward = -cosine(prediction, targets.projection)
+        if clean:
+            targets.positive_similarity = -forward.detach().mean()
+            targets.output_spread = spread(projection)
+        elif not self.settings.symmetric_mixture:
+            return forward
+        return (forward - cosine(targets.prediction, projection)) / 2
+
+    def finish(self, targets: Targets, step: int, steps: int) -> None:
+        """Nothing moves but by gradient."""
+
+    def constant_rate(self) -> list[nn.Parameter]:
+        """The predictor's parameters keep the base rate, through warm-up too."""
+        return list(self.predictor.parameters()) if self.settings.predictor_constant_lr else []
+
+    def metrics(self, targets: Targets) -> dict[str, Tensor]:
+        """positive_similarity: mean cosine of p(x1) and z(x2); output_spread: 0 (collapse) to about 1."""
+        return {"positive_similarity": targets.positive_similarity, "output_spread": targets.output_spread}
+
+    def check_data(self, images: int) -> None:
+        """Any data set will do."""
