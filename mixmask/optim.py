@@ -10,20 +10,27 @@ from torch import nn
 from mixmask.config import ConfigError, Optimizer
 
 
-def build_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD or Adam, over the parameters that take gradients."""
-    trained = [p for p in parameters if p.requires_grad]
+def build_optimizer(
+    optimizer: Optimizer, parameters: Iterable[nn.Parameter], constant_rate: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """SGD or Adam, over the parameters that take gradients; those of `constant_rate` stay at the base rate."""
+    constant = list(constant_rate)
+    apart = {id(p) for p in constant}
+    groups = [{"params": [p for p in parameters if p.requires_grad and id(p) not in apart]}]
+    if constant:
+        groups.append({"params": constant, "constant_rate": True})
     if optimizer.name == "sgd":
         return torch.optim.SGD(
-            trained, lr=optimizer.lr, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay
+            groups, lr=optimizer.lr, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay
         )
-    return torch.optim.Adam(trained, lr=optimizer.lr, weight_decay=optimizer.weight_decay)
+    return torch.optim.Adam(groups, lr=optimizer.lr, weight_decay=optimizer.weight_decay)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The same rate for every parameter group."""
+    """The same rate for every parameter group but that of constant rate."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if not group.get("constant_rate"):
+            group["lr"] = rate
 
 
 def pick_device(name: str) -> torch.device:

@@ -157,7 +157,7 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
     framework = build_framework(config).to(device).train()
     if config.run.channels_last:
         framework = framework.to(memory_format=torch.channels_last)
-    return framework, build_optimizer(config.optimizer, framework.parameters())
+    return framework, build_optimizer(config.optimizer, framework.parameters(), framework.constant_rate())
 
 
 def resume(run: Run, framework: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Tensor]]:
