@@ -299,8 +299,8 @@ def _imagenet(root: Path, split: str, download: bool, allow_partial: bool, expec
 
 # --------------------------------------------------------------------------------------- the embedded default
 
-# Photographs (and two scans) inside scikit-image's wheel. The sides of the bands are shares of a photograph's longer
-# side: bands never overlap, and each is wider than a patch, so no pixel is seen both in training and in testing.
+# Photographs inside scikit-image's wheel. The first part of a photograph's longer side is for training, the rest for
+# testing, and a patch lies wholly in one of them: no pixel is seen both in training and in testing.
 PHOTOS = (
     "astronaut.png",
     "brick.png",
@@ -320,7 +320,7 @@ PHOTOS = (
     "rocket.jpg",
 )
 PATCH = 48  # pixels of the photograph along a patch's side, shrunk to Expected.side
-BANDS = {"train": ((0.00, 0.35), (0.50, 0.85)), "test": ((0.35, 0.50), (0.85, 1.00))}
+PARTS = {"train": (0.0, 0.7), "test": (0.7, 1.0)}  # shares of the longer side
 
 
 def _photos(root: Path, split: str, download: bool, allow_partial: bool, expected: Expected) -> Resident:
@@ -338,16 +338,11 @@ def _photos(root: Path, split: str, download: bool, allow_partial: bool, expecte
 
 
 def photo_corners(size: tuple[int, int], index: int, split: str, count: int) -> np.ndarray:
-    """Top-left corners (count, 2) as (x, y) of photograph `index`'s patches, alternating between the split's bands."""
-    rng = numpy_generator("photos", index, split)
-    along = int(size[1] > size[0])  # the longer axis, which the bands divide
-    corners = np.empty((count, 2), dtype=np.int64)
-    for i in range(count):
-        band = BANDS[split][i % len(BANDS[split])]
-        low, high = (round(share * size[along]) for share in band)
-        corners[i, along] = rng.integers(low, high - PATCH + 1)
-        corners[i, 1 - along] = rng.integers(0, size[1 - along] - PATCH + 1)
-    return corners
+    """Top-left corners (count, 2) as (x, y) of the patches of photograph `index` of `size` (width, height)."""
+    low, high = np.zeros(2, dtype=np.int64), np.array(size)
+    longer = int(size[1] > size[0])
+    low[longer], high[longer] = (round(share * size[longer]) for share in PARTS[split])
+    return numpy_generator("photos", index, split).integers(low, high - PATCH + 1, (count, 2))
 
 
 def _photo(name: str) -> Image.Image:
