@@ -54,7 +54,7 @@ def predict(
     predictions = []
     for part in queries.split(chunk):
         similarity, index = (part @ bank.T).topk(k, dim=1)  # (chunk, k)
-        votes = torch.zeros(len(part), classes, device=bank.device)
+        votes = similarity.new_zeros(len(part), classes)
         votes.scatter_add_(1, labels[index], (similarity / temperature).exp())
         predictions.append(votes.argmax(dim=1))
     return torch.cat(predictions)
