@@ -76,7 +76,7 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
                 accuracy = test(backbone, classifier, test_set, augment, config, device)
                 values = {"loss": torch.stack(losses).double().mean().item(), "test_top1": accuracy, "lr": rate}
                 run.log("epoch", epoch, epoch=epoch + 1, **values, timing={"seconds": round(watch.lap(), 3)})
-                say(f"epoch {epoch + 1}/{config.epochs}  loss {values['loss']:.4f}  top-1 {accuracy:.2f} %  lr {rate:g}")
+                say(epoch_line(epoch + 1, config.epochs, values))
                 save(run, config, classifier, optimizer, epoch + 1)
                 if interrupt.requested and epoch + 1 < config.epochs:
                     raise KeyboardInterrupt
@@ -140,9 +140,7 @@ def resume(run: Run, classifier: nn.Module, optimizer: torch.optim.Optimizer) ->
     return state["epoch"]
 
 
-def save(
-    run: Run, config: Linear, classifier: nn.Module, optimizer: torch.optim.Optimizer, epoch: int
-) -> None:
+def save(run: Run, config: Linear, classifier: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
     run.sync()
     state = {"run": run.id, "config": configs.to_dict(config), "epoch": epoch}
     checkpoint.save(run.checkpoint, {**state, "model": classifier.state_dict(), "optimizer": optimizer.state_dict()})
@@ -166,6 +164,10 @@ def result(run: Run, config: Linear, device: torch.device) -> dict[str, Any]:
     }
 
 
+def epoch_line(epoch: int, epochs: int, values: dict[str, float]) -> str:
+    return f"epoch {epoch}/{epochs}  loss {values['loss']:.4f}  top-1 {values['test_top1']:.2f} %  lr {values['lr']:g}"
+
+
 def summary(result: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.2f} %" for name, value in result["metrics"].items())
 
@@ -174,8 +176,9 @@ def header(run: Run, config: Linear, recipe: Any, train_set: Any, first: int) ->
     return (
         f"{run.id}" + (f" (resumed after epoch {first})" if first else "") + "\n"
         f"  encoder of {config.checkpoint} ({recipe.framework}, {recipe.method})\n"
-        f"  {config.dataset}: {len(train_set)} images, {len(train_set.classes)} classes; total batch {config.batch_size}, "
-        f"{config.optimizer.name}, lr {config.optimizer.lr:g} (used as it is), {config.epochs} epochs"
+        f"  {config.dataset}: {len(train_set)} images, {len(train_set.classes)} classes; "
+        f"total batch {config.batch_size}, {config.epochs} epochs; "
+        f"{config.optimizer.name}, lr {config.optimizer.lr:g} (used as it is)"
     )
 
 

@@ -46,11 +46,11 @@ def load(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"no such checkpoint: {path}") from None
     except IsADirectoryError:
-        raise CheckpointError(f"{path} is a directory; expected a file such as {Path(path) / 'checkpoint.pt'}") from None
+        raise CheckpointError(f"{path} is a directory; expected a file such as checkpoint.pt in it") from None
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
             raise CheckpointError(
-                f"{path} holds pickled objects besides tensors and plain types; it was refused, and nothing in it was run"
+                f"{path} holds pickled code besides tensors and plain types; refused, and nothing in it was run"
             ) from None
         raise CheckpointError(f"{path} is not a checkpoint, or is damaged") from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:

@@ -42,7 +42,7 @@ def mixmask(x1: Tensor, mask: Mask, rngs: Sequence[np.random.Generator], permuta
 
 
 def unmix(x1: Tensor, settings: UnMix, rngs: Sequence[np.random.Generator]) -> list[Anchor]:
-    """Un-Mix (Shen et al. 2022; Algorithm 1, lines 2-11): Mixup with probability `prob`, else CutMix; reversed batch."""
+    """Un-Mix (Shen et al. 2022; Algorithm 1, lines 2-11): Mixup with probability `prob`, else CutMix; batch reversed."""
     maps = torch.cat([unmix_map(settings.prob, *x1.shape[-2:], rng) for rng in rngs])  # (G, 1, H, W)
     return mixture("unmix", x1, maps, partners(len(x1), rngs, "reverse"))
 
@@ -99,7 +99,7 @@ def unmix_map(prob: float, height: int, width: int, rng: np.random.Generator) ->
 
 
 def cutmix_box(lam: float, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """CutMix's box: sides sqrt(1 - lambda), uniform centre, clipped to the image. (top, bottom, left, right), pixels."""
+    """CutMix's box: sides sqrt(1 - lambda), uniform centre, clipped. Pixels: (top, bottom, left, right)."""
     half_height, half_width = int(height * np.sqrt(1 - lam)) // 2, int(width * np.sqrt(1 - lam)) // 2
     y, x = int(rng.integers(height)), int(rng.integers(width))
     return max(y - half_height, 0), min(y + half_height, height), max(x - half_width, 0), min(x + half_width, width)
