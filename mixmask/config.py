@@ -7,6 +7,8 @@ out of the hash, so that adding one does not rename the runs that exist. Nothing
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -30,9 +32,9 @@ class ConfigError(UserError, ValueError):
     """A recipe, an override or a setting is wrong; the text names the key, what was found and what was expected."""
 
 
-def within(low: float | None = None, high: float | None = None, default: Any = MISSING) -> Any:
-    """A dataclass field whose number (or each number of a tuple) lies in [low, high]."""
-    return field(default=default, metadata={"low": low, "high": high})
+def within(low: float | None = None, high: float | None = None, default: Any = MISSING, interval: bool = False) -> Any:
+    """A dataclass field whose number (or each number of a tuple) lies in [low, high]; `interval`: smaller one first."""
+    return field(default=default, metadata={"low": low, "high": high, "interval": interval})
 
 
 # ---------------------------------------------------------------------------------------------- pre-training
@@ -55,7 +57,7 @@ class Mask:
     type: Literal["block", "discrete"]
     block_impl: Literal["repaired", "literal"]
     grid: int = within(1)  # cells along a side
-    ratio: float | tuple[float, float] = within(0, 1)  # expected lambda; two numbers: drawn per iteration from U(a, b)
+    ratio: float | tuple[float, float] = within(0, 1, interval=True)  # expected lambda; [a, b]: U(a, b) per iteration
     switch: bool = True  # the (1 - lambda) term of Eq. 6
     permutation: Literal["reverse", "random"] = "reverse"  # partner of image i in plain MixMask
 
@@ -110,17 +112,17 @@ class Augment:
 
     order: tuple[Literal["crop", "flip", "jitter", "grayscale", "blur"], ...]
     size: int = within(1)  # side of a view, pixels
-    crop_scale: tuple[float, float] = within(0, 1, default=(1.0, 1.0))
-    crop_ratio: tuple[float, float] = within(0, default=(0.75, 4 / 3))
+    crop_scale: tuple[float, float] = within(1e-3, 1, default=(1.0, 1.0), interval=True)
+    crop_ratio: tuple[float, float] = within(1e-3, default=(0.75, 4 / 3), interval=True)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     flip_prob: float = within(0, 1, default=0.0)
     jitter: tuple[float, float, float, float] = within(0, default=(0.0, 0.0, 0.0, 0.0))  # b, c, s, hue
     jitter_prob: float = within(0, 1, default=0.0)
     grayscale_prob: float = within(0, 1, default=0.0)
     blur_prob: float = within(0, 1, default=0.0)
-    blur_sigma: tuple[float, float] = within(0, default=(0.1, 2.0))  # pixels
+    blur_sigma: tuple[float, float] = within(0, default=(0.1, 2.0), interval=True)  # pixels
     mean: tuple[float, ...] = ()  # per channel, of pixels in [0, 1]; empty: those of the checkpoint that is evaluated
-    std: tuple[float, ...] = ()
+    std: tuple[float, ...] = within(1e-6, default=())
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class KNN:
     """Weighted k-NN (Wu et al. 2018, as in the CIFAR demo of MoCo): the paper's k-NN accuracy."""
 
     k: int = within(1)
-    temperature: float = within(0)
+    temperature: float = within(1e-6)
     features: Literal["output", "backbone"]  # the head's output (128-d in the paper's MoCo), or the pooled features
     every: int = field(metadata={"low": 0, "hashed": False})  # epochs between evaluations; 0: only after the last
 
@@ -218,7 +220,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise ConfigError(f"unknown key '{_dot(where, key)}'{nearest(key, fields)}")
+            raise ConfigError(f"unknown key '{_dot(where, key)}'{nearest(key, fields, where)}")
     hints = typing.get_type_hints(cls)
     result = {}
     for name, spec in fields.items():
@@ -243,14 +245,10 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         return convert(value, hint, where)
     if origin is tuple:
         return _convert_tuple(value, args, where)
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
+    if hint is float and type(value) in (int, float, str):
+        with contextlib.suppress(ValueError):  # not a number: the message below
             return float(value)
-        except ValueError:
-            pass  # falls through to the message below
-    elif hint is int and type(value) is int or hint is bool and type(value) is bool or hint is str and type(value) is str:
-        return value
-    elif origin in (Mapping, dict) or hint in (Any, typing.Any) or origin is not None and isinstance(value, Mapping):
+    elif hint is Any or type(value) is hint or (origin in (Mapping, dict) and isinstance(value, Mapping)):
         return value
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
     raise ConfigError(f"{where}: expected {names.get(hint, hint)}, found {value!r}")
@@ -268,9 +266,11 @@ def _convert_tuple(value: Any, args: tuple, where: str) -> tuple:
 def _check(value: Any, spec: dataclasses.Field, where: str) -> Any:
     low, high = spec.metadata.get("low"), spec.metadata.get("high")
     for number in value if isinstance(value, tuple) else (value,):
-        if low is not None and not number >= low or high is not None and not number <= high:
+        if (low is not None and not number >= low) or (high is not None and not number <= high):
             bounds = f"at least {low}" if high is None else f"between {low} and {high}"
             raise ConfigError(f"{where}: expected {bounds}, found {number!r}")
+    if spec.metadata.get("interval") and isinstance(value, tuple) and value[0] > value[1]:
+        raise ConfigError(f"{where}: expected the smaller number first, found {list(value)}")
     return value
 
 
@@ -278,11 +278,11 @@ def _dot(where: str, key: str) -> str:
     return f"{where}.{key}" if where else str(key)
 
 
-def nearest(key: str, known: typing.Iterable[str]) -> str:
-    """A hint: '; did you mean X?', or the list of what there is."""
+def nearest(key: str, known: typing.Iterable[str], where: str = "") -> str:
+    """A hint: '; did you mean X?', or the list of what there is (in the section `where`)."""
     known = sorted(map(str, known))
     close = difflib.get_close_matches(str(key), known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; known keys: {', '.join(known)}"
+    return f"; did you mean '{_dot(where, close[0])}'?" if close else f"; known keys: {', '.join(known)}"
 
 
 # ------------------------------------------------------------------------------------------ files and overrides
@@ -325,7 +325,7 @@ def flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any], cls: type) -> dict[str, Any]:
     """`values` with dotted keys replaced. A key must be in the recipe or a field of `cls`; else ConfigError."""
-    result = json.loads(json.dumps(values))  # a deep copy of plain types
+    result = copy.deepcopy(values)
     known = set(flatten(result)) | _dotted_fields(cls)
     for key, value in overrides.items():
         if key not in known:
@@ -334,6 +334,8 @@ def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any], cls
         target = result
         for section in sections:
             target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"{section}: expected a section of keys, found {target!r}")
         target[last] = value
     return result
 
@@ -366,8 +368,10 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None, cls: type
 
 def _take_settings(values: dict[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
     """Move the section named after the framework to `settings`, each value in the type the recipe gave it."""
-    name = values.get("framework")
-    if not isinstance(values.get(name), Mapping):
+    if "framework" not in values:  # missing or misspelt: build() says which
+        build(Pretrain, {k: v for k, v in values.items() if not isinstance(v, Mapping)})
+    name = values["framework"]
+    if not isinstance(name, str) or not isinstance(values.get(name), Mapping):
         raise ConfigError(f"framework: the recipe has no section '{name}:' with its settings")
     section, given = values.pop(name), original.get(name, {})
     values["settings"] = {k: convert(v, type(given.get(k, v)), f"{name}.{k}") for k, v in section.items()}
@@ -415,5 +419,5 @@ def main_guard(main: Callable[[], Any]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\ninterrupted: everything up to the last checkpoint is kept; the same command continues", file=sys.stderr)
+        print("\ninterrupted: all up to the last checkpoint is kept; the same command continues", file=sys.stderr)
         sys.exit(130)

@@ -38,7 +38,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError):
-        raise ConfigError(f"run.device: '{name}' is not available here; expected auto, cpu or a GPU such as cuda") from None
+        raise ConfigError(f"run.device: no '{name}' here; expected auto, cpu or a GPU such as cuda") from None
     return torch.device(name)
