@@ -28,6 +28,7 @@ def evaluate(config: KNNEval, path: Path, directory: Path) -> dict[str, Any]:
             options = (config.run.download, config.run.allow_partial_data)
             train, test = (data.load(config.dataset, config.run.data_root, s, *options) for s in ("train", "test"))
             values = knn.evaluate(encoder, train, test, recipe.augment, config.knn, device, config.run.workers)
+            run.describe()
             run.finish({"run": run.id, "metrics": {f"{name}_last": value for name, value in values.items()}})
         for name, value in run.result["metrics"].items():
             say(f"{name} {value:.2f} %  ({run.directory / 'result.json'})")
@@ -38,15 +39,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, help="a pre-training run's checkpoint.pt")
     parser.add_argument("--config", default="eval/configs/knn.yaml", help="default: eval/configs/knn.yaml")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="replace keys of the recipe")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="replace keys of the recipe"
+    )
     parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/knn/<name of the run>")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
     args = parser.parse_args()
     state = checkpoint.load(args.checkpoint)
-    overrides = {"dataset": state["config"]["dataset"], "run": state["config"]["run"]}
+    recipe, identity = checkpoint.pretraining(state, args.checkpoint)
+    overrides = {"dataset": recipe.dataset, "run": state["config"]["run"]}
     values = {**configs.read_yaml(args.config), **overrides}
     config = configs.resolve(values, configs.parse_overrides(args.set), KNNEval)
-    config = dataclasses.replace(config, checkpoint=state["run"], seed=state["config"]["seed"])
+    config = dataclasses.replace(config, checkpoint=identity, seed=recipe.seed)
     evaluate(config, args.checkpoint, args.run_dir or run_directory(args.runs_dir, "knn", config))
 
 

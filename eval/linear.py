@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
         augment = dataclasses.replace(config.augment, mean=recipe.augment.mean, std=recipe.augment.std)
         classifier = build_classifier(backbone.features, len(train_set.classes), config.seed).to(device)
         optimizer = build_optimizer(config.optimizer, classifier.parameters())
+        run.describe()
         first = resume(run, classifier, optimizer)
         say(header(run, config, recipe, train_set, first))
 
@@ -73,8 +75,13 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
                     losses.append(loss.detach())
                     progress.step()
                 progress.close()
+                mean_loss = torch.stack(losses).double().mean().item()
+                if not math.isfinite(mean_loss):
+                    raise UserError(
+                        f"{run.id}: the loss is {mean_loss} in epoch {epoch + 1}; stopped, nothing saved of it"
+                    )
                 accuracy = test(backbone, classifier, test_set, augment, config, device)
-                values = {"loss": torch.stack(losses).double().mean().item(), "test_top1": accuracy, "lr": rate}
+                values = {"loss": mean_loss, "test_top1": accuracy, "lr": rate}
                 run.log("epoch", epoch, epoch=epoch + 1, **values, timing={"seconds": round(watch.lap(), 3)})
                 say(epoch_line(epoch + 1, config.epochs, values))
                 save(run, config, classifier, optimizer, epoch + 1)
@@ -186,13 +193,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, help="a pre-training run's checkpoint.pt")
     parser.add_argument("--config", required=True, help="a recipe, such as eval/configs/imagenet_linear.yaml")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="replace keys of the recipe")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="replace keys of the recipe"
+    )
     parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/linear/<name of the run>")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
     args = parser.parse_args()
-    state = checkpoint.load(args.checkpoint)
+    _, identity = checkpoint.pretraining(checkpoint.load(args.checkpoint), args.checkpoint)
     config = configs.load(args.config, configs.parse_overrides(args.set), Linear)
-    config = dataclasses.replace(config, checkpoint=state["run"])
+    config = dataclasses.replace(config, checkpoint=identity)
     probe(config, args.checkpoint, args.run_dir or run_directory(args.runs_dir, "linear", config))
 
 

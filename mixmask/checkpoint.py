@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 
 from mixmask import config as configs
 from mixmask.backbones import Encoder
-from mixmask.config import Pretrain, UserError
+from mixmask.config import ConfigError, Pretrain, UserError
 from mixmask.frameworks import build_framework
 
 FORMAT = 1
@@ -27,38 +28,59 @@ class CheckpointError(UserError):
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Write beside, flush to disk, rename: a crash leaves the old checkpoint or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.new")  # one name: what a crash left behind is overwritten
     try:
         with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer, after a write that failed
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error.strerror}; the checkpoint before is intact") from None
+        reason = getattr(error, "strerror", None) or f"is the disk full? {_one_line(error)}"
+        raise CheckpointError(f"cannot write {path}: {reason}; the checkpoint before is intact") from None
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of this project. Raises CheckpointError: absent, cut off, foreign, or with code in it."""
+    """A checkpoint of this project. Raises CheckpointError: absent, cut off, damaged, foreign, or with code in it."""
     try:
+        with zipfile.ZipFile(path) as archive:  # what torch.save writes; torch.load does not look at the checksums
+            damaged = archive.testzip()
+        if damaged:
+            raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"no such checkpoint: {path}") from None
     except IsADirectoryError:
-        raise CheckpointError(f"{path} is a directory; expected a file such as checkpoint.pt in it") from None
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
-            raise CheckpointError(
-                f"{path} holds pickled code besides tensors and plain types; refused, and nothing in it was run"
-            ) from None
-        raise CheckpointError(f"{path} is not a checkpoint, or is damaged") from None
+        raise CheckpointError(f"{path} is a directory; expected a file: {Path(path) / 'checkpoint.pt'}?") from None
+    except zipfile.BadZipFile:
+        raise CheckpointError(f"{path} is cut off or damaged, or no checkpoint at all; nothing in it was run") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path} holds pickled objects besides tensors and plain types; refused, and nothing in it was run"
+        ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{path} is cut off or damaged ({reason})") from None
+        raise CheckpointError(f"{path} cannot be read ({_one_line(error)})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or "config" not in state:
         raise CheckpointError(f"{path} is not a checkpoint of this project (no config in it)")
     return state
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
+
+
+def pretraining(state: Mapping[str, Any], path: str | Path) -> tuple[Pretrain, str]:
+    """The recipe of a pre-training checkpoint, and whose weights it holds: RUN, or RUN@STEP before the run's end.
+
+    Raises CheckpointError for a checkpoint of another stage.
+    """
+    try:
+        recipe = configs.resolve(state["config"], {}, Pretrain)
+    except ConfigError as error:
+        raise CheckpointError(f"{path} is not a pre-training checkpoint: {error}") from None
+    step, steps = state["step"], state["steps"]
+    return recipe, state["run"] if step == steps else f"{state['run']}@{step}"
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], path: str | Path) -> None:
@@ -77,15 +99,15 @@ def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], path: s
 
 
 def load_encoder(path: str | Path, device: torch.device | str = "cpu") -> tuple[Encoder, Pretrain, str]:
-    """The frozen encoder of a pre-training checkpoint, in evaluation mode; its recipe; the run's identity."""
+    """The frozen encoder of a pre-training checkpoint, in evaluation mode; its recipe; whose weights."""
     state = load(path)
-    recipe = configs.resolve(state["config"], {}, Pretrain)
+    recipe, identity = pretraining(state, path)
     framework = build_framework(recipe)
     load_weights(framework, state["model"], path)
     encoder = framework.encoder.requires_grad_(False).eval().to(device)
     if recipe.run.channels_last:
         encoder = encoder.to(memory_format=torch.channels_last)
-    return encoder, recipe, state["run"]
+    return encoder, recipe, identity
 
 
 def random_states() -> dict[str, Any]:

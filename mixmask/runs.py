@@ -11,10 +11,12 @@ runs/<stage>/<name>-<hash8>-s<seed>/
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -71,18 +73,25 @@ def read_log(directory: str | Path) -> list[dict[str, Any]]:
 def write_atomically(path: Path, text: str) -> None:
     """Write beside, flush to disk, rename: a reader sees the old text or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 class Run:
     """An open run directory, held by one process at a time. Use as a context manager."""
 
-    def __init__(self, directory: str | Path, config: Any, command: list[str] | None = None):
-        """Create or re-open. Raises UserError where the directory holds another config or another process works."""
+    def __init__(self, directory: str | Path, config: Any):
+        """Create or re-open; nothing but a lock is written before `describe`.
+
+        Raises UserError where the directory cannot be written, holds another config, or another process works in it.
+        """
         self.directory = Path(directory)
         self.config = config
         try:
@@ -90,10 +99,13 @@ class Run:
             self._lock = open(self.directory / "lock", "a+")  # noqa: SIM115 - held until close()
         except OSError as error:
             raise UserError(f"cannot write the run directory {self.directory}: {error.strerror}") from None
-        self._take_lock()
-        self._check_config()
-        self._write_description(command or sys.argv)
         self._log = None
+        self._take_lock()
+        try:
+            self._check_config()
+        except UserError:
+            self.close()
+            raise
 
     def _take_lock(self) -> None:
         try:
@@ -107,10 +119,10 @@ class Run:
         if not path.exists():
             return
         try:
-            found = _identity_of_file(path, type(self.config))
+            found = _deciding(configs.load(path, cls=type(self.config)))
         except ConfigError as error:
             raise UserError(f"{path} is not a config of this stage: {error}") from None
-        wanted = configs.flatten({**configs.identity(self.config), "seed": self.config.seed})
+        wanted = _deciding(self.config)
         differing = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
         if differing:
             key = differing[0]
@@ -120,16 +132,18 @@ class Run:
                 + "); give another --run-dir"
             )
 
-    def _write_description(self, command: list[str]) -> None:
+    def describe(self, command: list[str] | None = None) -> None:
+        """Write what is asked and where it runs, once: call it when the config and the data are known to be good."""
         if not (self.directory / "config.yaml").exists():
-            write_atomically(self.directory / "command.txt", " ".join(map(_quote, ["python", *command])) + "\n")
+            write_atomically(self.directory / "command.txt", shlex.join(["python", *(command or sys.argv)]) + "\n")
             write_atomically(self.directory / "environment.json", json.dumps(environment(), indent=1) + "\n")
             text = yaml.safe_dump(configs.to_dict(self.config), sort_keys=False)
             write_atomically(self.directory / "config.yaml", text)
 
     @property
     def id(self) -> str:
-        return self.directory.name
+        """The config's, whatever the directory is called: two runs never share it."""
+        return run_id(self.config)
 
     @property
     def checkpoint(self) -> Path:
@@ -139,20 +153,20 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         return read_result(self.directory)
 
-    def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Drop log lines of steps after `step` (they will be made again); returns the lines that stay."""
-        path = self.directory / "log.jsonl"
-        complete = path.read_text().rpartition("\n")[0].split("\n") if path.exists() else []
-        kept = [line for line in complete if line and json.loads(line)["step"] <= step]
-        write_atomically(path, "".join(line + "\n" for line in kept))
-        return [json.loads(line) for line in kept]
+    def rewind(self, step: int) -> None:
+        """Drop log lines of `step` and after: they will be made again."""
+        kept = [line for line in read_log(self.directory) if line["step"] < step]
+        write_atomically(self.directory / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def log(self, kind: str, step: int, **values: Any) -> None:
         """Append one JSON line; everything measured in seconds belongs under `timing`."""
-        if self._log is None:
-            self._log = open(self.directory / "log.jsonl", "a")  # noqa: SIM115 - held until close()
-        self._log.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._log.flush()
+        try:
+            if self._log is None:
+                self._log = open(self.directory / "log.jsonl", "a")  # noqa: SIM115 - held until close()
+            self._log.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._log.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.directory / 'log.jsonl'}: {error.strerror}") from None
 
     def sync(self) -> None:
         """Force the log to disk: called before a checkpoint, so that the log never ends before its checkpoint."""
@@ -166,7 +180,8 @@ class Run:
 
     def close(self) -> None:
         if self._log is not None:
-            self._log.close()
+            with contextlib.suppress(OSError):  # a disk that was full already is still full
+                self._log.close()
         self._lock.close()
 
     def __enter__(self) -> Run:
@@ -176,13 +191,11 @@ class Run:
         self.close()
 
 
-def _identity_of_file(path: Path, cls: type) -> dict[str, Any]:
-    config = configs.load(path, cls=cls)
-    return configs.flatten({**configs.identity(config), "seed": config.seed})
-
-
-def _quote(word: str) -> str:
-    return f"'{word}'" if any(c in word for c in " *[]()$;&|<>?") else word
+def _deciding(config: Any) -> dict[str, Any]:
+    """Dotted keys, as a recipe has them, of all that decides the run's numbers."""
+    flat = configs.flatten({**configs.identity(config), "seed": config.seed})
+    section = getattr(config, "framework", "settings")
+    return {key.replace("settings.", f"{section}.", 1): value for key, value in flat.items()}
 
 
 def environment() -> dict[str, Any]:
@@ -208,7 +221,7 @@ def commit() -> dict[str, Any]:
     try:
         head = _git(root, "rev-parse", "HEAD")
         return {"commit": head.strip(), "modified": bool(_git(root, "status", "--porcelain", "-uno").strip())}
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return {"commit": None, "modified": None}
 
 

@@ -29,7 +29,7 @@ from mixmask.objective import objective
 from mixmask.optim import build_optimizer, pick_device, set_learning_rate
 from mixmask.progress import Progress, say
 from mixmask.randomness import numpy_generator, seed_of, torch_generator
-from mixmask.runs import Run, run_directory
+from mixmask.runs import Run, read_log, run_directory
 from mixmask.schedules import learning_rate
 from mixmask.views import train_batches
 
@@ -41,16 +41,15 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
     """
     check(config)
     device = pick_device(config.run.device)
-    with Run(directory, config, command) as run:
+    with Run(directory, config) as run:
         if run.result is not None:
             say(f"{run.id} is finished: {summary(run.result)}; nothing to do")
             return run.result
         train_set, test_set = load_data(config, device)
         framework, optimizer = build(config, device)
-        framework.check_data(len(train_set))
+        check_data(config, framework, len(train_set))
+        run.describe(command)
         steps_per_epoch = len(train_set) // config.batch_size
-        if steps_per_epoch == 0:
-            raise ConfigError(f"batch_size: {config.batch_size} exceeds the {len(train_set)} training images")
         steps = steps_per_epoch * config.epochs
         step, sums = resume(run, framework, optimizer)
         say(header(run, config, train_set, device, step, steps_per_epoch))
@@ -97,11 +96,13 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
                     else:
                         progress.step()
                     step += 1
+                    if step % steps_per_epoch == 0:
+                        continue  # the epoch's end, below, saves
                     if interrupt.requested:
-                        save(run, config, framework, optimizer, step, sums)
+                        save(run, config, framework, optimizer, step, steps, sums)
                         raise KeyboardInterrupt
-                    if clock.minutes_since_save() > config.run.checkpoint_minutes and step % steps_per_epoch:
-                        save(run, config, framework, optimizer, step, sums)
+                    if clock.minutes_since_save() > config.run.checkpoint_minutes:
+                        save(run, config, framework, optimizer, step, steps, sums)
                         clock.saved()
                 progress.close()
                 means = finite({name: total / steps_per_epoch for name, total in sums.items()}, run, step - 1)
@@ -113,7 +114,7 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
                 say(epoch_line(epoch + 1, config.epochs, means, rate, timing))
                 sums.clear()
                 if last or (epoch + 1) % config.run.checkpoint_every == 0 or interrupt.requested:
-                    save(run, config, framework, optimizer, step, sums)
+                    save(run, config, framework, optimizer, step, steps, sums)
                 if interrupt.requested and not last:
                     raise KeyboardInterrupt
         run.finish(result(run, config, steps, device))
@@ -133,8 +134,9 @@ def check(config: Pretrain) -> None:
             raise ConfigError(f"{key}: {groups} groups do not divide a batch of {config.batch_size} images")
     if config.batch_size == config.backbone.bn_groups:
         raise ConfigError("backbone.bn_groups: BatchNorm needs at least two images in a group")
-    if config.augment.order and not config.augment.mean:
-        raise ConfigError("augment.mean: expected one number per channel")
+    for key, values in (("augment.mean", config.augment.mean), ("augment.std", config.augment.std)):
+        if len(values) != 3:
+            raise ConfigError(f"{key}: expected three numbers, one per channel, found {list(values)}")
     if config.method in ("mixmask", "both", "erase"):
         sample_mask(config.mask, config.augment.size, config.augment.size, numpy_generator("check"))
 
@@ -149,6 +151,15 @@ def load_data(config: Pretrain, device: torch.device) -> tuple[Any, Any]:
         if dataset.note:
             say(f"note: {dataset.note}")
     return sets[0], sets[1]
+
+
+def check_data(config: Pretrain, framework: nn.Module, images: int) -> None:
+    """Raises ConfigError for settings that a training set of so many images cannot bear."""
+    framework.check_data(images)
+    if config.batch_size > images:
+        raise ConfigError(f"batch_size: {config.batch_size} exceeds the {images} training images")
+    if config.knn.k > images:
+        raise ConfigError(f"knn.k: {config.knn.k} neighbours, but there are only {images} training images")
 
 
 def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -175,9 +186,16 @@ def resume(run: Run, framework: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def save(
-    run: Run, config: Pretrain, framework: nn.Module, optimizer: torch.optim.Optimizer, step: int, sums: dict[str, Tensor]
+    run: Run,
+    config: Pretrain,
+    framework: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    steps: int,
+    sums: dict[str, Tensor],
 ) -> None:
-    """Everything that the next iteration depends on."""
+    """Everything that the next iteration depends on. Raises UserError, and saves nothing, where it is not finite."""
+    finite({**sums, "the weights' norm": nn.utils.get_total_norm(framework.parameters())}, run, step - 1)
     run.sync()
     checkpoint.save(
         run.checkpoint,
@@ -185,6 +203,7 @@ def save(
             "run": run.id,
             "config": configs.to_dict(config),
             "step": step,
+            "steps": steps,
             "sums": sums,
             "model": framework.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -228,9 +247,7 @@ def finite(values: dict[str, Tensor], run: Run, step: int) -> dict[str, float]:
 
 def evaluate(framework: nn.Module, train_set: Any, test_set: Any, config: Pretrain, device: torch.device) -> dict:
     """k-NN accuracy of the encoder as it is now."""
-    return knn.evaluate(
-        framework.encoder, train_set, test_set, config.augment, config.knn, device, config.run.workers
-    )
+    return knn.evaluate(framework.encoder, train_set, test_set, config.augment, config.knn, device, config.run.workers)
 
 
 class Clock:
@@ -272,8 +289,6 @@ class Clock:
 
 def result(run: Run, config: Pretrain, steps: int, device: torch.device) -> dict[str, Any]:
     """What result.json holds: each metric under its full name, after the last epoch, the best, and before training."""
-    from mixmask.runs import read_log
-
     run.sync()
     epochs = [line for line in read_log(run.directory) if line["kind"] == "epoch"]
     metrics = {"loss": epochs[-1]["loss"]}
@@ -305,8 +320,10 @@ def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, ste
     b, o = config.backbone, config.optimizer
     lines = [
         f"{run.id}" + (f" (resumed at epoch {step / steps_per_epoch:.2f})" if step else ""),
-        f"  {config.framework}, {config.method}; {b.arch}, {b.stem} stem, width {b.width}, {b.bn_groups} BatchNorm groups",
-        f"  {config.dataset}: {len(train_set)} images, {len(train_set.classes)} classes; views of {config.augment.size} px",
+        f"  {config.framework}, {config.method}; {b.arch}, {b.stem} stem, width {b.width}, "
+        f"{b.bn_groups} BatchNorm group(s)",
+        f"  {config.dataset}: {len(train_set)} images, {len(train_set.classes)} classes; "
+        f"views of {config.augment.size} px",
         f"  total batch {config.batch_size} in {config.mix_groups} mix group(s), {steps_per_epoch} steps an epoch, "
         f"{config.epochs} epochs; {o.name}, lr {o.lr:g} (used as it is), weight decay {o.weight_decay:g}",
         f"  {device}, {config.precision}, {torch.get_num_threads()} CPU threads; log in {run.directory / 'log.jsonl'}",
@@ -326,7 +343,9 @@ def epoch_line(epoch: int, epochs: int, means: dict[str, float], rate: float, ti
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a recipe, such as pretrain/configs/cifar100_moco.yaml")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="replace keys of the recipe")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="replace keys of the recipe"
+    )
     parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/pretrain/<name of the run>")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
     args = parser.parse_args()
