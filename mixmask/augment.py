@@ -1,0 +1,433 @@
+"""Two-view augmentation in batches, on the device of the images, with parameters drawn per sample.
+
+`sample` draws what torchvision's transforms would draw, `apply` computes what Pillow would compute: the same
+weights, the same truncation to whole numbers after each operation. `reference` is the torchvision/Pillow path
+with the same parameters. Images are (N, 3, H, W) with values 0..255, float32 holding whole numbers from the first
+operation to the last; a column is a per-sample number of shape (N, 1, 1, 1).
+Sources: torchvision.transforms (v1) and Pillow, which all public recipes of the paper's baselines use.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mixmask.config import Augment, ConfigError
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+CROP_TRIES = 10
+CPU_CHUNK = 128  # images that pass through all operations together: what they need stays in the caches
+BOX_PASSES = 3
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What one view of N images drew: a tensor of N rows for every parameter. Lengths are in pixels."""
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    flip: Tensor
+    jitter: Tensor
+    order: Tensor  # (N, 4): which operation comes first, second, ...
+    factors: Tensor  # (N, 4): of brightness, contrast, saturation, hue
+    grayscale: Tensor
+    blur: Tensor
+    sigma: Tensor
+
+    def __getitem__(self, index: int | slice | Tensor) -> "Parameters":
+        return Parameters(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+
+# ---------------------------------------------------------------------------------------------------- sampling
+
+
+def sample(
+    augment: Augment, n: int, height: int, width: int, generator: torch.Generator, device: torch.device
+) -> Parameters:
+    """Draw the parameters of n samples. Every call takes the same number of draws, whatever they are."""
+
+    def uniform(*shape: int, low=0.0, high=1.0) -> Tensor:
+        return low + (high - low) * torch.rand(n, *shape, generator=generator, device=device)
+
+    top, left, crop_height, crop_width = sample_crop(augment, height, width, uniform(CROP_TRIES, 4))
+    return Parameters(
+        top=top,
+        left=left,
+        height=crop_height,
+        width=crop_width,
+        flip=uniform() < augment.flip_prob,
+        jitter=uniform() < augment.jitter_prob,
+        order=uniform(4).argsort(dim=1),
+        factors=sample_factors(augment.jitter, uniform(4)),
+        grayscale=uniform() < augment.grayscale_prob,
+        blur=uniform() < augment.blur_prob,
+        sigma=uniform(low=augment.blur_sigma[0], high=augment.blur_sigma[1]),
+    )
+
+
+def sample_crop(augment: Augment, height: int, width: int, draws: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Boxes (top, left, height, width), each (N,), from uniform draws (N, tries, 4): the first try that fits the image.
+
+    torchvision's RandomResizedCrop: area and log aspect ratio are uniform, sides are rounded; if no try fits,
+    the largest central crop with an admissible aspect ratio.
+    """
+    scale, ratio = augment.crop_scale, augment.crop_ratio
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
+    aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * draws[..., 1])
+    box_height, box_width = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
+    top = (draws[..., 2] * (height - box_height + 1)).floor()
+    left = (draws[..., 3] * (width - box_width + 1)).floor()
+    fits = (0 < box_height) & (box_height <= height) & (0 < box_width) & (box_width <= width)
+
+    boxes = torch.stack([top, left, box_height, box_width], dim=-1)  # (N, tries, 4)
+    first = fits.int().argmax(dim=1)[:, None, None].expand(-1, 1, 4)
+    fallback = [torch.full_like(top[:, 0], value) for value in central_crop(ratio, height, width)]
+    boxes = torch.where(fits.any(dim=1)[:, None], boxes.gather(1, first)[:, 0], torch.stack(fallback, dim=-1))
+    return boxes.long().unbind(dim=1)
+
+
+def central_crop(ratio: tuple[float, float], height: int, width: int) -> tuple[int, int, int, int]:
+    """The largest central box (top, left, height, width) whose aspect ratio lies in `ratio`."""
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    box_height = round(width / aspect) if width / height < aspect else height
+    box_width = round(height * aspect) if width / height > aspect else width
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def sample_factors(jitter: tuple[float, float, float, float], draws: Tensor) -> Tensor:
+    """Factors (N, 4) from uniform draws (N, 4): 1 +- strength, at least 0; for hue +- strength of a turn."""
+    *strengths, hue = jitter
+    low = draws.new_tensor([max(0.0, 1.0 - strength) for strength in strengths] + [-hue])
+    high = draws.new_tensor([1.0 + strength for strength in strengths] + [hue])
+    return low + (high - low) * draws
+
+
+# -------------------------------------------------------------------------------------------------- the pipeline
+
+
+@torch.no_grad()
+def augment_view(augment: Augment, images: Tensor, generator: torch.Generator) -> Tensor:
+    """One random view: uint8 (N, 3, H, W) -> normalised float32 (N, 3, size, size)."""
+    return apply(augment, images, sample(augment, len(images), *images.shape[2:], generator, images.device))
+
+
+@torch.no_grad()
+def apply(augment: Augment, images: Tensor, parameters: Parameters) -> Tensor:
+    """The view that `parameters` describe: uint8 (N, 3, H, W) -> normalised float32 (N, 3, size, size)."""
+    chunk = CPU_CHUNK if images.device.type == "cpu" and not torch.compiler.is_compiling() else len(images)
+    rows = [slice(start, start + chunk) for start in range(0, len(images), chunk)]
+    views = [apply_operations(augment, images[row].float(), parameters[row]) for row in rows]
+    return views[0] if len(views) == 1 else torch.cat(views)
+
+
+def apply_operations(augment: Augment, images: Tensor, parameters: Parameters) -> Tensor:
+    p = parameters
+    # A flip commutes with every operation but the crop; behind the crop it costs nothing: its weights are reversed.
+    folded = "flip" in augment.order[augment.order.index("crop") :] if "crop" in augment.order else False
+    operations = {
+        "crop": lambda x: resized_crop(
+            x, (p.top, p.left, p.height, p.width), augment.size, augment.interpolation, p.flip if folded else None
+        ),
+        "flip": lambda x: x if folded else flip(x, p.flip),
+        "jitter": lambda x: colour_jitter(x, p.order, p.factors, p.jitter, augment.jitter[HUE] > 0),
+        "grayscale": lambda x: grayscale(x, p.grayscale),
+        "blur": lambda x: gaussian_blur(x, p.sigma, p.blur, augment.blur_sigma[1]),
+    }
+    for name in augment.order:
+        images = operations[name](images)
+    return normalise(images, augment.mean, augment.std)
+
+
+def test_view(images: Tensor, size: int, resize: int | None, mean, std, interpolation: str = "bilinear") -> Tensor:
+    """The test transform: uint8 (N, 3, H, W) -> Resize(shorter side) -> CenterCrop -> normalised float32.
+
+    `resize=None` leaves the resolution as it is; images that already measure `size` are only normalised.
+    """
+    images = images.float()
+    height, width = images.shape[2:]
+    if resize is not None and resize != min(height, width):
+        scale = resize / min(height, width)
+        shape = (resize, int(scale * width)) if height <= width else (int(scale * height), resize)
+        images = resized(images, shape, interpolation)
+    return normalise(center_crop(images, size), mean, std)
+
+
+test_view.__test__ = False  # not a test, whatever its name says to pytest
+
+
+# ------------------------------------------------------------------------------------------------- the operations
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Values 0..255 -> (value / 255 - mean) / std, per channel."""
+    mean, std = images.new_tensor(mean)[:, None, None], images.new_tensor(std)[:, None, None]
+    return images.mul(1 / (255 * std)).sub_(mean / std)
+
+
+def flip(images: Tensor, chosen: Tensor) -> Tensor:
+    """Mirror the chosen (N,) images left to right."""
+    return torch.where(column(chosen), images.flip(-1), images)
+
+
+def resized_crop(images: Tensor, box, size: int, interpolation: str = "bilinear", flipped: Tensor | None = None):
+    """Crop (top, left, height, width), each (N,), and resize to (N, 3, size, size); mirror where flipped (N,).
+
+    Two passes, each a small matrix per sample, with whole numbers in between, as in Pillow.
+    """
+    top, left, height, width = box
+    rows = resize_weights(top, height, images.shape[2], size, interpolation)  # (N, size, H)
+    columns = resize_weights(left, width, images.shape[3], size, interpolation)  # (N, size, W)
+    if flipped is not None:
+        columns = torch.where(flipped[:, None, None], columns.flip(1), columns)
+    return two_passes(images, rows, columns, rows_first(height, width, size, size))
+
+
+def two_passes(images: Tensor, rows: Tensor, columns: Tensor, first: Tensor) -> Tensor:
+    """rows @ images @ columns^T, rounded after each product; the product with `rows` comes first where `first` (N,).
+
+    rows: (N, h, H), columns: (N, w, W), images: (N, 3, H, W) -> (N, 3, h, w).
+    """
+    images, rows, columns = images.double(), rows[:, None], columns.transpose(1, 2)[:, None]
+    resized = to_bytes(rows @ to_bytes(images @ columns))
+    if images.shape[2] > rows.shape[2]:  # else no height shrinks
+        resized = torch.where(column(first), to_bytes(to_bytes(rows @ images) @ columns), resized)
+    return resized.float()
+
+
+def rows_first(height: Tensor, width: Tensor, new_height: int, new_width: int) -> Tensor:
+    """Where Pillow (13 and later) resizes the height first: it loses more than twice what the width loses."""
+    return (height > new_height) & (height - new_height > 2 * (width - new_width))
+
+
+def resize_weights(start: Tensor, length: Tensor, extent: int, size: int, interpolation: str) -> Tensor:
+    """(N, size, extent): how each of `size` output pixels weighs the pixels start ... start + length - 1.
+
+    Pillow's resampling: the filter is widened when shrinking (antialias), cut off at the ends of the crop and
+    normalised to sum 1. In float64, and rounded to Pillow's 22 bits: every product is then exact, ties included.
+    """
+    start, length = start[:, None, None].double(), length[:, None, None].double()
+    pixel = torch.arange(extent, device=start.device) - start  # (N, 1, extent)
+    output = torch.arange(size, device=start.device)[:, None]  # (size, 1)
+    distance = ((2 * pixel + 1) * size - (2 * output + 1) * length).abs_()
+    weights = FILTERS[interpolation](distance.div_(2 * length.clamp(min=size)))
+    weights.mul_((0 <= pixel) & (pixel < length))
+    return weights.mul_(2**22 / weights.sum(dim=2, keepdim=True)).round_().div_(2**22)
+
+
+def triangle(distance: Tensor) -> Tensor:
+    """Bilinear."""
+    return (1 - distance).clamp_(min=0)
+
+
+def cubic(distance: Tensor) -> Tensor:
+    """Bicubic with a = -0.5, Keys 1981."""
+    x = distance
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0))
+
+
+FILTERS = {"bilinear": triangle, "bicubic": cubic}
+
+
+def resized(images: Tensor, shape: tuple[int, int], interpolation: str = "bilinear") -> Tensor:
+    """Resize whole images to (height, width), with antialias."""
+    height, width = torch.tensor(images.shape[2:], device=images.device)[:, None]
+    rows = resize_weights(0 * height, height, images.shape[2], shape[0], interpolation)
+    columns = resize_weights(0 * width, width, images.shape[3], shape[1], interpolation)
+    return two_passes(images, rows, columns, rows_first(height, width, *shape))
+
+
+def center_crop(images: Tensor, size: int) -> Tensor:
+    """The central size x size pixels; ConfigError if there are fewer."""
+    if size > min(images.shape[2:]):
+        raise ConfigError(f"size: a crop of {size} pixels does not fit images of {tuple(images.shape[2:])} pixels")
+    top, left = (round((extent - size) / 2) for extent in images.shape[2:])
+    return images[..., top : top + size, left : left + size]
+
+
+def colour_jitter(images: Tensor, order: Tensor, factors: Tensor, chosen: Tensor, with_hue: bool = True) -> Tensor:
+    """Brightness, contrast, saturation and hue by factors (N, 4), in each image's own order (N, 4), where chosen.
+
+    Slot by slot; three of the four are one blend, with its own degenerate image, and factor 1 leaves an image alone.
+    """
+    for operation in order.unbind(dim=1):
+        factor = factors.gather(1, operation[:, None])[:, 0]
+        blended = chosen & (operation != HUE)
+        images = blend(images, degenerate(images, operation), torch.where(blended, factor, 1.0))
+        if with_hue:
+            images = adjust_hue_where(images, factor, chosen & (operation == HUE))
+    return images
+
+
+def degenerate(images: Tensor, operation: Tensor) -> Tensor:
+    """(N, 1, H, W): black for brightness, the mean grey for contrast, the grey image for saturation."""
+    grey = luminance(images)
+    contrast = column(operation == CONTRAST) * mean_grey(grey)
+    return grey.mul_(column(operation == SATURATION)).add_(contrast)
+
+
+def blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
+    """Pillow's blend: other + factor * (images - other), clipped to 0..255 and cut to whole numbers. factor: (N,)."""
+    return (images - other).mul_(column(factor)).add_(other).clamp_(0, 255).floor_()
+
+
+def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    return blend(images, 0.0, factor)
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    return blend(images, mean_grey(luminance(images)), factor)
+
+
+def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    return blend(images, luminance(images), factor)
+
+
+def grayscale(images: Tensor, chosen: Tensor) -> Tensor:
+    """Grey in three equal channels, where chosen (N,)."""
+    return torch.where(column(chosen), luminance(images), images)
+
+
+def luminance(images: Tensor) -> Tensor:
+    """ITU-R 601-2 luma with Pillow's 16-bit weights, rounded: (N, 1, H, W). Exact in float32."""
+    red, green, blue = images.split(1, dim=1)
+    grey = (red * (19595 / 65536)).add_(green, alpha=38470 / 65536).add_(blue, alpha=7471 / 65536)
+    return grey.add_(0.5).floor_()
+
+
+def mean_grey(grey: Tensor) -> Tensor:
+    """Rounded mean of grey images (N, 1, H, W): (N, 1, 1, 1)."""
+    return grey.mean(dim=(2, 3), keepdim=True).add_(0.5).floor_()
+
+
+def adjust_hue_where(images: Tensor, factor: Tensor, chosen: Tensor) -> Tensor:
+    """Hue of the chosen images. On a CPU only these are computed; elsewhere choosing them would wait for the device."""
+    if images.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.where(column(chosen), adjust_hue(images, factor), images)
+    index = chosen.nonzero()[:, 0]
+    return images.index_copy(0, index, adjust_hue(images[index], factor[index]))
+
+
+def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
+    """Shift hues by factor (N,) of a turn in Pillow's HSV, whose hue is a byte: shifts wrap at 256."""
+    hue, saturation, value = rgb_to_hsv(images)
+    shift = (factor * 255).int().to(torch.uint8)[:, None, None]
+    return hsv_to_rgb((hue.to(torch.uint8) + shift).float(), saturation, value)
+
+
+def rgb_to_hsv(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Hue, saturation and value, each (N, H, W) in whole numbers 0..255, cut off as Pillow does.
+
+    Hue in sixths of a turn is `base - sign * rest`: base is odd, rest in 0..1. One rounding, as in Pillow. Greys
+    (saturation 0) get some hue, without effect.
+    """
+    red, green, blue = images.unbind(dim=1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    is_red, is_green = red == value, green == value
+    slope = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
+    sign = torch.copysign(torch.ones_like(slope), slope)
+    base = torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0)).add_(sign)
+    rest = (chroma - slope.abs_()).div_(chroma.clamp(min=1))
+    turn = base.sub_(sign.mul_(rest)).div_(6)
+    hue = turn.sub_(turn.floor()).mul_(255).floor_()
+    return hue, chroma.div_(value.clamp(min=1)).mul_(255).floor_(), value
+
+
+def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+    """(N, H, W) each, 0..255 -> images (N, 3, H, W): value * (1 - saturation * distance from the channel's sector)."""
+    sixth = hue * (6 / 255)
+    depth = value * saturation / 255
+    red = 2 - (sixth - 3).abs_()
+    green = (sixth - 2).abs_().sub_(1)
+    blue = (sixth - 4).abs_().sub_(1)
+    absent = torch.stack([red, green, blue], dim=1).clamp_(0, 1)
+    return absent.mul_(-depth[:, None]).add_(value[:, None]).add_(0.5).floor_()
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor, chosen: Tensor, largest: float) -> Tensor:
+    """Blur with standard deviation sigma (N,) <= largest, in pixels, where chosen (N,).
+
+    Pillow's GaussianBlur: three box blurs along rows, then three along columns, whole numbers after each.
+    """
+    weights = box_weights(sigma, int(box_radius(torch.tensor(largest))) + 1)
+    blurred = images
+    for _ in range(BOX_PASSES):
+        blurred = box_blur(blurred, weights)
+    blurred = blurred.transpose(2, 3)
+    for _ in range(BOX_PASSES):
+        blurred = box_blur(blurred, weights)
+    return torch.where(column(chosen), blurred.transpose(2, 3), images)
+
+
+def box_radius(sigma: Tensor) -> Tensor:
+    """Radius, with a fraction, of the box that blurs like a Gaussian when applied three times (Gwosdek et al. 2011)."""
+    variance = sigma * sigma / BOX_PASSES
+    whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
+    rest = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
+    return whole + rest / (6 * (variance - (whole + 1) ** 2))
+
+
+def box_weights(sigma: Tensor, reach: int) -> Tensor:
+    """(reach + 1, N): weight of the pixels at distance 0, 1, ..., reach; the outermost of a box counts in part."""
+    radius = box_radius(sigma)
+    distance = torch.arange(reach + 1, device=sigma.device)[:, None]
+    return (radius + 1 - distance).clamp(0, 1) / (2 * radius + 1)
+
+
+def box_blur(images: Tensor, weights: Tensor) -> Tensor:
+    """One box blur along rows, (N, 3, H, W); the image continues with its edge pixels."""
+    reach, width = len(weights) - 1, images.shape[3]
+    padded = functional.pad(images, (reach, reach, 0, 0), mode="replicate")
+    total = images * column(weights[0])
+    for distance in range(1, reach + 1):
+        before = padded[..., reach - distance : reach - distance + width]
+        after = padded[..., reach + distance : reach + distance + width]
+        total.add_((before + after).mul_(column(weights[distance])))
+    return to_bytes(total)
+
+
+def column(values: Tensor) -> Tensor:
+    """(N,) -> (N, 1, 1, 1)"""
+    return values[:, None, None, None]
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Rounded to whole numbers 0..255, halves up, in place."""
+    return images.add_(0.5).floor_().clamp_(0, 255)
+
+
+# -------------------------------------------------------------------------------------------------- the reference
+
+
+def reference(augment: Augment, image, parameters: Parameters) -> Tensor:
+    """`apply` by torchvision and Pillow, for one Pillow image and `parameters[i]`: float32 (3, size, size)."""
+    from PIL import ImageFilter
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as F
+
+    p = Parameters(**{field.name: getattr(parameters, field.name).tolist() for field in fields(parameters)})
+    adjust = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue]
+
+    def jitter(image):
+        for operation in p.order:
+            if augment.jitter[operation] > 0:
+                image = adjust[operation](image, p.factors[operation])
+        return image
+
+    box, mode = (p.top, p.left, p.height, p.width), InterpolationMode(augment.interpolation)
+    operations = {
+        "crop": lambda x: F.resized_crop(x, *box, [augment.size] * 2, mode),
+        "flip": lambda x: F.hflip(x) if p.flip else x,
+        "jitter": lambda x: jitter(x) if p.jitter else x,
+        "grayscale": lambda x: F.to_grayscale(x, 3) if p.grayscale else x,
+        "blur": lambda x: x.filter(ImageFilter.GaussianBlur(p.sigma)) if p.blur else x,
+    }
+    for name in augment.order:
+        image = operations[name](image)
+    return F.normalize(F.to_tensor(image), augment.mean, augment.std)
