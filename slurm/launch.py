@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         executor = _executor(options.executor, chosen)
         print_header(cells, jobs, chosen, targets)
         execute(jobs, executor, runs_dir)
-        print_next(cells, runs_dir, options)
+        print_next(cells, jobs, runs_dir, options)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -166,12 +167,16 @@ def print_status(cells: list[Cell], jobs: list[Job]) -> None:
                 print(f"  {job.state:<10} {job.directory}{value}")
 
 
-def print_next(cells: list[Cell], runs_dir: Path, options: argparse.Namespace) -> None:
+def print_next(cells: list[Cell], jobs: list[Job], runs_dir: Path, options: argparse.Namespace) -> None:
     """Where the results are, and what turns them into a table."""
-    words = ["python paper/make_tables.py", *dict.fromkeys(cell.target for cell in cells)]
+    left = sum(job.state != "finished" for job in jobs)
+    words = ["python", "paper/make_tables.py", *dict.fromkeys(cell.target for cell in cells)]
     words += ["--runs-dir", str(runs_dir)] if str(runs_dir) != "runs" else []
     words += ["--preset", options.preset, "--set", *options.set] if options.set else []
-    print(f"\nresults are in {runs_dir}; the table:\n{' '.join(words)}")
+    waiting = (
+        f" ({left} of {len(jobs)} runs to come: squeue --me, and each job's log in {runs_dir}/slurm)" if left else ""
+    )
+    print(f"\nresults are in {runs_dir}{waiting}; the table:\n{shlex.join(words)}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,10 @@ PRELOADED = ("torch", "torchvision")  # imported once, for all jobs
 
 
 def launch(jobs: list[Job]) -> None:
-    """Run what is not finished. Raises UserError, naming what failed and where its log is; KeyboardInterrupt."""
+    """Run what is not finished. Raises UserError, naming what failed and where its log is.
+
+    Ctrl-C lets the running job save, and exits with status 130.
+    """
     todo = [job for job in jobs if job.state != "finished"]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are finished already")
@@ -41,7 +44,15 @@ def launch(jobs: list[Job]) -> None:
     for number, job in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {job.stage} {job.id} ({', '.join(job.cells)})", flush=True)
         missing = [parent for parent in job.parents if parent in failed]
-        failure = f"skipped: it needs {missing[0]}" if missing else _run(job)
+        try:
+            failure = f"skipped: it needs {missing[0]}" if missing else _run(job)
+        except KeyboardInterrupt:
+            done = sum(other.state == "finished" for other in jobs)
+            print(
+                f"stopped: {done} of {len(jobs)} runs are finished and kept; the same command continues",
+                file=sys.stderr,
+            )
+            sys.exit(130)
         if failure:
             failed[job.directory] = failure
             print(f"[{number}/{len(todo)}] {failure}", flush=True)
@@ -117,6 +128,9 @@ def _channel() -> tuple[int, int]:
     if not sys.stdout.isatty():
         return os.pipe()
     reader, writer = pty.openpty()
+    attributes = termios.tcgetattr(writer)
+    attributes[1] &= ~termios.OPOST  # this process's own terminal turns \n into \r\n
+    termios.tcsetattr(writer, termios.TCSANOW, attributes)
     termios.tcsetwinsize(writer, termios.tcgetwinsize(sys.stdout.fileno()))
     return reader, writer
 

@@ -62,7 +62,7 @@ def launch(jobs: list[Job], runs_dir: Path) -> None:
         live = live_jobs()
         for number, job in enumerate(jobs, 1):
             state = _place(job, live, runs_dir)
-            print(f"[{number}/{len(jobs)}] {state:<10} {job.stage} {job.id} ({', '.join(job.cells)})", flush=True)
+            print(f"[{number}/{len(jobs)}] {job.stage} {job.id} ({', '.join(job.cells)}): {state}", flush=True)
 
 
 def _place(job: Job, live: dict[str, str], runs_dir: Path) -> str:
@@ -71,15 +71,15 @@ def _place(job: Job, live: dict[str, str], runs_dir: Path) -> str:
     if job.state == "finished":
         return "finished"
     if key in live:
-        return f"job {live[key]}"
+        return f"live, job {live[key]}"
     waited = [live[str(parent.resolve())] for parent in job.parents if str(parent.resolve()) in live]
     live[key] = _submit(job, waited, runs_dir)
-    return f"job {live[key]}"
+    return f"submitted, job {live[key]}"
 
 
 def live_jobs() -> dict[str, str]:
     """Run directory -> SLURM job ID, for this user's jobs that wait or run."""
-    command = ["squeue", "--noheader", "--me", "--format=%i|%k"]
+    command = ["squeue", "--noheader", "--me", "--states=PENDING,RUNNING,SUSPENDED,CONFIGURING", "--format=%i|%k"]
     answer = subprocess.run(command, capture_output=True, text=True)
     if answer.returncode:
         raise UserError(f"squeue failed: {answer.stderr.strip()}")
@@ -116,7 +116,10 @@ def _parameters(job: Job, waited: list[str]) -> dict[str, Any]:
         "slurm_dependency": f"{after}singleton",
         "slurm_additional_parameters": {"kill-on-invalid-dep": "yes", "chdir": str(ROOT)},
         "slurm_srun_args": ["--kill-on-bad-exit=1"],
-        "slurm_setup": [f'export PYTHONPATH="{ROOT}:$PYTHONPATH"'],
+        "slurm_setup": [
+            f'export PYTHONPATH="{ROOT}:$PYTHONPATH"',
+            f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{asked.cpus}}} OMP_WAIT_POLICY=${{OMP_WAIT_POLICY:-PASSIVE}}",
+        ],
     }
     return {key: value for key, value in parameters.items() if value not in (None, "")}
 
