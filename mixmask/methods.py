@@ -42,7 +42,7 @@ def mixmask(x1: Tensor, mask: Mask, rngs: Sequence[np.random.Generator], permuta
 
 
 def unmix(x1: Tensor, settings: UnMix, rngs: Sequence[np.random.Generator]) -> list[Anchor]:
-    """Un-Mix (Shen et al. 2022; Algorithm 1, lines 2-11): Mixup with probability `prob`, else CutMix; batch reversed."""
+    """Un-Mix (Shen et al. 2022; Algorithm 1, lines 2-11): Mixup with probability `prob`, or CutMix; reversed batch."""
     maps = torch.cat([unmix_map(settings.prob, *x1.shape[-2:], rng) for rng in rngs])  # (G, 1, H, W)
     return mixture("unmix", x1, maps, partners(len(x1), rngs, "reverse"))
 
