@@ -1,0 +1,184 @@
+"""Checkpoints: nothing lost, nothing executed, nothing damaged goes unnoticed."""
+
+import os
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mixmask import checkpoint
+from mixmask import config as configs
+from mixmask.checkpoint import CheckpointError
+from mixmask.frameworks import build_framework
+
+
+class Code:
+    """Creates a file when unpickled by a loader that runs code."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture
+def state(tiny) -> dict:
+    """A checkpoint's content, with every type that occurs in one."""
+    torch.manual_seed(0)
+    config = tiny()
+    return {
+        "run": "r",
+        "config": configs.to_dict(config),
+        "step": 3,
+        "steps": 3,
+        "model": build_framework(config).state_dict(),
+        "random": checkpoint.random_states(),
+    }
+
+
+@pytest.fixture
+def saved(state, tmp_path) -> Path:
+    checkpoint.save(tmp_path / "checkpoint.pt", state)
+    return tmp_path / "checkpoint.pt"
+
+
+def test_round_trip(state, saved):
+    found = checkpoint.load(saved)
+    assert found["config"] == state["config"] and found["step"] == 3
+    assert all(torch.equal(found["model"][k], v) for k, v in state["model"].items())
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_torch_load_with_weights_only_reads_it(state, saved):
+    assert torch.load(saved, weights_only=True).keys() == {"format", *state}
+
+
+def test_random_states_come_back(saved):
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(3).tolist()
+
+    np.random.standard_normal()  # leaves half a pair cached
+    states = checkpoint.random_states()
+    first = draw()
+    draw()
+    checkpoint.restore_random_states(states)
+    assert draw() == first
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.2, 0.5, 0.9, 0.999])
+def test_cut_off_checkpoint_is_refused(saved, share):
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(CheckpointError, match="cut off"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("content", [bytes(4096), random.Random(0).randbytes(4096), b"text\n"])
+def test_file_that_is_no_checkpoint_is_refused(saved, content):
+    saved.write_bytes(content)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        checkpoint.load(saved)
+
+
+def test_flipped_bit_in_a_weight_is_noticed(saved):
+    content = bytearray(saved.read_bytes())
+    weight = torch.load(saved, weights_only=True)["model"]["queue"].numpy().tobytes()
+    content[bytes(content).index(weight) + 5] ^= 1
+    saved.write_bytes(content)
+    assert torch.load(saved, weights_only=True)  # torch itself reads it as if nothing had happened
+    with pytest.raises(CheckpointError, match="checksum"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_is_refused_and_never_run(state, saved, tmp_path, zipped):
+    trap = tmp_path / "executed"
+    torch.save({"format": 1, **state, "x": Code(trap)}, saved, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="nothing in it was run"):
+        checkpoint.load(saved)
+    assert not trap.exists()
+    torch.load(saved, weights_only=False)  # the trap works
+    assert trap.exists()
+
+
+def test_plain_pickle_is_refused_and_never_run(saved, tmp_path):
+    trap = tmp_path / "executed"
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        saved.write_bytes(pickle.dumps(Code(trap), protocol))
+        with pytest.raises(CheckpointError):
+            checkpoint.load(saved)
+    assert not trap.exists()
+
+
+def test_checkpoint_of_something_else_is_refused(tmp_path):
+    for content in ([1], {"model": {}}, {"format": 1}, {"format": 99, "config": {}}):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(CheckpointError, match="not a checkpoint of this project"):
+            checkpoint.load(tmp_path / "x.pt")
+
+
+def test_absent_file_and_directory_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        checkpoint.load(tmp_path / "none.pt")
+    with pytest.raises(CheckpointError, match=r"is a directory; .*checkpoint\.pt"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("item", "key"), [("backbone.width=4", r"encoder\.backbone"), ("moco.dim=4", "head"), ("moco.mlp=true", "head")]
+)
+def test_another_architecture_is_named_with_the_first_difference(tiny, state, item, key):
+    with pytest.raises(CheckpointError, match=f"another architecture: .*first: '.*{key}.*expected .*, found"):
+        checkpoint.load_weights(build_framework(tiny(item)), state["model"], "x.pt")
+
+
+def test_encoder_of_an_unfinished_run_is_not_mistaken_for_the_finished_one(state, tmp_path):
+    _, finished = checkpoint.pretraining(state, "x.pt")
+    _, unfinished = checkpoint.pretraining({**state, "step": 2}, "x.pt")
+    assert (finished, unfinished) == ("r", "r@2")
+
+
+def test_checkpoint_of_another_stage_is_refused(tiny_linear, tmp_path):
+    checkpoint.save(tmp_path / "x.pt", {"run": "r", "config": configs.to_dict(tiny_linear()), "epoch": 1})
+    with pytest.raises(CheckpointError, match="not a pre-training checkpoint"):
+        checkpoint.load_encoder(tmp_path / "x.pt")
+
+
+def test_frozen_encoder_is_in_evaluation_mode_without_gradients(saved):
+    encoder, recipe, _ = checkpoint.load_encoder(saved)
+    assert recipe.recipe == "tiny" and not any(module.training for module in encoder.modules())
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def failing_write(*_: object) -> None:
+    raise OSError(28, os.strerror(28))
+
+
+def failing_writer(*_: object) -> None:
+    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+
+@pytest.mark.parametrize("failure", [failing_write, failing_writer])
+def test_failed_save_leaves_the_checkpoint_before_intact(state, saved, monkeypatch, failure):
+    before = saved.read_bytes()
+    monkeypatch.setattr(torch, "save", failure)
+    with pytest.raises(CheckpointError, match=r"cannot write .*(No space left|disk full).* intact"):
+        checkpoint.save(saved, {**state, "step": 4})
+    assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
+
+
+def test_crash_during_a_save_leaves_the_checkpoint_before_intact(state, saved, monkeypatch):
+    before = saved.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: os._exit(9))
+    pid = os.fork()
+    if not pid:
+        checkpoint.save(saved, {**state, "step": 4})
+    os.waitpid(pid, 0)
+    monkeypatch.undo()
+    assert saved.read_bytes() == before
+    checkpoint.save(saved, {**state, "step": 5})  # what the crash left behind is overwritten
+    assert checkpoint.load(saved)["step"] == 5 and list(saved.parent.iterdir()) == [saved]

@@ -1,0 +1,151 @@
+"""A run's directory: one config, one process, a log that resumes without a gap or a repeat, a result written last."""
+
+import json
+import os
+import signal
+import subprocess
+
+import pytest
+
+from mixmask import config as configs
+from mixmask import runs
+from mixmask.config import UserError
+from mixmask.runs import Run, read_log, read_result, run_id
+
+
+def contents(directory) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_run_of_another_config_is_refused_naming_the_key(tiny, tmp_path):
+    with Run(tmp_path, tiny()) as run:
+        run.describe()
+    before = contents(tmp_path)
+    for item, key in (("seed=1", "seed"), ("moco.queue=32", r"moco\.queue"), ("mask.grid=4", r"mask\.grid")):
+        with pytest.raises(UserError, match=f"another config .{key}: .* there, .* now"):
+            Run(tmp_path, tiny(item))
+    assert contents(tmp_path) == before
+    Run(tmp_path, tiny("run.workers=2")).close()  # what changes no number is no other config
+
+
+def test_refused_config_does_not_block_the_directory(tiny, tmp_path):
+    with Run(tmp_path, tiny()):
+        pass  # config refused before describe()
+    with Run(tmp_path, tiny("seed=1")) as run:
+        run.describe()
+
+
+def test_second_process_on_the_same_directory_is_refused(tiny, tmp_path):
+    with Run(tmp_path, tiny()), pytest.raises(UserError, match="another process is working"):
+        Run(tmp_path, tiny())
+    Run(tmp_path, tiny()).close()
+
+
+def test_killed_process_leaves_no_lock(tiny, tmp_path):
+    pid = os.fork()
+    if not pid:
+        run = Run(tmp_path, tiny())  # noqa: F841 - held while the signal comes
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    Run(tmp_path, tiny()).close()
+
+
+def test_config_yaml_is_the_recipe_of_the_same_run(tiny, tmp_path):
+    config = tiny("mask.grid=4", "seed=3")
+    with Run(tmp_path, config) as run:
+        run.describe()
+    assert run_id(configs.load(tmp_path / "config.yaml")) == run_id(config) == run.id
+
+
+def test_command_can_be_pasted_into_a_shell(tiny, tmp_path):
+    words = ["train.py", "--set", "a=[1, 2]", "it's", 'say "x"', "~/data", "#1"]
+    with Run(tmp_path, tiny()) as run:
+        run.describe(words)
+    pasted = (tmp_path / "command.txt").read_text().replace("python ", "printf '%s\\n' ", 1)
+    assert subprocess.run(["bash", "-c", pasted], capture_output=True, text=True).stdout.splitlines() == words
+
+
+def test_equal_directory_names_are_not_equal_runs(tiny, tmp_path):
+    first, second = Run(tmp_path / "a/x", tiny()), Run(tmp_path / "b/x", tiny("epochs=3"))
+    assert first.id != second.id
+
+
+def test_rewind_drops_the_step_that_comes_next_and_all_after(tiny, tmp_path):
+    with Run(tmp_path, tiny()) as run:
+        run.log("epoch", -1, epoch=0)
+        for step in range(5):
+            run.log("step", step, loss=step / 3)
+    with Run(tmp_path, tiny()) as run:
+        run.rewind(3)
+        assert [line["step"] for line in read_log(tmp_path)] == [-1, 0, 1, 2]
+        run.log("step", 3, loss=1.0)
+        assert [line["step"] for line in read_log(tmp_path)] == [-1, 0, 1, 2, 3]
+    with Run(tmp_path, tiny()) as run:
+        run.rewind(-1)
+    assert read_log(tmp_path) == []
+
+
+def test_half_written_last_line_is_dropped(tiny, tmp_path):
+    with Run(tmp_path, tiny()) as run:
+        run.log("step", 0, loss=1.0)
+        whole = (tmp_path / "log.jsonl").read_text()
+        for cut in (1, 10, len(whole) - 1):
+            (tmp_path / "log.jsonl").write_text(whole + whole[:cut])
+            assert read_log(tmp_path) == [{"kind": "step", "step": 0, "loss": 1.0}]
+            run.rewind(10)
+            assert (tmp_path / "log.jsonl").read_text() == whole
+
+
+def test_damaged_line_inside_the_log_is_named(tiny, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"st\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"log\.jsonl, line 2"):
+        read_log(tmp_path)
+
+
+def test_result_is_there_whole_or_not_at_all(tiny, tmp_path, monkeypatch):
+    with Run(tmp_path, tiny()) as run:
+        monkeypatch.setattr(os, "fsync", lambda fd: os.kill(os.getpid(), signal.SIGKILL))
+        pid = os.fork()
+        if not pid:
+            run.finish({"metrics": {}})
+        os.waitpid(pid, 0)
+        assert run.result is None
+        monkeypatch.undo()
+        run.finish({"metrics": {"x": 1.0}})
+        assert run.result == read_result(tmp_path) == {"metrics": {"x": 1.0}}
+
+
+def test_damaged_result_is_named(tmp_path):
+    (tmp_path / "result.json").write_text('{"met')
+    with pytest.raises(UserError, match=r"result\.json is not valid JSON"):
+        read_result(tmp_path)
+
+
+def test_full_disk_is_one_line_that_names_the_file(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    run = Run.__new__(Run)
+    run.directory, run._log, run._lock = tmp_path, None, open(os.devnull)  # noqa: SIM115
+    with pytest.raises(UserError, match=r"cannot write .*log\.jsonl: No space left"), run:
+        run.log("step", 0, loss=1.0)
+
+
+def test_directory_that_cannot_be_made_is_one_line(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="cannot write the run directory"):
+            Run(path, tiny())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_unwritable_directory_is_one_line(tiny, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot write the run directory"):
+        Run(tmp_path / "run", tiny())
+
+
+def test_environment_names_versions_and_commit():
+    found = runs.environment()
+    assert found["torch"] and found["python"] and {"commit", "modified"} <= found.keys()
+    json.dumps(found)
