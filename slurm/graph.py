@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixmask.config import Linear, Pretrain, build, read_yaml
+from mixmask.config import Linear, Pretrain, UserError, build, read_yaml
 from mixmask.runs import read_result
 from paper.cells import ROOT, Cell
 from paper.presets import STAGES, Budget, Step, directory, steps
@@ -112,3 +112,11 @@ def _shared(known: Job | None, job: Job) -> Job:
 def _yaml(value: Any) -> str:
     """A value as YAML on one line."""
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder`. Raises UserError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {folder}: {error.strerror}") from None

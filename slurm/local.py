@@ -24,7 +24,7 @@ from pathlib import Path
 from mixmask.config import UserError
 from mixmask.runs import read_result
 from paper.cells import ROOT
-from slurm.graph import Job
+from slurm.graph import Job, make_folder
 
 PRELOADED = ("torch", "torchvision")  # imported once, for all jobs
 
@@ -40,27 +40,28 @@ def launch(jobs: list[Job]) -> None:
     if not todo:
         return
     _prepare(todo[0].resources.cpus)
+    try:
+        failed = _run_in_order(todo)
+    except KeyboardInterrupt:
+        done = sum(job.state == "finished" for job in jobs)
+        print(f"stopped: {done} of {len(jobs)} runs are finished and kept; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    if failed:
+        lines = "".join(f"\n  {directory}: {failure}" for directory, failure in failed.items())
+        raise UserError(f"{len(failed)} of {len(todo)} runs did not finish; the same command tries again{lines}")
+
+
+def _run_in_order(todo: list[Job]) -> dict[Path, str]:
+    """Run each job whose parents have not failed. Returns what went wrong, by run directory."""
     failed: dict[Path, str] = {}
     for number, job in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {job.stage} {job.id} ({', '.join(job.cells)})", flush=True)
         missing = [parent for parent in job.parents if parent in failed]
-        try:
-            failure = f"skipped: it needs {missing[0]}" if missing else _run(job)
-        except KeyboardInterrupt:
-            done = sum(other.state == "finished" for other in jobs)
-            print(
-                f"stopped: {done} of {len(jobs)} runs are finished and kept; the same command continues",
-                file=sys.stderr,
-            )
-            sys.exit(130)
+        failure = f"skipped: it needs {missing[0]}" if missing else _run(job)
         if failure:
             failed[job.directory] = failure
             print(f"[{number}/{len(todo)}] {failure}", flush=True)
-    if failed:
-        lines = [f"\n  {directory}: {failure}" for directory, failure in failed.items()]
-        raise UserError(
-            f"{len(failed)} of {len(todo)} runs did not finish; the same command tries again{''.join(lines)}"
-        )
+    return failed
 
 
 def _prepare(cpus: int) -> None:
@@ -76,7 +77,7 @@ def _prepare(cpus: int) -> None:
 def _run(job: Job) -> str:
     """Run one job, showing its output. Returns what went wrong, or nothing."""
     start = time.monotonic()
-    job.directory.mkdir(parents=True, exist_ok=True)
+    make_folder(job.directory)
     log = job.directory / "output.log"
     reader, writer = _channel()
     output = Connection(writer, readable=False)

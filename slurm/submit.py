@@ -21,7 +21,7 @@ from typing import Any
 from mixmask.config import UserError
 from mixmask.runs import read_result
 from paper.cells import ROOT
-from slurm.graph import Job
+from slurm.graph import Job, make_folder
 
 
 class Command:
@@ -127,7 +127,7 @@ def _parameters(job: Job, waited: list[str]) -> dict[str, Any]:
 @contextlib.contextmanager
 def _one_launcher(runs_dir: Path) -> Iterator[None]:
     """Two launchers on one runs directory take turns, so that both see what the other has submitted."""
-    runs_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(runs_dir)
     with open(runs_dir / ".launch.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
