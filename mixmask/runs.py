@@ -52,6 +52,8 @@ def read_result(directory: str | Path) -> dict[str, Any] | None:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); move it away to run again") from None
 
