@@ -3,7 +3,7 @@
 The forward pass is counted convolution by convolution (2 FLOP per multiply-add; ResNet-18 at 32x32: 1.11 GFLOP,
 ResNet-50 at 224x224: 8.2 GFLOP); a pass with gradient costs three forward passes. The rates are those of published
 training on one A100 in mixed precision: ResNet-50 at 224, 2,025 images/s supervised (bandwidth-bound), 49 TFLOP/s;
-ResNet-18 at 32, 77 TFLOP/s. For fp32 recipes half of them is assumed, and 0.1 TFLOP/s for two CPU cores.
+ResNet-18 at 32, 77 TFLOP/s. For fp32 recipes half of them is assumed, and 0.05 TFLOP/s for two CPU cores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ASSUMPTION = (
     "half of it in fp32; data loading not counted"
 )
 TERAFLOPS = {"resnet50": 49.0, "resnet18": 77.0}
-CPU_TERAFLOPS = 0.1
+CPU_TERAFLOPS = 0.05
 
 IMAGES = {"cifar100": (50_000, 10_000), "tiny_imagenet": (100_000, 10_000), "imagenet": (1_281_167, 50_000)}
 PHOTOS = (2_000, 800)  # and other small sets: training, test
