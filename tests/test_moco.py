@@ -141,7 +141,8 @@ def test_shuffled_keys_return_to_their_rows():
 
 def test_shuffling_changes_the_batchnorm_groups():
     x = views(12, 0)[0]
-    plain = build(groups=4, shuffle_bn=False).keys(x)
+    plain = build(groups=4, shuffle_bn=False).keys(x, torch.Generator().manual_seed(0))
+    assert torch.allclose(plain, build(groups=4).embed(x)[0])  # the two encoders are equal, and so are the groups
     shuffled = [build(groups=4).keys(x, torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     assert not torch.allclose(shuffled[0], plain) and not torch.allclose(shuffled[0], shuffled[1])
     moco, order = build(groups=4), torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()
@@ -243,6 +244,13 @@ def test_parameters_that_the_optimiser_sees_leave_out_the_key_encoder():
     assert trained == {id(p) for p in moco.encoder.parameters()}
 
 
-def test_v2_head_is_an_mlp_as_wide_as_the_features():
-    assert [tuple(m.weight.shape) for m in build(mlp=True).encoder.head if hasattr(m, "weight")] == [(6, 6), (4, 6)]
-    assert isinstance(build().encoder.head, torch.nn.Linear)
+def test_v2_head_is_linear_relu_linear_as_wide_as_the_features():
+    first, _, last = head = build(mlp=True).encoder.head
+    assert (first.weight.shape, last.weight.shape) == ((6, 6), (4, 6))
+    x = torch.randn(5, 6, dtype=torch.float64)
+    assert torch.allclose(head(x), last(first(x).clamp(min=0)))
+
+
+def test_v1_head_is_one_linear_layer():
+    head = build().encoder.head
+    assert isinstance(head, torch.nn.Linear) and head.weight.shape == (4, 6)
