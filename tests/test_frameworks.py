@@ -15,7 +15,7 @@ from reference import SmallNet, unit, views
 from torch import Tensor, nn
 
 from mixmask import config
-from mixmask.frameworks import FRAMEWORKS
+from mixmask.frameworks import FRAMEWORKS, build_framework
 from mixmask.frameworks.byol import BYOL, target_momentum
 from mixmask.frameworks.heads import spread
 from mixmask.frameworks.simclr import nt_xent
@@ -370,6 +370,32 @@ def test_table8_values_of_the_recipes():
             assert (r.optimizer.lr, r.settings["dim"]) == ((2e-3, 128) if tiny else (3e-3, 64))
             assert r.settings["hidden"] == 1024
             assert r.augment.order == ("jitter", "grayscale", "crop", "flip")
+
+
+HEADS = {  # Table 8 and its sources; the backbone has 16 features here
+    "cifar100_simclr": ("16-1024 BN1024 ReLU 1024-64 BN64", ""),
+    "tiny_imagenet_simclr": ("16-1024 BN1024 ReLU 1024-128 BN128", ""),
+    "cifar100_byol": ("16-1024 BN1024 ReLU 1024-64", "64-1024 BN1024 ReLU 1024-64"),
+    "tiny_imagenet_byol": ("16-1024 BN1024 ReLU 1024-128", "128-1024 BN1024 ReLU 1024-128"),
+    "cifar100_simsiam": ("16-2048 BN2048 ReLU 2048-128 BN128", "128-512 BN512 ReLU 512-128"),
+}
+
+
+def layers(module: nn.Module) -> str:
+    """Linear layers as in-out, BatchNorm with its width."""
+    names = {
+        nn.Linear: lambda m: f"{m.in_features}-{m.out_features}",
+        nn.BatchNorm1d: lambda m: f"BN{m.num_features}",
+        nn.ReLU: lambda m: "ReLU",
+    }
+    return " ".join(names[type(m)](m) for m in module.modules() if type(m) in names)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_table8_heads_and_predictors(name: str):
+    framework = build_framework(config.load(ROOT / f"pretrain/configs/{name}.yaml", {"backbone.width": 2}))
+    predictor = getattr(framework, "predictor", nn.Identity())
+    assert (layers(framework.encoder.head), layers(predictor)) == HEADS[name]
 
 
 @pytest.mark.parametrize("name", RECIPES)
