@@ -6,6 +6,7 @@ A run that resumes at any step, or on another number of processes, draws what th
 from __future__ import annotations
 
 import hashlib
+import random
 
 import numpy as np
 import torch
@@ -25,3 +26,11 @@ def torch_generator(device: torch.device | str, *key: int | str) -> torch.Genera
 def numpy_generator(*key: int | str) -> np.random.Generator:
     """A generator on the host, for the few numbers that steer an iteration (masks, ratios, boxes)."""
     return np.random.Generator(np.random.PCG64(seed_of(*key)))
+
+
+def seed_globals(*key: int | str) -> None:
+    """Seed the global generators of Python, NumPy and PyTorch: for initial weights, and for foreign code."""
+    seed = seed_of(*key)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -28,7 +28,7 @@ from mixmask.methods import METHODS, Anchor
 from mixmask.objective import objective
 from mixmask.optim import build_optimizer, pick_device, set_learning_rate
 from mixmask.progress import Progress, say
-from mixmask.randomness import numpy_generator, seed_of, torch_generator
+from mixmask.randomness import numpy_generator, seed_globals, torch_generator
 from mixmask.runs import Run, read_log, run_directory
 from mixmask.schedules import learning_rate
 from mixmask.views import train_batches
@@ -164,7 +164,7 @@ def check_data(config: Pretrain, framework: nn.Module, images: int) -> None:
 
 def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The framework, initialised from the seed, and its optimiser."""
-    torch.manual_seed(seed_of(config.seed, "init"))
+    seed_globals(config.seed, "init")
     framework = build_framework(config).to(device).train()
     if config.run.channels_last:
         framework = framework.to(memory_format=torch.channels_last)
@@ -195,7 +195,8 @@ def save(
     sums: dict[str, Tensor],
 ) -> None:
     """Everything that the next iteration depends on. Raises UserError, and saves nothing, where it is not finite."""
-    finite({**sums, "the weights' norm": nn.utils.get_total_norm(framework.parameters())}, run, step - 1)
+    numbers = [value for value in framework.state_dict().values() if value.is_floating_point()]
+    finite({**sums, "the norm of weights and buffers": nn.utils.get_total_norm(numbers)}, run, step - 1)
     run.sync()
     checkpoint.save(
         run.checkpoint,
