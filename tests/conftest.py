@@ -28,7 +28,7 @@ batch_size: 16
 seed: 0
 mix_groups: 1
 precision: fp32
-backbone: {arch: resnet18, stem: tiny, width: 2, bn_groups: 2}
+backbone: {arch: resnet18, stem: tiny, width: 8, bn_groups: 2}
 moco: {dim: 8, queue: 64, momentum: 0.9, temperature: 0.1, mlp: false, symmetric: true, shuffle_bn: true}
 mask: {type: block, block_impl: repaired, grid: 2, ratio: 0.5, switch: true, permutation: reverse}
 unmix: {prob: 0.5}
@@ -56,7 +56,7 @@ dataset: squares
 epochs: 3
 batch_size: 16
 seed: 0
-optimizer: {name: sgd, lr: 1, momentum: 0.9, weight_decay: 0}
+optimizer: {name: sgd, lr: 0.01, momentum: 0.9, weight_decay: 0}
 schedule: {kind: step, milestones: [2], gamma: 0.1}
 augment: {order: [crop, flip], size: 12, crop_scale: [0.2, 1.0], flip_prob: 0.5}
 test_resize: 0

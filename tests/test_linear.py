@@ -1,0 +1,195 @@
+"""The linear probe: frozen is frozen, the last epoch is reported, a killed probe ends as if nothing had happened."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from eval import linear as script
+from eval.linear import build_classifier, fingerprint, probe
+from mixmask import checkpoint
+from mixmask.backbones import ResNet
+from mixmask.config import UserError
+from mixmask.runs import read_log
+from pretrain.train import train
+
+
+@pytest.fixture(scope="module")
+def pretrained(tiny, tmp_path_factory):
+    """The checkpoint of a short pre-training with constants of its own for normalisation."""
+    directory = tmp_path_factory.mktemp("pretrained")
+    train(tiny("epochs=3", "knn.every=0", "augment.mean=[0.4, 0.5, 0.6]", "augment.std=[0.2, 0.3, 0.4]"), directory)
+    return directory / "checkpoint.pt"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_linear, pretrained, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("undisturbed")
+    probe(tiny_linear(), pretrained, directory)
+    return directory
+
+
+def log(directory):
+    return [{k: v for k, v in line.items() if k != "timing"} for line in read_log(directory)]
+
+
+def assert_same_probe(directory, undisturbed):
+    a, b = (checkpoint.load(d / "checkpoint.pt") for d in (directory, undisturbed))
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in ("weight", "bias"))
+    momenta = (s["optimizer"]["state"][0]["momentum_buffer"] for s in (a, b))
+    assert torch.equal(*momenta) and log(directory) == log(undisturbed)
+    results = (json.loads((d / "result.json").read_text())["metrics"] for d in (directory, undisturbed))
+    assert next(results) == next(results)
+
+
+def test_classifier_starts_as_in_moco():
+    """Weights N(0, 0.01), bias 0, from the seed."""
+    classifier = build_classifier(2048, 1000, seed=0)
+    assert classifier.weight.std().item() == pytest.approx(0.01, rel=0.01)
+    assert abs(classifier.weight.mean().item()) < 1e-4 and not classifier.bias.any()
+    assert torch.equal(classifier.weight, build_classifier(2048, 1000, seed=0).weight)
+    assert not torch.equal(classifier.weight, build_classifier(2048, 1000, seed=1).weight)
+
+
+def test_fingerprint_sees_every_parameter_and_buffer():
+    backbone = ResNet("resnet18", "tiny", width=8)
+    before = fingerprint(backbone)
+    assert fingerprint(backbone) == before
+    for name, value in backbone.state_dict().items():
+        kept = value.clone()
+        value.add_(1)
+        assert fingerprint(backbone) != before, name
+        value.copy_(kept)
+    assert fingerprint(backbone) == before
+
+
+def test_probe_whose_batchnorm_moves_is_refused(tiny_linear, pretrained, tmp_path, monkeypatch):
+    test = script.test
+    monkeypatch.setattr(script, "test", lambda backbone, *rest: test(backbone.train(), *rest))
+    with pytest.raises(UserError, match="frozen encoder changed"):
+        probe(tiny_linear(), pretrained, tmp_path)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_only_the_classifier_learns(undisturbed):
+    assert checkpoint.load(undisturbed / "checkpoint.pt")["model"].keys() == {"weight", "bias"}
+    assert log(undisturbed)[-1]["loss"] < math.log(4)  # better than guessing one of four classes
+
+
+def test_normalisation_is_that_of_the_pretraining(tiny_linear, pretrained, tmp_path, monkeypatch):
+    used, batches, tests = [], script.train_batches, script.test_batches
+    monkeypatch.setattr(script, "train_batches", lambda d, augment, *a: used.append(augment) or batches(d, augment, *a))
+    monkeypatch.setattr(script, "test_batches", lambda d, a, *r, **k: used.append(a) or tests(d, a, *r, **k))
+    probe(tiny_linear("epochs=1"), pretrained, tmp_path)
+    assert [(a.mean, a.std) for a in used] == [((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))] * 2
+
+
+def test_last_epoch_is_reported_and_the_best_noted(undisturbed):
+    result = json.loads((undisturbed / "result.json").read_text())
+    accuracies = [line["test_top1"] for line in log(undisturbed)]
+    assert len(accuracies) == 3
+    assert result["metrics"] == {"linear_sgd_last": accuracies[-1], "linear_sgd_best": max(accuracies)}
+
+
+def test_best_is_noted_even_if_a_later_epoch_is_worse(tiny_linear, pretrained, tmp_path, monkeypatch):
+    accuracies = iter([10.0, 30.0, 20.0])
+    monkeypatch.setattr(script, "test", lambda *_: next(accuracies))
+    metrics = probe(tiny_linear(), pretrained, tmp_path)["metrics"]
+    assert metrics == {"linear_sgd_last": 20.0, "linear_sgd_best": 30.0}
+
+
+def test_log_follows_the_step_schedule(undisturbed):
+    """Table 9: the rate is divided by ten at the milestones; used as it is, whatever the batch size."""
+    assert [line["lr"] for line in log(undisturbed)] == pytest.approx([0.01, 0.01, 0.001])
+    assert all(line.keys() == {"kind", "step", "epoch", "loss", "test_top1", "lr"} for line in log(undisturbed))
+
+
+@pytest.mark.parametrize(("lines", "delay"), [(0, 0.05), (1, 0.0), (1, 0.01), (2, 0.02)])
+def test_sigkill_at_any_point_changes_nothing(tiny_linear, pretrained, tmp_path, undisturbed, lines, delay):
+    pid = os.fork()
+    if not pid:
+        try:
+            probe(tiny_linear(), pretrained, tmp_path)
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + 30
+    while len(read_log(tmp_path)) < lines and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(delay)
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    probe(tiny_linear(), pretrained, tmp_path)
+    assert_same_probe(tmp_path, undisturbed)
+
+
+def test_kill_between_log_and_checkpoint_repeats_no_line(tiny_linear, pretrained, tmp_path, undisturbed, monkeypatch):
+    save = script.save
+    monkeypatch.setattr(script, "save", lambda *a: os._exit(9) if a[-1] == 2 else save(*a))
+    pid = os.fork()
+    if not pid:
+        probe(tiny_linear(), pretrained, tmp_path)
+    os.waitpid(pid, 0)
+    assert len(read_log(tmp_path)) == 2
+    monkeypatch.undo()
+    probe(tiny_linear(), pretrained, tmp_path)
+    assert_same_probe(tmp_path, undisturbed)
+
+
+def test_sigterm_stops_after_the_epoch_and_resumes(tiny_linear, pretrained, tmp_path, undisturbed, monkeypatch):
+    test = script.test
+    monkeypatch.setattr(script, "test", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or test(*a))
+    with pytest.raises(KeyboardInterrupt):
+        probe(tiny_linear(), pretrained, tmp_path)
+    assert len(log(tmp_path)) == 1
+    monkeypatch.undo()
+    probe(tiny_linear(), pretrained, tmp_path)
+    assert_same_probe(tmp_path, undisturbed)
+
+
+def test_loss_that_is_not_finite_stops_the_probe(tiny_linear, pretrained, tmp_path):
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) in epoch 1; stopped"):
+        probe(tiny_linear("optimizer.lr=1e38"), pretrained, tmp_path)
+    assert not (tmp_path / "result.json").exists() and not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_finished_probe_says_so_and_changes_nothing(pretrained, linear_recipe, cli, tmp_path):
+    words = ["--checkpoint", pretrained, "--config", linear_recipe, "--runs-dir", tmp_path, "--set", "epochs=1"]
+    assert cli(script.main, *words)[0] == 0
+    (directory,) = (tmp_path / "linear").iterdir()
+    before = {path: path.read_bytes() for path in directory.iterdir()}
+    status, out, _ = cli(script.main, *words)
+    assert status == 0 and "nothing to do" in out
+    assert {path: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_probes_of_two_checkpoints_never_share_a_directory(tiny_linear):
+    first, second = (dataclasses.replace(tiny_linear(), checkpoint=name) for name in ("run", "run@40"))
+    assert script.run_directory("runs", "linear", first) != script.run_directory("runs", "linear", second)
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        (["bach_size=1"], "did you mean 'batch_size'"),
+        (["batch_size=97"], "batch_size: 97 exceeds the 96 training images"),
+        (["dataset=squers"], "unknown data set 'squers'"),
+        (["optimizer.lr=-1"], "optimizer.lr: expected at least 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(pretrained, linear_recipe, cli, tmp_path, items, words):
+    run = tmp_path / "run"
+    command = ["--checkpoint", pretrained, "--config", linear_recipe, "--run-dir", run]
+    status, _, err = cli(script.main, *command, "--set", *items)
+    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1 and words in err
+    assert not run.exists() or [path.name for path in run.iterdir()] == ["lock"]
+
+
+def test_checkpoint_of_a_probe_is_refused(undisturbed, linear_recipe, cli, tmp_path):
+    command = ["--checkpoint", undisturbed / "checkpoint.pt", "--config", linear_recipe, "--run-dir", tmp_path / "run"]
+    status, _, err = cli(script.main, *command)
+    assert status == 1 and "is not a pre-training checkpoint" in err and err.count("\n") == 1
