@@ -56,7 +56,7 @@ class Mask:
 
     type: Literal["block", "discrete"]
     block_impl: Literal["repaired", "literal"]
-    grid: int = within(1)  # cells along a side
+    grid: int = within(2)  # cells along a side
     ratio: float | tuple[float, float] = within(0, 1, interval=True)  # expected lambda; [a, b]: U(a, b) per iteration
     switch: bool = True  # the (1 - lambda) term of Eq. 6
     permutation: Literal["reverse", "random"] = "reverse"  # partner of image i in plain MixMask

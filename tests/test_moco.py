@@ -254,3 +254,12 @@ def test_v2_head_is_linear_relu_linear_as_wide_as_the_features():
 def test_v1_head_is_one_linear_layer():
     head = build().encoder.head
     assert isinstance(head, torch.nn.Linear) and head.weight.shape == (4, 6)
+
+
+def test_logits_are_float32_under_autocast():
+    moco = build().float()
+    images = torch.randn(8, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        q, negatives = moco.embed(images)
+    assert q.dtype == negatives.dtype == torch.float32
+    torch.testing.assert_close(negatives, torch.logsumexp(q @ moco.queue.T / moco.settings.temperature, dim=1))

@@ -61,12 +61,13 @@ class MoCo(nn.Module):
         return Targets(x2, k2, self.keys(x1, generator) if self.settings.symmetric else None)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (N, dim) of unit length, and the log-sum-exp (N,) of their logits against the queue.
+        """Queries (N, dim) of unit length, and the log-sum-exp (N,) of their logits against the queue, in float32.
 
         The second depends on no target, so every direction and row order of a mixture shares it.
         """
         q = unit(self.encoder(images))
-        return q, torch.logsumexp(q @ self.queue.T / self.settings.temperature, dim=1)
+        with torch.autocast(q.device.type, enabled=False):
+            return q, torch.logsumexp(q @ self.queue.T / self.settings.temperature, dim=1)
 
     def score(self, embedding: tuple[Tensor, Tensor], targets: Targets, clean: bool) -> Tensor:
         """Eq. 5 (a clean query) or one term of Eq. 6 (a mixture), per row (N,); summed over directions if symmetric."""
@@ -94,7 +95,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def move_key_encoder(self) -> None:
-        """key = m * key + (1 - m) * query, parameters only; before the keys are made (He et al., Eq. 2, Algorithm 1)."""
+        """key = m * key + (1 - m) * query (He et al., Eq. 2), parameters only; before the keys are made."""
         keys, queries = list(self.key_encoder.parameters()), list(self.encoder.parameters())
         torch._foreach_lerp_(keys, queries, 1 - self.settings.momentum)
 
@@ -117,7 +118,7 @@ class MoCo(nn.Module):
 
     def metrics(self, targets: Targets) -> dict[str, Tensor]:
         """positive_similarity: mean cosine between a query and its key, in [-1, 1]."""
-        return {"positive_similarity": targets.positive_similarity}
+        return {} if targets.positive_similarity is None else {"positive_similarity": targets.positive_similarity}
 
     def check_data(self, images: int) -> None:
         """Raises ConfigError for a queue longer than the data set: its older keys would be copies of the positive."""
