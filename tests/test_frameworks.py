@@ -196,6 +196,13 @@ def test_nt_xent_has_2n_minus_2_negatives(n: int, t: float):
     assert nt_xent(z, t).tolist() == pytest.approx([expected] * n)
 
 
+def test_nt_xent_logits_are_float32_under_bfloat16():
+    z = torch.nn.functional.normalize(torch.randn(16, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = nt_xent(z, 0.1)
+    torch.testing.assert_close(loss, nt_xent(z, 0.1), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_losses_stay_in_float32_under_bfloat16(name: str):
     framework = small(name).float()
@@ -336,6 +343,8 @@ def test_metrics_are_those_of_the_clean_pair(name: str):
     for key, value in framework.metrics(clean).items():
         assert not value.requires_grad and metrics[key].item() == pytest.approx(value.item())
     assert -1 <= metrics["positive_similarity"].item() <= 1
+    erased = METHODS["erase"](recipe("erase"), x1, [np.random.default_rng(0)])[1:]
+    assert framework.metrics(objective(framework, x1, x2, erased)[2]) == {}
 
 
 def test_spread_is_zero_for_collapse_and_one_for_isotropy():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,11 @@ class Settings:
 
 @dataclass
 class Targets:
-    """Prediction and projection of the second view; and what was seen of the clean pair."""
+    """Prediction and projection of the second view; and what the clean pair showed."""
 
     prediction: Tensor  # (N, dim), online network, with gradient
     projection: Tensor  # (N, dim), target network
-    positive_similarity: Tensor | None = None
-    output_spread: Tensor | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class BYOL(nn.Module):
@@ -69,8 +68,10 @@ class BYOL(nn.Module):
         prediction, projection = embedding
         forward = 2 - 2 * cosine(prediction, targets.projection)
         if clean:
-            targets.positive_similarity = 1 - forward.detach().mean() / 2
-            targets.output_spread = spread(projection)
+            targets.metrics = {
+                "positive_similarity": 1 - forward.detach().mean() / 2,
+                "output_spread": spread(projection),
+            }
         elif not self.settings.symmetric_mixture:
             return forward
         return forward + 2 - 2 * cosine(targets.prediction, projection)
@@ -86,7 +87,7 @@ class BYOL(nn.Module):
 
     def metrics(self, targets: Targets) -> dict[str, Tensor]:
         """positive_similarity: mean cosine of p(x1) and target(x2); output_spread: 0 (collapse) to about 1."""
-        return {"positive_similarity": targets.positive_similarity, "output_spread": targets.output_spread}
+        return targets.metrics
 
     def check_data(self, images: int) -> None:
         """Any data set will do."""

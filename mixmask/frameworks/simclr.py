@@ -7,7 +7,7 @@ Un-Mix's core code; its negatives are the other mixtures and the other second vi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,10 @@ class Settings:
 
 @dataclass
 class Targets:
-    """The second view, before the head; and what was seen of the clean pair."""
+    """The second view, before the head; and what the clean pair showed."""
 
     features: Tensor  # (N, features), with gradient
-    positive_similarity: Tensor | None = None
-    output_spread: Tensor | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class SimCLR(nn.Module):
@@ -59,8 +58,7 @@ class SimCLR(nn.Module):
         """NT-Xent of the pair of `embedding` and x2, per image (N,)."""
         z = self.encoder.head(torch.cat([embedding[0], targets.features]))  # (2N, dim)
         if clean:
-            targets.positive_similarity = cosine(*z.detach().chunk(2)).mean()
-            targets.output_spread = spread(z)
+            targets.metrics = {"positive_similarity": cosine(*z.detach().chunk(2)).mean(), "output_spread": spread(z)}
         return nt_xent(unit(z), self.settings.temperature)
 
     def finish(self, targets: Targets, step: int, steps: int) -> None:
@@ -71,7 +69,7 @@ class SimCLR(nn.Module):
 
     def metrics(self, targets: Targets) -> dict[str, Tensor]:
         """positive_similarity: mean cosine of the two views' outputs; output_spread: 0 (collapse) to about 1."""
-        return {"positive_similarity": targets.positive_similarity, "output_spread": targets.output_spread}
+        return targets.metrics
 
     def check_data(self, images: int) -> None:
         """Any data set will do."""
@@ -84,6 +82,7 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
     """
     n = len(z) // 2
     itself = torch.eye(2 * n, dtype=torch.bool, device=z.device)
-    logits = (z @ z.T / temperature).masked_fill(itself, float("-inf"))  # (2N, 2N)
+    with torch.autocast(z.device.type, enabled=False):  # float32
+        logits = (z @ z.T / temperature).masked_fill(itself, float("-inf"))  # (2N, 2N)
     partner = torch.arange(2 * n, device=z.device).roll(n)
     return F.cross_entropy(logits, partner, reduction="none").view(2, n).mean(dim=0)

@@ -6,7 +6,7 @@ A mixture forms its pair with x2, as in Un-Mix's core code, in both directions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,11 @@ class Settings:
 
 @dataclass
 class Targets:
-    """Prediction and projection of the second view; and what was seen of the clean pair."""
+    """Prediction and projection of the second view; and what the clean pair showed."""
 
     prediction: Tensor  # (N, dim)
     projection: Tensor  # (N, dim)
-    positive_similarity: Tensor | None = None
-    output_spread: Tensor | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class SimSiam(nn.Module):
@@ -63,8 +62,7 @@ class SimSiam(nn.Module):
         prediction, projection = embedding
         forward = -cosine(prediction, targets.projection)
         if clean:
-            targets.positive_similarity = -forward.detach().mean()
-            targets.output_spread = spread(projection)
+            targets.metrics = {"positive_similarity": -forward.detach().mean(), "output_spread": spread(projection)}
         elif not self.settings.symmetric_mixture:
             return forward
         return (forward - cosine(targets.prediction, projection)) / 2
@@ -78,7 +76,7 @@ class SimSiam(nn.Module):
 
     def metrics(self, targets: Targets) -> dict[str, Tensor]:
         """positive_similarity: mean cosine of p(x1) and z(x2); output_spread: 0 (collapse) to about 1."""
-        return {"positive_similarity": targets.positive_similarity, "output_spread": targets.output_spread}
+        return targets.metrics
 
     def check_data(self, images: int) -> None:
         """Any data set will do."""
