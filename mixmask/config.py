@@ -39,6 +39,8 @@ def within(low: float | None = None, high: float | None = None, default: Any = M
 
 # ---------------------------------------------------------------------------------------------- pre-training
 
+Permutation = Literal["reverse", "random", "derangement"]  # derangement: a random one that leaves nobody in place
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -59,7 +61,8 @@ class Mask:
     grid: int = within(2)  # cells along a side
     ratio: float | tuple[float, float] = within(0, 1, interval=True)  # expected lambda; [a, b]: U(a, b) per iteration
     switch: bool = True  # the (1 - lambda) term of Eq. 6
-    permutation: Literal["reverse", "random"] = "reverse"  # partner of image i in plain MixMask
+    permutation: Permutation = "reverse"  # partner of image i in plain MixMask
+    per_image: bool = False  # a mask and a lambda for each image; false: one for each mix group (Section 3.2)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class UnMix:
 class Both:
     """Un-Mix and MixMask together (Algorithm 1, Table 2): `random` is "Different", `reverse` is "Same"."""
 
-    permutation: Literal["reverse", "random"]
+    permutation: Permutation
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,24 @@ class Erase:
     """The plain erase baseline (Figure 2, dashed box): what fills the cells that the mask removes."""
 
     fill: Literal["zero", "noise"]
+
+
+@dataclass(frozen=True)
+class MSCN:
+    """Our reconstruction of Masked Siamese ConvNets (Jing, Zhu, LeCun 2022), whose code is not public: see
+    docs/fidelity.md for the source of each value. The defaults are those for views of 224 pixels."""
+
+    grid: int = within(2, default=7)  # cells along a side, of views and of crops
+    ratio: tuple[float, float] = within(0, 1, default=(0.05, 0.25), interval=True)  # share of the cells that is removed
+    focal_prob: float = within(0, 1, default=0.2)  # a window stays, what surrounds it is removed; otherwise a grid mask
+    focal_side: float = within(0, 1, default=200 / 224)  # of the window, as a share of the view's side
+    spatial_prob: float = within(0, 1, default=0.3)  # a grid mask removes the same cells in every channel
+    noise: float = within(0, default=1.0)  # standard deviation of the noise that fills what is removed
+    crops: int = within(0, default=2)  # extra masked crops of the raw image
+    crop_size: int = within(1, default=96)  # their side, pixels
+    crop_scale: tuple[float, float] = within(1e-3, 1, default=(0.05, 0.2), interval=True)
+    keep_clean: bool = False  # also the framework's own loss of the clean pair
+    mean: bool = False  # the masked terms are averaged, not summed
 
 
 @dataclass(frozen=True)
@@ -97,13 +118,18 @@ class Optimizer:
 class Schedule:
     """The learning rate as a pure function of the iteration (see mixmask/schedules.py)."""
 
-    kind: Literal["cosine", "step"]
+    kind: Literal["cosine", "step", "exponential"]
     unit: Literal["epoch", "iteration"] = "epoch"  # how often the rate changes
     first_epoch: int = within(0, 1, default=0)  # cosine by epoch: 0 ... E-1, or 1 ... E (Un-Mix's CIFAR script)
     warmup_epochs: int = within(0, default=0)  # linear, from 0
     warmup_iterations: int = within(0, default=0)  # linear, from lr / warmup_iterations
     milestones: tuple[int, ...] = ()  # step: epochs at which the rate is multiplied; negative ones count from the end
     gamma: float = within(0, 1, default=0.1)
+    last_lr: float = within(0, default=0.0)  # exponential: falls by one ratio every epoch, to this after the last one
+
+    def __post_init__(self) -> None:
+        if self.kind == "exponential" and not self.last_lr:
+            raise ConfigError("schedule.last_lr: an exponential schedule ends above 0, found 0")
 
 
 @dataclass(frozen=True)
@@ -127,12 +153,19 @@ class Augment:
 
 @dataclass(frozen=True)
 class KNN:
-    """Weighted k-NN (Wu et al. 2018, as in the CIFAR demo of MoCo): the paper's k-NN accuracy."""
+    """k-NN accuracy: weighted by cosine (Wu et al. 2018, as in MoCo's CIFAR demo), or a Euclidean majority (htdt)."""
 
     k: int = within(1)
-    temperature: float = within(1e-6)
-    features: Literal["output", "backbone"]  # the head's output (128-d in the paper's MoCo), or the pooled features
-    every: int = field(metadata={"low": 0, "hashed": False})  # epochs between evaluations; 0: only after the last
+    temperature: float = within(0, default=0.0)  # weighted: a neighbour's vote is exp(similarity / temperature)
+    features: Literal["output", "backbone"] = field(kw_only=True)  # the head's output (MoCo: 128-d) or pooled features
+    every: int = field(kw_only=True, metadata={"low": 0, "hashed": False})  # epochs between; 0: only after the last
+    distance: Literal["cosine", "euclidean"] = "cosine"  # euclidean: of the features as they are, not of unit length
+    vote: Literal["weighted", "majority"] = "weighted"  # majority: one neighbour, one vote; ties: the lowest class
+
+    def __post_init__(self) -> None:
+        if (self.vote == "weighted") != (self.temperature > 0):
+            expected = "a number above 0 for a weighted vote" if self.vote == "weighted" else "none for a majority vote"
+            raise ConfigError(f"knn.temperature: expected {expected}, found {self.temperature:g}")
 
 
 @dataclass(frozen=True)
@@ -173,6 +206,7 @@ class Pretrain:
     schedule: Schedule
     augment: Augment
     knn: KNN
+    mscn: MSCN = MSCN()
     run: Execution = Execution()
 
 
@@ -193,7 +227,7 @@ class KNNEval:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear probe (`eval/linear.py`): frozen encoder, cropped and flipped training images (Table 9)."""
+    """A linear probe (`eval/linear.py`): a frozen encoder, and a classifier on its pooled features."""
 
     recipe: str
     dataset: str
@@ -204,6 +238,8 @@ class Linear:
     schedule: Schedule
     augment: Augment
     test_resize: int = within(0)  # shorter side before the centre crop; 0: none
+    features: Literal["augmented", "cached"] = "augmented"  # of views drawn anew each epoch, or of test views, once
+    init: Literal["normal", "uniform"] = "normal"  # N(0, 0.01) and bias 0 (MoCo), or PyTorch's own (htdt, PatrickHua)
     checkpoint: str = ""  # the pre-training run's identity, filled in by eval/linear.py
     run: Execution = Execution()
 

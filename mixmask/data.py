@@ -31,7 +31,7 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from mixmask.config import UserError
+from mixmask.config import Augment, UserError
 from mixmask.randomness import numpy_generator
 
 log = logging.getLogger(__name__)
@@ -517,23 +517,24 @@ def crop_box(
 
 @dataclass(frozen=True)
 class RandomCrops:
-    """Reads image `index`: `views` random crops, uint8 (views, 3, size, size); boxes follow (seed, epoch, index)."""
+    """Reads image `index`: a random crop for each view, uint8 (3, size, size); boxes follow (seed, epoch, index)."""
 
     paths: np.ndarray
     seed: int
     epoch: int
-    size: int
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    interpolation: str
-    views: int
+    views: Sequence[Augment]
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> list[Tensor]:
         image = read_image(os.fsdecode(self.paths[index]))
         rng = numpy_generator(self.seed, "crops", self.epoch, index)
-        boxes = [crop_box(image.shape[1], image.shape[2], self.scale, self.ratio, rng) for _ in range(self.views)]
-        mode, side = InterpolationMode(self.interpolation), [self.size, self.size]
-        return torch.stack([F.resized_crop(image, *box, side, mode, antialias=True) for box in boxes])
+        return [random_crop(image, view, rng) for view in self.views]
+
+
+def random_crop(image: Tensor, view: Augment, rng: np.random.Generator) -> Tensor:
+    """uint8 (3, H, W) -> (3, size, size): the `crop` of the view's augmentation."""
+    box = crop_box(image.shape[1], image.shape[2], view.crop_scale, view.crop_ratio, rng)
+    mode = InterpolationMode(view.interpolation)
+    return F.resized_crop(image, *box, [view.size, view.size], mode, antialias=True)
 
 
 @dataclass(frozen=True)
@@ -557,19 +558,14 @@ def loader(
     batches: Iterable[Sequence[int]] | Tensor,
     seed: int,
     epoch: int,
-    size: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    interpolation: str = "bilinear",
-    views: int = 2,
+    views: Sequence[Augment],
     workers: int = 8,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training batches: random crops uint8 (N, views, 3, size, size) and indices int64 (N,), for each of `batches`.
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Training batches: for each view random crops uint8 (N, 3, size, size), and indices int64 (N,).
 
-    Raises DataError naming the file when an image cannot be read.
+    Of a view's augmentation only the crop is done here. Raises DataError naming the file that cannot be read.
     """
-    crops = RandomCrops(_packed(files.paths), seed, epoch, size, scale, ratio, interpolation, views)
-    return _iterate(crops, batches, workers)
+    return _iterate(RandomCrops(_packed(files.paths), seed, epoch, tuple(views)), batches, workers)
 
 
 def centre_loader(
@@ -591,18 +587,16 @@ class _Reader:
 
     read: RandomCrops | CentreCrop
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | DataError:
+    def __getitem__(self, index: int) -> tuple[Tensor | list[Tensor], int] | DataError:
         try:
             return self.read[index], index
         except DataError as error:
             return error
 
 
-def _collate(items: list) -> tuple[Tensor, Tensor] | DataError:
+def _collate(items: list) -> list | DataError:
     errors = [item for item in items if isinstance(item, DataError)]
-    if errors:
-        return errors[0]
-    return torch.stack([image for image, _ in items]), torch.tensor([index for _, index in items])
+    return errors[0] if errors else torch.utils.data.default_collate(items)
 
 
 def _iterate(

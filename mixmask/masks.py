@@ -2,6 +2,7 @@
 
 Block masks follow the algorithm of BEiT (Bao et al., "BEiT", Section 2.3; released in MixMask's `utils.py`): rectangles
 of random area and aspect are placed until a target number of cells is covered. Value 1 shows image i (Eq. 1).
+At the end: what MSCN keeps of each image.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixmask.config import ConfigError, Mask
+from mixmask.config import MSCN, ConfigError, Mask
 
 ATTEMPTS_PER_BLOCK = 10
 LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
@@ -26,14 +27,19 @@ def sample_mask(mask: Mask, height: int, width: int, rng: np.random.Generator) -
 
     Raises ConfigError when the grid is finer than the image.
     """
-    if mask.grid > min(height, width):
-        raise ConfigError(f"mask.grid: {mask.grid} cells do not fit into an image of {height}x{width} pixels")
+    check_grid("mask.grid", mask.grid, height, width)
     ratio = mask.ratio if isinstance(mask.ratio, float) else rng.uniform(*mask.ratio)
     if mask.type == "discrete":
         cells = discrete_mask(mask.grid, ratio, rng)
     else:
         cells = block_mask(mask.grid, ratio, rng, mask.block_impl)
     return to_pixels(cells, height, width)
+
+
+def check_grid(key: str, grid: int, height: int, width: int) -> None:
+    """Raises ConfigError when the grid is finer than the image."""
+    if grid > min(height, width):
+        raise ConfigError(f"{key}: {grid} cells do not fit into an image of {height}x{width} pixels")
 
 
 def mixture_coefficient(mask: Tensor) -> Tensor:
@@ -99,7 +105,47 @@ def discrete_mask(grid: int, ratio: float, rng: np.random.Generator) -> np.ndarr
     return cells
 
 
-def to_pixels(cells: np.ndarray, height: int, width: int) -> Tensor:
-    """Nearest-neighbour upsampling, as in the authors' code: bool (g, g) -> float (1, 1, H, W)."""
-    mask = torch.from_numpy(cells).to(torch.float32)[None, None]
-    return F.interpolate(mask, size=(height, width), mode="nearest")
+def to_pixels(cells: np.ndarray, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """Nearest-neighbour upsampling, as in the authors' code: bool (g, g) or (N, C, g, g) -> float (N, C, H, W)."""
+    mask = torch.as_tensor(cells, dtype=torch.float32, device=device)
+    return F.interpolate(mask[None, None] if mask.ndim == 2 else mask, size=(height, width), mode="nearest")
+
+
+# ------------------------------------------------------------------------------- MSCN: what is kept of each image
+
+
+def mscn_masks(settings: MSCN, shape: torch.Size, rng: np.random.Generator, device: torch.device | str) -> Tensor:
+    """What MSCN keeps of each image of a batch (N, C, H, W): bool, of that shape, True where a pixel stays.
+
+    With `focal_prob` a window; otherwise cells of a grid, with `spatial_prob` the same ones in every channel.
+    Raises ConfigError when the grid is finer than the image.
+    """
+    n, channels, height, width = shape
+    check_grid("mscn.grid", settings.grid, height, width)
+    focal, spatial = rng.random(n) < settings.focal_prob, rng.random(n) < settings.spatial_prob
+    cells = kept_cells(n, channels, settings.grid, settings.ratio, rng)
+    cells[spatial] = cells[spatial, :1]
+    windows = focal_windows(n, height, width, settings.focal_side, rng, device)
+    focal = torch.from_numpy(focal).to(device)[:, None, None, None]
+    return torch.where(focal, windows, to_pixels(cells, height, width, device).bool())
+
+
+def kept_cells(n: int, channels: int, grid: int, ratio: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """All cells but int(r * grid**2) random ones, at least one, r from U(ratio) for each channel. bool (n, C, g, g)."""
+    removed = (rng.uniform(*ratio, (n, channels, 1)) * grid * grid).astype(int).clip(1, grid * grid - 1)
+    rank = rng.random((n, channels, grid * grid)).argsort(axis=2).argsort(axis=2)
+    return (rank >= removed).reshape(n, channels, grid, grid)
+
+
+def focal_windows(
+    n: int, height: int, width: int, side: float, rng: np.random.Generator, device: torch.device | str
+) -> Tensor:
+    """Windows of `side` times the image's height and width, anywhere inside of it. bool (n, 1, H, W)."""
+    inside = []
+    for extent in (height, width):
+        length = round(side * extent)
+        start = torch.from_numpy(rng.integers(extent - length + 1, size=(n, 1))).to(device)
+        pixel = torch.arange(extent, device=device)
+        inside.append((start <= pixel) & (pixel < start + length))  # (n, extent)
+    rows, columns = inside
+    return rows[:, None, :, None] & columns[:, None, None, :]

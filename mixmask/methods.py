@@ -8,14 +8,16 @@ the permutation, are the switch images of Eq. 2: they contain image i with weigh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mixmask.config import Erase, Mask, Pretrain, UnMix
-from mixmask.masks import mixture_coefficient, sample_mask
+from mixmask.config import MSCN, Augment, Erase, Mask, Pretrain, UnMix
+from mixmask.masks import mixture_coefficient, mscn_masks, sample_mask
+
+Rngs = Sequence[np.random.Generator]  # one for each mix group
 
 
 @dataclass(frozen=True)
@@ -34,29 +36,62 @@ def vanilla(x1: Tensor) -> list[Anchor]:
     return [Anchor("clean", x1, clean=True)]
 
 
-def mixmask(x1: Tensor, mask: Mask, rngs: Sequence[np.random.Generator], permutation: str = "") -> list[Anchor]:
+def mixmask(x1: Tensor, mask: Mask, rngs: Rngs, permutation: str = "") -> list[Anchor]:
     """The two terms of Eq. 6 for x1 (N, C, H, W). One generator for each mix group: its mask, its permutation."""
-    masks = torch.cat([sample_mask(mask, *x1.shape[-2:], rng) for rng in rngs])  # (G, 1, H, W)
+    masks = batch_masks(mask, x1, rngs)
     partner = partners(len(x1), rngs, permutation or mask.permutation)
     return mixture("mixmask", x1, masks, partner, switch=mask.switch)
 
 
-def unmix(x1: Tensor, settings: UnMix, rngs: Sequence[np.random.Generator]) -> list[Anchor]:
+def unmix(x1: Tensor, settings: UnMix, rngs: Rngs) -> list[Anchor]:
     """Un-Mix (Shen et al. 2022; Algorithm 1, lines 2-11): Mixup with probability `prob`, or CutMix; reversed batch."""
     maps = torch.cat([unmix_map(settings.prob, *x1.shape[-2:], rng) for rng in rngs])  # (G, 1, H, W)
     return mixture("unmix", x1, maps, partners(len(x1), rngs, "reverse"))
 
 
-def erase(x1: Tensor, mask: Mask, settings: Erase, rngs: Sequence[np.random.Generator]) -> list[Anchor]:
+def erase(x1: Tensor, mask: Mask, settings: Erase, rngs: Rngs) -> list[Anchor]:
     """The erase baseline (Figure 2, dashed box): removed cells become zero (the data set's mean) or unit noise."""
-    masks = torch.cat([sample_mask(mask, *x1.shape[-2:], rng) for rng in rngs])
-    keep = per_row(masks.to(x1), len(x1))
+    keep = per_row(batch_masks(mask, x1, rngs).to(x1), len(x1))
     erased = keep * x1
     if settings.fill == "noise":
-        generator = torch.Generator(x1.device).manual_seed(int(rngs[0].integers(2**62)))
-        noise = torch.randn(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
-        erased = erased + (1 - keep) * noise
+        erased = erased + (1 - keep) * noise(x1, rngs)
     return [Anchor("erase", erased)]
+
+
+def mscn(x1: Tensor, crops: Sequence[Tensor], settings: MSCN, rngs: Rngs) -> list[Anchor]:
+    """Our reconstruction of MSCN (Jing, Zhu, LeCun 2022): a masked x1, and masked extra crops (N, C, S, S) of their own
+    size; noise fills what is removed. No lambda: the objective stays symmetric (Section 3.4)."""
+    views = {"mscn": x1, **{f"mscn_crop{number}": crop for number, crop in enumerate(crops, 1)}}
+    weight = 1 / len(views) if settings.mean else 1.0
+    anchors = [Anchor(name, mscn_view(view, settings, rngs), weight) for name, view in views.items()]
+    return (vanilla(x1) if settings.keep_clean else []) + anchors
+
+
+def mscn_view(x: Tensor, settings: MSCN, rngs: Rngs) -> Tensor:
+    """x (N, C, H, W), each image with a mask of its own, and noise where it is removed."""
+    group = (len(x) // len(rngs), *x.shape[1:])
+    keep = torch.cat([mscn_masks(settings, group, rng, x.device) for rng in rngs])
+    return torch.where(keep, x, settings.noise * noise(x, rngs))
+
+
+def extra_crops(recipe: Pretrain) -> list[Augment]:
+    """The augmentation of each extra crop that the method takes: the views', but for size and share of the image."""
+    crop = replace(recipe.augment, size=recipe.mscn.crop_size, crop_scale=recipe.mscn.crop_scale)
+    return [crop] * recipe.mscn.crops if recipe.method == "mscn" else []
+
+
+def noise(x: Tensor, rngs: Rngs) -> Tensor:
+    """Standard normal numbers of x's shape, each mix group's part from its own generator."""
+    seeds = [int(rng.integers(2**62)) for rng in rngs]
+    generators = [torch.Generator(x.device).manual_seed(seed) for seed in seeds]
+    group = (len(x) // len(rngs), *x.shape[1:])
+    return torch.cat([torch.randn(group, generator=g, device=x.device, dtype=x.dtype) for g in generators])
+
+
+def batch_masks(mask: Mask, x1: Tensor, rngs: Rngs) -> Tensor:
+    """One mask for each mix group, (G, 1, H, W), or for each image, (N, 1, H, W)."""
+    each = len(x1) // len(rngs) if mask.per_image else 1
+    return torch.cat([sample_mask(mask, *x1.shape[-2:], rng) for rng in rngs for _ in range(each)])
 
 
 def mixture(name: str, x1: Tensor, maps: Tensor, partner: Tensor, switch: bool = True) -> list[Anchor]:
@@ -80,11 +115,26 @@ def per_row(maps: Tensor, n: int) -> Tensor:
     return maps if len(maps) == 1 else maps.repeat_interleave(n // len(maps), dim=0)
 
 
-def partners(n: int, rngs: Sequence[np.random.Generator], permutation: str) -> Tensor:
+def partners(n: int, rngs: Rngs, permutation: str) -> Tensor:
     """The partner of each image, inside its mix group: n-1-i ("reverse"), or a random permutation. Long (N,)."""
     size = n // len(rngs)
-    groups = [np.arange(size)[::-1] if permutation == "reverse" else rng.permutation(size) for rng in rngs]
+    groups = [PERMUTATIONS[permutation](size, rng) for rng in rngs]
     return torch.from_numpy(np.concatenate([group + size * g for g, group in enumerate(groups)]))
+
+
+def derangement(size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random permutation that leaves nobody in place, each as likely as any other; of at least two."""
+    order = rng.permutation(size)
+    while (order == np.arange(size)).any():
+        order = rng.permutation(size)
+    return order
+
+
+PERMUTATIONS = {
+    "reverse": lambda size, rng: np.arange(size)[::-1],
+    "random": lambda size, rng: rng.permutation(size),
+    "derangement": derangement,
+}
 
 
 def unmix_map(prob: float, height: int, width: int, rng: np.random.Generator) -> Tensor:
@@ -105,9 +155,8 @@ def cutmix_box(lam: float, height: int, width: int, rng: np.random.Generator) ->
     return max(y - half_height, 0), min(y + half_height, height), max(x - half_width, 0), min(x + half_width, width)
 
 
-Rngs = Sequence[np.random.Generator]
-
-METHODS: dict[str, Callable[[Pretrain, Tensor, Rngs], list[Anchor]]] = {
+# Anchors of (recipe, x1, one generator for each mix group); of MSCN also the views that `extra_crops` asks for.
+METHODS: dict[str, Callable[..., list[Anchor]]] = {
     "vanilla": lambda recipe, x1, rngs: vanilla(x1),
     "unmix": lambda recipe, x1, rngs: vanilla(x1) + unmix(x1, recipe.unmix, rngs),
     "mixmask": lambda recipe, x1, rngs: vanilla(x1) + mixmask(x1, recipe.mask, rngs),
@@ -115,4 +164,5 @@ METHODS: dict[str, Callable[[Pretrain, Tensor, Rngs], list[Anchor]]] = {
         vanilla(x1) + unmix(x1, recipe.unmix, rngs) + mixmask(x1, recipe.mask, rngs, recipe.both.permutation)
     ),
     "erase": lambda recipe, x1, rngs: vanilla(x1) + erase(x1, recipe.mask, recipe.erase, rngs),
+    "mscn": lambda recipe, x1, rngs, *crops: mscn(x1, crops, recipe.mscn, rngs),
 }

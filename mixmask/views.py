@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -25,52 +25,57 @@ def train_batches(
     device: torch.device,
     workers: int = 0,
     skip: int = 0,
+    crops: Sequence[Augment] = (),
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     """One epoch of (views, indices): `views` tensors float (N, 3, S, S) on the device, indices int64 (N,).
 
+    Behind them comes an extra view for each of `crops`, an augmentation of its own; the others do not depend on it.
     Which images and how they are augmented follow from (seed, epoch, position) alone; `skip` batches are passed over.
     """
+    augments = [augment] * views + list(crops)
     batches = data.batch_indices(len(dataset), batch_size, seed, epoch)
     start = epoch * len(batches)
     pixels = _resident_pixels if isinstance(dataset, data.Resident) else _decoded_pixels
-    stream = pixels(dataset, batches[skip:], augment, seed, epoch, views, device, workers)
+    stream = pixels(dataset, batches[skip:], augments, seed, epoch, device, workers)
     if isinstance(dataset, data.Files):
-        augment = dataclasses.replace(augment, order=tuple(name for name in augment.order if name != "crop"))
+        augments = [without_crop(augment) for augment in augments]
     for position, (images, indices) in enumerate(stream, start + skip):
         generator = torch_generator(device, seed, "augment", position)
-        yield [augment_view(augment, view, generator) for view in images], indices
+        yield [augment_view(a, view, generator) for a, view in zip(augments, images, strict=True)], indices
+
+
+def without_crop(augment: Augment) -> Augment:
+    """For images that are cropped already."""
+    return dataclasses.replace(augment, order=tuple(name for name in augment.order if name != "crop"))
 
 
 def _resident_pixels(
     dataset: data.Resident,
     batches: Tensor,
-    augment: Augment,
+    augments: Sequence[Augment],
     seed: int,
     epoch: int,
-    views: int,
     device: torch.device,
     workers: int,
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     """The same uint8 images for each view: all of the augmentation happens on the device."""
     for indices in batches.to(dataset.images.device):
         images = dataset.images[indices]  # (N, 3, H, W)
-        yield [images] * views, indices
+        yield [images] * len(augments), indices
 
 
 def _decoded_pixels(
     dataset: data.Files,
     batches: Tensor,
-    augment: Augment,
+    augments: Sequence[Augment],
     seed: int,
     epoch: int,
-    views: int,
     device: torch.device,
     workers: int,
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Workers decode and crop; each view is a uint8 crop of its own."""
-    crop = (augment.size, augment.crop_scale, augment.crop_ratio, augment.interpolation)
-    for crops, indices in data.loader(dataset, batches, seed, epoch, *crop, views, workers):
-        yield list(crops.to(device, non_blocking=True).unbind(1)), indices
+    for crops, indices in data.loader(dataset, batches, seed, epoch, augments, workers):
+        yield [crop.to(device, non_blocking=True) for crop in crops], indices
 
 
 def test_batches(

@@ -23,8 +23,8 @@ from mixmask import config as configs
 from mixmask.config import ConfigError, Pretrain, UserError
 from mixmask.frameworks import build_framework
 from mixmask.interrupt import Interrupt
-from mixmask.masks import sample_mask
-from mixmask.methods import METHODS, Anchor
+from mixmask.masks import check_grid, sample_mask
+from mixmask.methods import METHODS, Anchor, extra_crops
 from mixmask.objective import objective
 from mixmask.optim import build_optimizer, pick_device, set_learning_rate
 from mixmask.progress import Progress, say
@@ -70,12 +70,13 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
                     device,
                     config.run.workers,
                     skip=step % steps_per_epoch,
+                    crops=extra_crops(config),
                 )
-                for (x1, x2), _ in clock.waits(batches):
+                for (x1, x2, *crops), _ in clock.waits(batches):
                     # The paper's iteration: mixtures of x1 (Eq. 1, 2), the weighted sum over anchors (Eq. 4, 6).
                     x1, x2 = layout(x1, config), layout(x2, config)  # (N, 3, S, S)
                     rngs = [numpy_generator(config.seed, "mix", step, group) for group in range(config.mix_groups)]
-                    anchors = METHODS[config.method](config, x1, rngs)
+                    anchors = METHODS[config.method](config, x1, rngs, *crops)
                     rate = learning_rate(config.schedule, config.optimizer.lr, step, steps_per_epoch, config.epochs)
                     set_learning_rate(optimizer, rate)
                     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -139,6 +140,18 @@ def check(config: Pretrain) -> None:
             raise ConfigError(f"{key}: expected three numbers, one per channel, found {list(values)}")
     if config.method in ("mixmask", "both", "erase"):
         sample_mask(config.mask, config.augment.size, config.augment.size, numpy_generator("check"))
+    permutations = {"mixmask": config.mask.permutation, "both": config.both.permutation}
+    if permutations.get(config.method) == "derangement" and config.batch_size == config.mix_groups:
+        raise ConfigError("mix_groups: a derangement needs at least two images in a group")
+    check_crops(config)
+
+
+def check_crops(config: Pretrain) -> None:
+    """Raises ConfigError for extra crops that the augmentation does not cut, or that are too small for their masks."""
+    for augment in [config.augment, *extra_crops(config)] if config.method == "mscn" else []:
+        check_grid("mscn.grid", config.mscn.grid, augment.size, augment.size)
+    if extra_crops(config) and "crop" not in config.augment.order:
+        raise ConfigError("mscn.crops: augment.order has no crop, which would cut them; expected mscn.crops=0")
 
 
 def load_data(config: Pretrain, device: torch.device) -> tuple[Any, Any]:

@@ -24,7 +24,7 @@ PHOTOS = (2_000, 800)  # and other small sets: training, test
 
 # Passes through the encoder per training image and step: (with gradient, forward only).
 CLEAN = {"moco": (1, 1), "simclr": (2, 0), "byol": (2, 2), "simsiam": (2, 0)}
-ADDED = {"vanilla": 0, "mixmask": 1, "unmix": 1, "erase": 1, "both": 2, "mscn": 2}  # mixtures and masked views
+ADDED = {"vanilla": 0, "mixmask": 1, "unmix": 1, "erase": 1, "both": 2}  # mixtures and masked views, with gradient
 
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
 
@@ -56,9 +56,16 @@ def pretrain_pflop(config: Pretrain) -> float:
     gradient, forward = CLEAN.get(config.framework, (2, 2))
     if config.settings.get("symmetric"):
         gradient, forward = 2, 2
-    passes = 3 * (gradient + ADDED.get(config.method, 1)) + forward
+    passes = 3 * (gradient + added_passes(config)) + forward
     images = IMAGES.get(config.dataset, PHOTOS)[0] * config.epochs
     return images * passes * forward_gflop(config.backbone, config.augment.size) / 1e6
+
+
+def added_passes(config: Pretrain) -> float:
+    """Passes with gradient that the method adds. MSCN's masked view takes the clean one's place; crops go by area."""
+    if config.method == "mscn":
+        return config.mscn.keep_clean + config.mscn.crops * (config.mscn.crop_size / config.augment.size) ** 2
+    return ADDED.get(config.method, 1)
 
 
 def linear_pflop(config: Linear, pretraining: Pretrain) -> float:

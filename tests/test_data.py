@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from mixmask import data
-from mixmask.config import UserError
+from mixmask.config import Augment, UserError
 from mixmask.data import DataError, Expected
 
 WNIDS = ("n03", "n01", "n02")  # not sorted: wnids.txt, not the alphabet, gives the class index
@@ -275,10 +275,13 @@ def test_imagenet_val_class_unknown_to_train(imagenet):
 # --------------------------------------------------------------------------------------------------------- readers
 
 
+VIEW = Augment(("crop",), 32, (0.2, 1.0))
+
+
 def read_all(files: data.Files, workers: int, epoch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     order = data.batch_indices(len(files), 2, seed=1, epoch=0)
-    batches = list(data.loader(files, order, 1, epoch, 32, (0.2, 1.0), workers=workers))
-    return torch.cat([crops for crops, _ in batches]), torch.cat([index for _, index in batches])
+    batches = list(data.loader(files, order, 1, epoch, [VIEW, VIEW], workers))
+    return torch.cat([torch.stack(crops, 1) for crops, _ in batches]), torch.cat([index for _, index in batches])
 
 
 def test_crops_do_not_depend_on_workers_or_on_what_was_read_before(imagenet):
@@ -289,8 +292,8 @@ def test_crops_do_not_depend_on_workers_or_on_what_was_read_before(imagenet):
     assert crops.shape == (6, 2, 3, 32, 32) and crops.dtype == torch.uint8
     assert torch.equal(crops, again) and torch.equal(index, order)
     assert torch.equal(state, torch.get_rng_state())
-    alone, _ = next(data.loader(files, [[int(index[-1])]], 1, 0, 32, (0.2, 1.0), workers=0))
-    assert torch.equal(alone[0], crops[-1])
+    alone, _ = next(data.loader(files, [[int(index[-1])]], 1, 0, [VIEW, VIEW], workers=0))
+    assert torch.equal(torch.cat(alone), crops[-1])
     other, _ = read_all(files, workers=0, epoch=1)
     assert not torch.equal(crops, other) and not torch.equal(crops[:, 0], crops[:, 1])
 

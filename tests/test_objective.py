@@ -74,7 +74,7 @@ def compare(recipe, settings: Settings, n: int, seed: int, groups: int = 1) -> N
 
 @pytest.mark.parametrize("mlp", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "mscn"])  # see test_mscn.py
 def test_eq4_to_eq6_loss_and_gradients(method: str, symmetric: bool, mlp: bool):
     settings = Settings(dim=5, queue=11, momentum=0.9, temperature=0.2, mlp=mlp, symmetric=symmetric)
     for seed, n in ((0, 5), (1, 8)):

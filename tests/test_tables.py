@@ -81,10 +81,10 @@ def test_mean_and_standard_deviation_over_seeds(tmp_path):
     assert "70.0 ± 1.0 (paper, n = 3)" in texts["md"] and r"70.0 $\pm$ 1.0" in texts["tex"]
 
 
-def test_the_mscn_row_says_that_ours_is_plain_erase(tmp_path, capsys):
+def test_the_mscn_row_says_that_ours_is_a_reconstruction(tmp_path, capsys):
     texts, frame = make(tmp_path)
     for text in (texts["md"], texts["tex"], frame.loc["table4/imagenet/moco/mscn/200", "row"], capsys.readouterr().out):
-        assert "MSCN (ours: plain erase)" in text
+        assert "MSCN (our reconstruction)" in text
 
 
 def test_the_latex_table_has_as_many_columns_as_it_declares(tmp_path):
