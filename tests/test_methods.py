@@ -1,5 +1,8 @@
 """Methods: Eq. 1, Eq. 2 and Algorithm 1, pixel by pixel, and what each row of a mixture holds."""
 
+from collections import Counter
+from itertools import permutations
+
 import numpy as np
 import pytest
 import reference
@@ -117,6 +120,24 @@ def test_random_permutations_are_uniform():
         assert ((counts - 800).abs() < 4 * (800 * 0.8) ** 0.5).all()
 
 
+def test_derangements_are_uniform_and_leave_nobody_in_place():
+    rng = np.random.default_rng(0)
+    counts = Counter(tuple(partners(4, [rng], "derangement").tolist()) for _ in range(4_500))
+    assert set(counts) == {p for p in permutations(range(4)) if all(p[i] != i for i in range(4))}  # nine
+    assert max(abs(count - 500) for count in counts.values()) < 4 * (500 * 8 / 9) ** 0.5
+
+
+@pytest.mark.parametrize("method", ["mixmask", "both"])
+def test_a_derangement_mixes_every_image_with_another(method: str):
+    options = {"mask__permutation": "derangement", "both__permutation": "derangement", "mask__grid": 4}
+    settings = reference.recipe(method=method, mask__ratio=0.25, **options)
+    for seed in range(20):
+        *_, normal, switch = METHODS[method](settings, coloured(4), rngs(2, seed))
+        assert all(partner != i for i, partner in enumerate(partners_of(normal)))
+        assert torch.allclose(content(normal).diagonal(), normal.weight)
+        assert torch.allclose(content(switch).diagonal(), switch.weight)
+
+
 def test_reverse_pairs_i_with_n_minus_1_minus_i():
     assert partners(5, rngs(), "reverse").tolist() == [4, 3, 2, 1, 0]
     assert partners(6, rngs(2), "reverse").tolist() == [2, 1, 0, 5, 4, 3]
@@ -146,10 +167,11 @@ def test_mix_groups_draw_their_own_permutation():
     assert (drawn[0] != drawn[1] - 20).any()
 
 
-def test_a_group_is_mixed_as_if_it_were_the_batch():
+@pytest.mark.parametrize("per_image", [False, True])
+def test_a_group_is_mixed_as_if_it_were_the_batch(per_image: bool):
     x = torch.randn(8, 3, 8, 8)
-    for method in ("unmix", "mixmask", "both"):
-        settings = reference.recipe(method=method, mask__grid=4)
+    for method in METHODS:
+        settings = reference.recipe(method=method, mask__grid=4, mask__per_image=per_image, erase__fill="noise")
         whole = METHODS[method](settings, x, rngs(2))
         for g in range(2):
             part = METHODS[method](settings, x[4 * g : 4 * g + 4], [rngs(2)[g]])
@@ -158,6 +180,42 @@ def test_a_group_is_mixed_as_if_it_were_the_batch():
                 assert torch.equal(
                     torch.as_tensor(a.weight).expand(8)[4 * g : 4 * g + 4], torch.as_tensor(b.weight).expand(4)
                 )
+
+
+# --------------------------------------------------------------------------------------------- masks per image
+
+
+@pytest.mark.parametrize("permutation", ["reverse", "random", "derangement"])
+@pytest.mark.parametrize("kind, ratio", [("block", 0.25), ("block", (0.0, 1.0)), ("discrete", 0.5)])
+def test_eq1_and_eq2_with_a_mask_for_each_image(kind: str, ratio, permutation: str):
+    n, groups = 8, 2
+    mask = Mask(kind, "repaired", 4, ratio, permutation=permutation, per_image=True)
+    x = torch.randn(n, 2, 8, 8, dtype=torch.float64)
+    normal, switch = mixmask(x, mask, rngs(groups))
+    masks, partner = [], []
+    for g, rng in enumerate(rngs(groups)):  # a group draws the masks of its images, then its permutation
+        masks += [sample_mask(mask, 8, 8, rng)[0, 0] for _ in range(n // groups)]
+        partner += [int(p) + g * n // groups for p in partners(n // groups, [rng], permutation)]
+    lam = [reference.pixel_share(m) for m in masks]
+    mixed = reference.mix(x, masks, partner)
+    assert torch.equal(normal.images, mixed) and switch.images is normal.images  # one forward pass
+    assert normal.weight.tolist() == pytest.approx(lam)
+    for i in range(n):
+        j = partner.index(i)  # the mixture whose filling is image i, by the mask of image j
+        assert torch.equal(ordered(switch)[i], mixed[j])
+        assert switch.weight[i].item() == pytest.approx(1 - lam[j])
+    assert len({tuple(m.ravel().tolist()) for m in masks}) > 2
+
+
+def test_switch_weights_of_masks_per_image_are_the_shares_of_the_images():
+    for permutation in ("reverse", "random", "derangement"):
+        mask = Mask("discrete", "repaired", 8, (0.0, 1.0), permutation=permutation, per_image=True)
+        normal, switch = mixmask(coloured(8), mask, rngs(seed=3))
+        lone = torch.tensor([partner == i for i, partner in enumerate(partners_of(normal))])
+        assert len(normal.weight.unique()) > 4
+        for anchor in (normal, switch):
+            held = content(anchor).diagonal()
+            assert torch.allclose(held, torch.where(lone, 1.0, anchor.weight)) and not lone.all()
 
 
 # ------------------------------------------------------------------------------------------------------ Un-Mix
@@ -264,6 +322,16 @@ def test_erase_keeps_the_masked_cells_and_fills_the_others(fill: str):
             1, abs=0.03
         )
     assert anchor.weight == 1 and anchor.order is None and not anchor.clean
+
+
+def test_erase_noise_of_a_mix_group_is_its_own():
+    x = torch.zeros(6, 3, 8, 8)
+    (anchor,) = methods.erase(x, Mask("block", "repaired", 4, 0.25), Erase("noise"), rngs(2))
+    (first,) = methods.erase(x[:3], MASK, Erase("noise"), rngs(1))
+    (second,) = methods.erase(x[3:], MASK, Erase("noise"), [rngs(2)[1]])
+    assert torch.equal(anchor.images, torch.cat([first.images, second.images]))
+    assert not torch.equal(first.images, second.images)
+    assert len({tuple(image.ravel().tolist()) for image in anchor.images}) == 6
 
 
 # ------------------------------------------------------------------------------------------------- determinism

@@ -38,19 +38,20 @@ def mixtures(recipe, x1: Tensor, groups: int, seed: int) -> list[Mixture]:
 
     def mixture(maps: list[Tensor], local: list[list[int]]) -> Mixture:
         partner = [p + g * size for g, part in enumerate(local) for p in part]
-        rows = [maps[i // size] for i in range(len(x1))]
+        rows = [maps[i * len(maps) // len(x1)] for i in range(len(x1))]  # one map for each group, or for each image
         return Mixture(reference.mix(x1, rows, partner), [reference.pixel_share(m) for m in rows], partner)
 
     rngs, reverse = generators(groups, seed), [list(range(size))[::-1]] * groups
     if recipe.method in ("unmix", "both"):
         found.append(mixture([unmix_map(recipe.unmix.prob, SIDE, SIDE, rng)[0, 0] for rng in rngs], reverse))
     if recipe.method in ("mixmask", "both", "erase"):
-        masks = [sample_mask(recipe.mask, SIDE, SIDE, rng)[0, 0] for rng in rngs]
+        each = size if recipe.mask.per_image else 1
+        masks = [sample_mask(recipe.mask, SIDE, SIDE, rng)[0, 0] for rng in rngs for _ in range(each)]
     if recipe.method in ("mixmask", "both"):
         different = (recipe.both if recipe.method == "both" else recipe.mask).permutation == "random"
         found.append(mixture(masks, [rng.permutation(size).tolist() for rng in rngs] if different else reverse))
     if recipe.method == "erase":
-        erased = torch.stack([x1[i] * masks[i // size] for i in range(len(x1))])
+        erased = torch.stack([x1[i] * masks[i * len(masks) // len(x1)] for i in range(len(x1))])
         found.append(Mixture(erased, [1.0] * len(x1), None))
     return found
 
@@ -98,6 +99,16 @@ def test_eq6_with_mix_groups(method: str):
 def test_eq6_options_of_the_mask(overrides: dict):
     settings = Settings(dim=4, queue=7, momentum=0.99, temperature=0.1, symmetric=True)
     compare(reference.recipe(method="mixmask", mask__grid=4, **overrides), settings, 7, 2)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("permutation", ["reverse", "random"])
+@pytest.mark.parametrize("method", ["mixmask", "both", "erase"])
+def test_eq6_with_a_mask_and_a_lambda_for_each_image(method: str, permutation: str, groups: int):
+    settings = Settings(dim=4, queue=7, momentum=0.99, temperature=0.1, symmetric=True)
+    options = {"mask__permutation": permutation, "both__permutation": permutation, "mask__ratio": [0.1, 0.9]}
+    recipe = reference.recipe(method=method, mask__grid=4, mask__per_image=True, **options)
+    compare(recipe, settings, 6, 2, groups)
 
 
 def test_table2_same_uses_the_reverse_order_in_both_branches():
