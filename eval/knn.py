@@ -1,7 +1,10 @@
 """k-NN accuracy of a pre-trained encoder: the code that pre-training runs online, on a checkpoint.
 
-Example:
-    python eval/knn.py --checkpoint runs/pretrain/RUN/checkpoint.pt --set knn.features=backbone
+Examples:
+    python eval/knn.py --checkpoint runs/pretrain/RUN/checkpoint.pt
+    python eval/knn.py --checkpoint runs/pretrain/RUN/checkpoint.pt --config eval/configs/knn_euclidean.yaml
+
+Without --config the protocol is that of the pre-training's own recipe: the number that it logged.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ def evaluate(config: KNNEval, path: Path, directory: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, help="a pre-training run's checkpoint.pt")
-    parser.add_argument("--config", default="eval/configs/knn.yaml", help="default: eval/configs/knn.yaml")
+    parser.add_argument("--config", help="another protocol, such as eval/configs/knn.yaml")
     parser.add_argument(
         "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="replace keys of the recipe"
     )
@@ -47,8 +50,9 @@ def main() -> None:
     args = parser.parse_args()
     state = checkpoint.load(args.checkpoint)
     recipe, identity = checkpoint.pretraining(state, args.checkpoint)
+    own = {"recipe": "knn", "knn": state["config"]["knn"], "seed": recipe.seed}
     overrides = {"dataset": recipe.dataset, "run": state["config"]["run"]}
-    values = {**configs.read_yaml(args.config), **overrides}
+    values = {**(configs.read_yaml(args.config) if args.config else own), **overrides}
     config = configs.resolve(values, configs.parse_overrides(args.set), KNNEval)
     config = dataclasses.replace(config, checkpoint=identity, seed=recipe.seed)
     evaluate(config, args.checkpoint, args.run_dir or run_directory(args.runs_dir, "knn", config))

@@ -1,10 +1,13 @@
-"""Linear probe: a linear classifier on the frozen encoder's pooled features (Table 9, right).
+"""Linear probe: a linear classifier on the frozen encoder's pooled features (Table 9, right; Section 4.2).
 
-Example:
+Examples:
     python eval/linear.py --checkpoint runs/pretrain/RUN/checkpoint.pt --config eval/configs/imagenet_linear.yaml
+    python eval/linear.py --checkpoint runs/pretrain/RUN/checkpoint.pt --config eval/configs/cifar100_linear_adam.yaml
 
-Frozen means: evaluation mode, no gradient, and afterwards a check that no parameter or buffer has changed. The test
-accuracy of every epoch is logged; the last one is reported, the best one noted. The same command resumes.
+The training features are those of views that are cropped and flipped anew each epoch (`features: augmented`), or those
+of the test transform, computed once (`features: cached`). Frozen means: evaluation mode, no gradient, and afterwards a
+check that no parameter or buffer has changed. The test accuracy of every epoch is logged; the last one is reported, the
+best one noted. The same command resumes.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import dataclasses
 import hashlib
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +27,14 @@ from torch.nn import functional as F
 from mixmask import checkpoint, data
 from mixmask import config as configs
 from mixmask.config import Augment, ConfigError, Linear, UserError
+from mixmask.features import accuracy, extract
 from mixmask.interrupt import Interrupt
 from mixmask.optim import build_optimizer, pick_device, set_learning_rate
 from mixmask.progress import Progress, Stopwatch, say
 from mixmask.randomness import seed_of
 from mixmask.runs import Run, read_log, run_directory
-from mixmask.schedules import learning_rate
-from mixmask.views import test_batches, train_batches
+from mixmask.schedules import cautions, learning_rate
+from mixmask.views import train_batches
 
 
 def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
@@ -49,25 +54,21 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
         encoder, recipe, _ = checkpoint.load_encoder(path, device)
         backbone, before = encoder.backbone, fingerprint(encoder)
         augment = dataclasses.replace(config.augment, mean=recipe.augment.mean, std=recipe.augment.std)
-        classifier = build_classifier(backbone.features, len(train_set.classes), config.seed).to(device)
+        classifier = build_classifier(backbone.features, len(train_set.classes), config.seed, config.init).to(device)
         optimizer = build_optimizer(config.optimizer, classifier.parameters())
         run.describe()
         first = resume(run, classifier, optimizer)
         say(header(run, config, recipe, train_set, first))
+        test_features = extract(backbone, test_set, augment, config.test_resize, device, config.run.workers)
+        batches_of = training_features(backbone, train_set, augment, config, device)
 
         with Interrupt() as interrupt:
             for epoch in range(first, config.epochs):
                 watch, losses = Stopwatch(), []
                 progress = Progress(steps_per_epoch, f"epoch {epoch + 1}/{config.epochs}")
-                batches = train_batches(
-                    train_set, augment, config.batch_size, config.seed, epoch, 1, device, config.run.workers
-                )
-                for step, ((images,), indices) in enumerate(batches, epoch * steps_per_epoch):
+                for step, (features, labels) in enumerate(batches_of(epoch), epoch * steps_per_epoch):
                     rate = learning_rate(config.schedule, config.optimizer.lr, step, steps_per_epoch, config.epochs)
                     set_learning_rate(optimizer, rate)
-                    with torch.no_grad():
-                        features = backbone(images)  # (N, features), evaluation mode: running statistics
-                    labels = train_set.labels[indices.to(train_set.labels.device)].to(device)
                     loss = F.cross_entropy(classifier(features), labels)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
@@ -80,12 +81,13 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
                     raise UserError(
                         f"{run.id}: the loss is {mean_loss} in epoch {epoch + 1}; stopped, nothing saved of it"
                     )
-                accuracy = test(backbone, classifier, test_set, augment, config, device)
-                values = {"loss": mean_loss, "test_top1": accuracy, "lr": rate}
+                values = {"loss": mean_loss, "test_top1": test(classifier, test_features, test_set.labels), "lr": rate}
                 run.log("epoch", epoch, epoch=epoch + 1, **values, timing={"seconds": round(watch.lap(), 3)})
                 say(epoch_line(epoch + 1, config.epochs, values))
-                save(run, config, classifier, optimizer, epoch + 1)
-                if interrupt.requested and epoch + 1 < config.epochs:
+                last = epoch + 1 == config.epochs
+                if last or (epoch + 1) % config.run.checkpoint_every == 0 or interrupt.requested:
+                    save(run, config, classifier, optimizer, epoch + 1)
+                if interrupt.requested and not last:
                     raise KeyboardInterrupt
         if fingerprint(encoder) != before:
             raise UserError(f"{run.id}: the frozen encoder changed during the probe; the result is not valid")
@@ -110,29 +112,46 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def build_classifier(features: int, classes: int, seed: int) -> nn.Linear:
-    """Weights N(0, 0.01), bias 0 (MoCo's main_lincls.py)."""
+def build_classifier(features: int, classes: int, seed: int, init: str = "normal") -> nn.Linear:
+    """`normal`: weights N(0, 0.01), bias 0 (MoCo's main_lincls.py); `uniform`: both U(-b, b), b = features ** -0.5."""
     classifier = nn.Linear(features, classes)
     generator = torch.Generator().manual_seed(seed_of(seed, "classifier"))
     with torch.no_grad():
-        classifier.weight.normal_(0, 0.01, generator=generator)
-        classifier.bias.zero_()
+        if init == "normal":
+            classifier.weight.normal_(0, 0.01, generator=generator)
+            classifier.bias.zero_()
+        else:
+            for parameter in classifier.parameters():
+                parameter.uniform_(-(features**-0.5), features**-0.5, generator=generator)
     return classifier
 
 
+def training_features(
+    backbone: nn.Module, train_set: data.Resident | data.Files, augment: Augment, config: Linear, device: torch.device
+) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
+    """A function of the epoch: its shuffled batches of features (N, D), without gradient, and labels (N,)."""
+    labels, options = train_set.labels.to(device), (config.batch_size, config.seed)
+
+    def augmented(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for (images,), indices in train_batches(train_set, augment, *options, epoch, 1, device, config.run.workers):
+            with torch.no_grad():
+                features = backbone(images)  # evaluation mode: running statistics
+            yield features, labels[indices.to(device)]
+
+    def cached(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for indices in data.batch_indices(len(bank), *options, epoch).to(device):
+            yield bank[indices], labels[indices]
+
+    if config.features == "augmented":
+        return augmented
+    bank = extract(backbone, train_set, augment, config.test_resize, device, config.run.workers)
+    return cached
+
+
 @torch.no_grad()
-def test(
-    backbone: nn.Module,
-    classifier: nn.Module,
-    test_set: data.Resident | data.Files,
-    augment: Augment,
-    config: Linear,
-    device: torch.device,
-) -> float:
-    """Top-1 accuracy on the test images, in percent."""
-    batches = test_batches(test_set, augment, config.test_resize, device, workers=config.run.workers)
-    predictions: Tensor = torch.cat([classifier(backbone(images)).argmax(dim=1) for images in batches])
-    return round((predictions == test_set.labels.to(device)).float().mean().item() * 100, 4)
+def test(classifier: nn.Module, features: Tensor, labels: Tensor) -> float:
+    """Top-1 accuracy on the test images' features (N, D), in percent."""
+    return accuracy(classifier(features).argmax(dim=1), labels)
 
 
 def resume(run: Run, classifier: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -157,7 +176,7 @@ def result(run: Run, config: Linear, device: torch.device) -> dict[str, Any]:
     """Last and best test accuracy, under the protocol's name."""
     run.sync()
     epochs = [line for line in read_log(run.directory) if line["kind"] == "epoch"]
-    name = f"linear_{config.optimizer.name}"
+    name = metric_name(config)
     return {
         "run": run.id,
         "checkpoint": config.checkpoint,
@@ -171,6 +190,11 @@ def result(run: Run, config: Linear, device: torch.device) -> dict[str, Any]:
     }
 
 
+def metric_name(config: Linear) -> str:
+    """The protocol, for the metric's name: linear_sgd (views cropped anew each epoch) or linear_cached_adam."""
+    return f"linear_{'cached_' if config.features == 'cached' else ''}{config.optimizer.name}"
+
+
 def epoch_line(epoch: int, epochs: int, values: dict[str, float]) -> str:
     return f"epoch {epoch}/{epochs}  loss {values['loss']:.4f}  top-1 {values['test_top1']:.2f} %  lr {values['lr']:g}"
 
@@ -180,12 +204,14 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def header(run: Run, config: Linear, recipe: Any, train_set: Any, first: int) -> str:
+    notes = cautions(config.schedule, len(train_set) // config.batch_size, config.epochs)
     return (
         f"{run.id}" + (f" (resumed after epoch {first})" if first else "") + "\n"
         f"  encoder of {config.checkpoint} ({recipe.framework}, {recipe.method})\n"
         f"  {config.dataset}: {len(train_set)} images, {len(train_set.classes)} classes; "
         f"total batch {config.batch_size}, {config.epochs} epochs; "
-        f"{config.optimizer.name}, lr {config.optimizer.lr:g} (used as it is)"
+        f"{config.features} features; {config.optimizer.name}, lr {config.optimizer.lr:g} (used as it is)"
+        + "".join(f"\n  note: {note}" for note in notes)
     )
 
 

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import sys
@@ -248,6 +249,8 @@ class Linear:
 
 T = TypeVar("T")
 
+_hints = functools.cache(typing.get_type_hints)
+
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """`values` as an instance of the dataclass `cls`. Raises ConfigError for an unknown, missing or wrong key."""
@@ -257,7 +260,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     for key in values:
         if key not in fields:
             raise ConfigError(f"unknown key '{_dot(where, key)}'{nearest(key, fields, where)}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     result = {}
     for name, spec in fields.items():
         if name in values:
@@ -376,12 +379,13 @@ def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any], cls
     return result
 
 
-def _dotted_fields(cls: type, where: str = "") -> set[str]:
-    names, hints = set(), typing.get_type_hints(cls)
+@functools.cache
+def _dotted_fields(cls: type, where: str = "") -> frozenset[str]:
+    names, hints = set(), _hints(cls)
     for spec in dataclasses.fields(cls):
         name = _dot(where, spec.name)
         names |= _dotted_fields(hints[spec.name], name) if dataclasses.is_dataclass(hints[spec.name]) else {name}
-    return names - {"settings"}
+    return frozenset(names - {"settings"})
 
 
 def resolve(values: Mapping[str, Any], overrides: Mapping[str, Any], cls: type[T]) -> T:

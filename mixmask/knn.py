@@ -1,9 +1,12 @@
 """k-NN classification of frozen embeddings: the same code during pre-training and in `eval/knn.py`.
 
-Weighted k-NN (Wu et al. 2018, Section 3.4), as in MoCo's CIFAR demo and Un-Mix's `unmix_c100.py`.
+Weighted: by cosine similarity (Wu et al. 2018, Section 3.4), as in MoCo's CIFAR demo, Un-Mix's `unmix_c100.py` and
+PatrickHua/SimSiam. Majority: the nearest by Euclidean distance, one vote each, as in htdt/self-supervised.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,12 +15,18 @@ from torch.nn import functional as F
 from mixmask import data
 from mixmask.backbones import Encoder
 from mixmask.config import KNN, Augment, ConfigError
-from mixmask.views import test_batches
+from mixmask.features import accuracy, extract
 
 
 def metric_name(knn: KNN, dim: int) -> str:
-    """The protocol, for the metric's name: knn_k200_t0.1_out128, or knn_k200_t0.1_backbone512."""
-    return f"knn_k{knn.k}_t{knn.temperature:g}_{'out' if knn.features == 'output' else 'backbone'}{dim}"
+    """The protocol, for the metric's name: knn_k200_t0.1_out128, or knn_k5_euclidean_backbone512.
+
+    A temperature means a weighted vote, and cosine similarity where no distance is named; else it is the majority's.
+    """
+    weighted = knn.vote == "weighted"
+    parts = [f"knn_k{knn.k}"] + [f"t{knn.temperature:g}"] * weighted
+    parts += [] if weighted and knn.distance == "cosine" else [knn.distance]
+    return "_".join([*parts, f"{'out' if knn.features == 'output' else 'backbone'}{dim}"])
 
 
 def test_resize(augment: Augment, dataset: data.Resident | data.Files) -> int:
@@ -29,35 +38,45 @@ test_resize.__test__ = False  # not a test, whatever its name says to pytest
 
 
 @torch.no_grad()
-def embed(
-    encoder: Encoder, dataset: data.Resident | data.Files, augment: Augment, features: str, device, workers: int = 0
-) -> Tensor:
-    """Embeddings of all images with the test transform: unit length, float32 (N, dim), on the device.
+def predict(knn: KNN, bank: Tensor, labels: Tensor, queries: Tensor, classes: int, chunk: int = 512) -> Tensor:
+    """Classes (M,) of `queries` (M, D) by their k nearest of `bank` (N, D) with labels (N,); ties: the lowest class.
 
-    `encoder` must be in evaluation mode; `features`: "output" (after the head) or "backbone" (pooled features).
+    Raises ConfigError for k larger than the bank.
     """
-    model = encoder if features == "output" else encoder.backbone
-    batches = test_batches(dataset, augment, test_resize(augment, dataset), device, workers=workers)
-    return torch.cat([F.normalize(model(images).float(), dim=1) for images in batches])
-
-
-@torch.no_grad()
-def predict(
-    bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float, classes: int, chunk: int = 512
-) -> Tensor:
-    """Classes (M,) of unit-length `queries` (M, D): each of the k nearest bank entries votes exp(similarity / T).
-
-    bank (N, D) of unit length, labels (N,). Raises ConfigError for k larger than the bank.
-    """
-    if k > len(bank):
-        raise ConfigError(f"knn.k: {k} neighbours, but there are only {len(bank)} training images")
+    if knn.k > len(bank):
+        raise ConfigError(f"knn.k: {knn.k} neighbours, but there are only {len(bank)} training images")
+    similarities = cosine(bank) if knn.distance == "cosine" else minus_euclidean(bank)
     predictions = []
     for part in queries.split(chunk):
-        similarity, index = (part @ bank.T).topk(k, dim=1)  # (chunk, k)
-        votes = similarity.new_zeros(len(part), classes)
-        votes.scatter_add_(1, labels[index], (similarity / temperature).exp())
+        similarity, index = similarities(part).topk(knn.k, dim=1)  # (chunk, k), the nearest first
+        weights = torch.ones_like(similarity)
+        if knn.vote == "weighted":
+            weights = ((similarity - similarity[:, :1]) / knn.temperature).exp()
+        votes = weights.new_zeros(len(part), classes).scatter_add_(1, labels[index], weights)
         predictions.append(votes.argmax(dim=1))
     return torch.cat(predictions)
+
+
+def cosine(bank: Tensor) -> Callable[[Tensor], Tensor]:
+    """Queries (M, D) -> their cosine with each entry of the bank, (M, N)."""
+    bank = F.normalize(bank, dim=1)
+    return lambda queries: F.normalize(queries, dim=1) @ bank.T
+
+
+def minus_euclidean(bank: Tensor) -> Callable[[Tensor], Tensor]:
+    """Queries (M, D) -> minus their distance to each entry of the bank, (M, N).
+
+    From products, in float64: in float32 the differences of large products would misplace near neighbours.
+    """
+    bank = bank.double()
+    squares = (bank * bank).sum(dim=1)  # (N,)
+
+    def similarities(queries: Tensor) -> Tensor:
+        queries = queries.double()
+        squared = torch.addmm(squares, queries, bank.T, alpha=-2).add_((queries * queries).sum(dim=1, keepdim=True))
+        return squared.clamp_(min=0).sqrt_().neg_()
+
+    return similarities
 
 
 def evaluate(
@@ -72,8 +91,8 @@ def evaluate(
     """Top-1 accuracy in percent under its full name, {metric: percent}. Leaves the encoder in its mode."""
     training = encoder.training
     encoder.eval()
-    bank, queries = (embed(encoder, d, augment, knn.features, device, workers) for d in (train, test))
+    model = encoder if knn.features == "output" else encoder.backbone
+    bank, queries = (extract(model, d, augment, test_resize(augment, d), device, workers) for d in (train, test))
     encoder.train(training)
-    predictions = predict(bank, train.labels.to(device), queries, knn.k, knn.temperature, len(train.classes))
-    accuracy = (predictions == test.labels.to(device)).float().mean().item() * 100
-    return {metric_name(knn, bank.shape[1]): round(accuracy, 4)}
+    predictions = predict(knn, bank, train.labels.to(device), queries, len(train.classes))
+    return {metric_name(knn, bank.shape[1]): accuracy(predictions, test.labels)}

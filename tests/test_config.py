@@ -139,6 +139,7 @@ OTHER = {
     "mask.block_impl": "literal",
     "mask.permutation": "random",
     "knn.features": "backbone",
+    "knn.distance": "euclidean",
     "precision": "bf16",
 }
 
@@ -159,15 +160,19 @@ def changed(key: str, value: object) -> object:
 def test_hash_follows_everything_else(tiny):
     config = tiny()
     flat = configs.flatten(configs.to_dict(config))
-    decisive = {
-        k: v for k, v in flat.items() if not k.startswith("run.") and k not in ("seed", "knn.every", "framework")
-    }
+    apart = ("seed", "knn.every", "framework", "knn.vote")  # the vote: only together with the temperature
+    decisive = {k: v for k, v in flat.items() if not k.startswith("run.") and k not in apart}
     assert len(decisive) > 50
     hashes = {
         key: configs.hash8(configs.resolve(flat_nested(flat, key, changed(key, v)), {}, Pretrain))
         for key, v in decisive.items()
     }
     assert len({configs.hash8(config), *hashes.values()}) == len(decisive) + 1
+
+
+def test_hash_follows_the_vote(tiny):
+    majority = [tiny("knn.vote=majority", "knn.temperature=0", f"knn.distance={d}") for d in ("cosine", "euclidean")]
+    assert len({configs.hash8(c) for c in (tiny(), *majority)}) == 3
 
 
 def flat_nested(flat: dict, key: str, value: object) -> dict:

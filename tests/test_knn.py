@@ -1,67 +1,129 @@
-"""Weighted k-NN (Wu et al. 2018, Section 3.4) against a loop over queries and neighbours."""
+"""k-NN against a loop over queries and neighbours: weighted (Wu et al. 2018, Section 3.4), and Euclidean majority."""
 
 import math
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mixmask import knn
 from mixmask.config import KNN, ConfigError
 
 
-def naive(bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float, classes: int) -> list[int]:
+def weighted(k: int = 20, temperature: float = 0.1, **options: str) -> KNN:
+    return KNN(k, temperature, **{"features": "backbone", "every": 0, **options})
+
+
+def majority(k: int = 5, **options: str) -> KNN:
+    return KNN(k, **{"features": "backbone", "every": 0, "distance": "euclidean", "vote": "majority", **options})
+
+
+def similarity(knn: KNN, query: list[float], entry: list[float]) -> float:
+    if knn.distance == "euclidean":
+        return -math.dist(query, entry)
+    return sum(a * b for a, b in zip(query, entry, strict=True)) / math.hypot(*query) / math.hypot(*entry)
+
+
+def naive(knn: KNN, bank: Tensor, labels: Tensor, queries: Tensor, classes: int) -> list[int]:
     predictions = []
     for query in queries.tolist():
-        similarities = [sum(a * b for a, b in zip(query, row, strict=True)) for row in bank.tolist()]
-        nearest = sorted(range(len(bank)), key=lambda j: -similarities[j])[:k]
+        similarities = [similarity(knn, query, row) for row in bank.tolist()]
         votes = [0.0] * classes
-        for j in nearest:
-            votes[int(labels[j])] += math.exp(similarities[j] / temperature)
-        predictions.append(votes.index(max(votes)))
+        for j in sorted(range(len(bank)), key=lambda j: -similarities[j])[: knn.k]:
+            votes[int(labels[j])] += math.exp(similarities[j] / knn.temperature) if knn.vote == "weighted" else 1
+        predictions.append(votes.index(max(votes)))  # the first of equals
     return predictions
 
 
 def clusters(n: int, m: int, classes: int = 7, dim: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    """A bank around one centre per class, and queries, of unit length; float64."""
+    """A bank around one centre per class, its labels, and queries; float64."""
     generator = torch.Generator().manual_seed(n)
     centres = torch.randn(classes, dim, generator=generator, dtype=torch.float64)
     labels = torch.randint(classes, (n,), generator=generator)
     noise = torch.randn(n + m, dim, generator=generator, dtype=torch.float64)
-    bank = F.normalize(centres[labels] + 1.5 * noise[:n], dim=1)
-    return bank, labels, F.normalize(noise[n:], dim=1)
+    return centres[labels] + 1.5 * noise[:n], labels, noise[n:]
 
 
-@pytest.mark.parametrize("k, temperature", [(1, 0.1), (5, 0.1), (20, 0.1), (60, 0.1), (20, 1.0), (20, 0.02)])
-def test_weighted_knn(k: int, temperature: float):
+PROTOCOLS = [weighted(k, t) for k, t in [(1, 0.1), (5, 0.1), (20, 0.1), (60, 0.1), (20, 1.0), (20, 0.02)]]
+PROTOCOLS += [majority(), majority(1), majority(20), majority(distance="cosine"), weighted(distance="euclidean")]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: knn.metric_name(p, 6))
+def test_knn(protocol: KNN):
     bank, labels, queries = clusters(60, 80)
-    found = knn.predict(bank, labels, queries, k, temperature, classes=7)
-    assert found.tolist() == naive(bank, labels, queries, k, temperature, 7)
+    found = knn.predict(protocol, bank, labels, queries, classes=7)
+    assert found.tolist() == naive(protocol, bank, labels, queries, 7)
     assert len(set(found.tolist())) > 3
 
 
-def test_nearest_neighbour_outvotes_a_majority_that_is_far():
-    bank = F.normalize(torch.tensor([[1.0, 0.0], [0.1, 1.0], [0.0, 1.0]]), dim=1)
-    query = torch.tensor([[1.0, 0.0]])
-    labels = torch.tensor([0, 1, 1])
-    assert knn.predict(bank, labels, query, 3, 0.1, 2).item() == 0
-    assert knn.predict(bank, labels, query, 3, 10.0, 2).item() == 1
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 80, 1000])
-def test_chunks_do_not_change_predictions(chunk: int):
+def test_protocols_differ():
     bank, labels, queries = clusters(60, 80)
-    expected = knn.predict(bank, labels, queries, 20, 0.1, 7)
-    assert torch.equal(knn.predict(bank, labels, queries, 20, 0.1, 7, chunk=chunk), expected)
+    both = (majority(), majority(distance="cosine"), weighted(5), weighted(5, distance="euclidean"))
+    assert len({tuple(knn.predict(p, bank, labels, queries, 7).tolist()) for p in both}) == 4
+
+
+def test_nearest_neighbour_outvotes_a_majority_that_is_far():
+    bank = torch.tensor([[1.0, 0.0], [0.1, 1.0], [0.0, 1.0]])
+    query, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([0, 1, 1])
+    assert knn.predict(weighted(3, 0.1), bank, labels, query, 2).item() == 0
+    assert knn.predict(weighted(3, 10.0), bank, labels, query, 2).item() == 1
+    assert knn.predict(majority(3), bank, labels, query, 2).item() == 1
+
+
+def test_length_of_a_feature_counts_for_euclidean_distance_alone():
+    bank, labels = torch.tensor([[10.0, 0.0], [1.0, 1.0]]), torch.tensor([0, 1])
+    query = torch.tensor([[1.0, 0.0]])
+    assert knn.predict(majority(1), bank, labels, query, 2).item() == 1
+    assert knn.predict(weighted(1), bank, labels, query, 2).item() == 0
+
+
+def test_equal_votes_go_to_the_lowest_class():
+    """As scipy's mode, and torch's argmax over sorted classes in htdt/self-supervised."""
+    bank = torch.tensor([[1.0], [1.1], [1.2], [1.3], [9.0]])
+    labels = torch.tensor([5, 2, 5, 2, 0])
+    assert knn.predict(majority(4), bank, labels, torch.tensor([[0.9]]), 6).item() == 2
+
+
+def test_near_neighbours_far_from_the_origin_keep_their_order():
+    """Products in float32 would not tell 1e4 + 0.01 from 1e4 + 0.02."""
+    bank = 1e4 + torch.tensor([[0.03], [0.01], [0.02], [0.05]])
+    assert knn.predict(majority(1), bank, torch.arange(4), torch.tensor([[1e4]]), 4).item() == 1
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_weights_neither_vanish_nor_overflow(scale: float):
+    bank, labels, queries = clusters(60, 80)
+    features = (scale * bank, labels, scale * queries)
+    expected = naive(weighted(20, 0.1 * scale, distance="euclidean"), *features, 7)
+    assert knn.predict(weighted(20, 0.1 * scale, distance="euclidean"), *features, 7).tolist() == expected
+
+
+@pytest.mark.parametrize("protocol", [weighted(), majority()], ids=lambda p: p.vote)
+@pytest.mark.parametrize("chunk", [1, 7, 80, 1000])
+def test_chunks_do_not_change_predictions(protocol: KNN, chunk: int):
+    bank, labels, queries = clusters(60, 80)
+    expected = knn.predict(protocol, bank, labels, queries, 7)
+    assert torch.equal(knn.predict(protocol, bank, labels, queries, 7, chunk=chunk), expected)
 
 
 def test_more_neighbours_than_images_is_an_error():
     bank, labels, queries = clusters(60, 5)
     with pytest.raises(ConfigError, match=r"knn\.k: 61 neighbours.*60 training images"):
-        knn.predict(bank, labels, queries, 61, 0.1, 7)
+        knn.predict(weighted(61), bank, labels, queries, 7)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "vote", "words"),
+    [(0.0, "weighted", "above 0 for a weighted vote, found 0"), (0.1, "majority", "none for a majority vote")],
+)
+def test_temperature_belongs_to_the_weighted_vote(temperature: float, vote: str, words: str):
+    with pytest.raises(ConfigError, match=rf"knn\.temperature: expected .*{words}"):
+        KNN(5, temperature, features="output", every=0, vote=vote)
 
 
 def test_metric_names_the_whole_protocol():
-    assert knn.metric_name(KNN(200, 0.1, "output", 10), 128) == "knn_k200_t0.1_out128"
-    assert knn.metric_name(KNN(20, 0.07, "backbone", 0), 512) == "knn_k20_t0.07_backbone512"
+    assert knn.metric_name(weighted(200, features="output"), 128) == "knn_k200_t0.1_out128"
+    assert knn.metric_name(weighted(20, 0.07), 512) == "knn_k20_t0.07_backbone512"
+    assert knn.metric_name(weighted(20, distance="euclidean"), 512) == "knn_k20_t0.1_euclidean_backbone512"
+    assert knn.metric_name(majority(), 512) == "knn_k5_euclidean_backbone512"
+    assert knn.metric_name(majority(distance="cosine"), 512) == "knn_k5_cosine_backbone512"

@@ -23,18 +23,40 @@ def pretrained(tiny, tmp_path_factory):
 
 def evaluate(cli, directory, runs, *items):
     """The metrics that the script prints for a pre-training run."""
-    words = ["--checkpoint", directory / "checkpoint.pt", "--runs-dir", runs, "--set", "knn.k=5", *items]
+    words = ["--checkpoint", directory / "checkpoint.pt", "--runs-dir", runs, *(["--set", *items] if items else [])]
     status, out, err = cli(script.main, *words)
     assert (status, err) == (0, "")
     return {line.split()[0]: float(line.split()[1]) for line in out.splitlines() if line.startswith("knn_")}
 
 
-@pytest.mark.parametrize("items", [[], ["method=vanilla", "run.channels_last=false", "moco.mlp=true", "seed=4"]])
-def test_offline_equals_online_exactly(tiny, cli, tmp_path, items):
+MAJORITY = ["knn.temperature=0", "knn.features=backbone", "knn.distance=euclidean", "knn.vote=majority"]
+
+
+@pytest.mark.parametrize(
+    ("items", "metric"),
+    [
+        ([], METRIC),
+        (["method=vanilla", "run.channels_last=false", "moco.mlp=true", "seed=4"], METRIC),
+        (["precision=bf16"], METRIC),
+        (["knn.features=backbone"], "knn_k5_t0.1_backbone64"),
+        (MAJORITY, "knn_k5_euclidean_backbone64"),
+        ([*MAJORITY, "run.channels_last=false"], "knn_k5_euclidean_backbone64"),
+    ],
+)
+def test_offline_equals_online_exactly(tiny, cli, tmp_path, items, metric):
+    """Without --config, the protocol is that of the pre-training."""
     result = train(tiny("epochs=1", "dataset=squares", *items), tmp_path / "run")
     evaluate(cli, tmp_path / "run", tmp_path)
     (path,) = (tmp_path / "knn").glob("*/result.json")
-    assert json.loads(path.read_text())["metrics"][f"{METRIC}_last"] == result["metrics"][f"{METRIC}_last"]
+    found = json.loads(path.read_text())["metrics"]
+    assert found == {f"{metric}_last": result["metrics"][f"{metric}_last"]}
+
+
+def test_another_protocol_by_its_recipe(cli, pretrained, tmp_path):
+    for name, k, metric in (("knn", 20, "knn_k20_t0.1_out8"), ("knn_euclidean", 5, "knn_k5_euclidean_backbone64")):
+        words = ["--checkpoint", pretrained / "checkpoint.pt", "--config", f"eval/configs/{name}.yaml"]
+        status, out, _ = cli(script.main, *words, "--runs-dir", tmp_path, "--set", f"knn.k={k}")
+        assert status == 0 and out.startswith(f"{metric}_last ")
 
 
 def test_pooled_features_are_named_by_their_width(cli, pretrained, tmp_path):

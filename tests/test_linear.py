@@ -1,4 +1,4 @@
-"""The linear probe: frozen is frozen, the last epoch is reported, a killed probe ends as if nothing had happened."""
+"""The linear probes: frozen is frozen, the last epoch is reported, a killed probe ends as if nothing had happened."""
 
 import dataclasses
 import json
@@ -9,12 +9,16 @@ import time
 
 import pytest
 import torch
+from PIL import Image
+from torch.nn import functional as F
+from torchvision import transforms as T
 
 from eval import linear as script
 from eval.linear import build_classifier, fingerprint, probe
-from mixmask import checkpoint
+from mixmask import checkpoint, config, data
 from mixmask.backbones import ResNet
 from mixmask.config import UserError
+from mixmask.features import extract
 from mixmask.runs import read_log
 from pretrain.train import train
 
@@ -25,6 +29,21 @@ def pretrained(tiny, tmp_path_factory):
     directory = tmp_path_factory.mktemp("pretrained")
     train(tiny("epochs=3", "knn.every=0", "augment.mean=[0.4, 0.5, 0.6]", "augment.std=[0.2, 0.3, 0.4]"), directory)
     return directory / "checkpoint.pt"
+
+
+# As the recipes *_linear_adam have it, and with a checkpoint every second epoch.
+CACHED = (
+    "features=cached",
+    "init=uniform",
+    "optimizer.name=adam",
+    "optimizer.lr=0.01",
+    "optimizer.weight_decay=5e-6",
+    "schedule.kind=exponential",
+    "schedule.last_lr=1e-6",
+    "augment.order=[]",
+    "epochs=5",
+    "run.checkpoint_every=2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +75,65 @@ def test_classifier_starts_as_in_moco():
     assert not torch.equal(classifier.weight, build_classifier(2048, 1000, seed=1).weight)
 
 
+def test_uniform_start_is_that_of_pytorch():
+    """U(-b, b) with b = 512 ** -0.5 for weights and bias (htdt, PatrickHua)."""
+    found, expected = build_classifier(512, 1000, seed=0, init="uniform"), torch.nn.Linear(512, 1000)
+    for a, b in zip(found.parameters(), expected.parameters(), strict=True):
+        assert a.std().item() == pytest.approx(b.std().item(), rel=0.1)
+        assert a.abs().max().item() == pytest.approx(512**-0.5, rel=0.01)
+
+
+def test_cached_adam_is_htdts_loop(tiny_linear, pretrained, tmp_path):
+    """Features once, un-augmented, as they are; Adam; ExponentialLR to 1e-6 after the last epoch."""
+    metrics = probe(tiny_linear(*CACHED), pretrained, tmp_path)["metrics"]
+    encoder, _, _ = checkpoint.load_encoder(pretrained)
+    train, test = (data.load("squares", "", split) for split in ("train", "test"))
+    mean, std = (torch.tensor(v)[:, None, None] for v in ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]))
+    x_train, x_test = (encoder.backbone((d.images / 255 - mean) / std) for d in (train, test))
+    classifier = build_classifier(64, 4, seed=0, init="uniform")
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-2, weight_decay=5e-6)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=(1e-6 / 1e-2) ** (1 / 5))
+    for epoch in range(5):
+        for index in data.batch_indices(96, 16, 0, epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(classifier(x_train[index]), train.labels[index]).backward()
+            optimizer.step()
+        scheduler.step()
+    found = checkpoint.load(tmp_path / "checkpoint.pt")["model"]
+    torch.testing.assert_close(found["weight"], classifier.weight.data, atol=1e-4, rtol=1e-4)
+    expected = (classifier(x_test).argmax(1) == test.labels).float().mean().item() * 100
+    assert metrics["linear_cached_adam_last"] == pytest.approx(expected, abs=2.6)  # one image of 40
+
+
+def test_cached_features_are_computed_once(tiny_linear, pretrained, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        script, "extract", lambda model, dataset, *a: calls.append(dataset) or extract(model, dataset, *a)
+    )
+    monkeypatch.setattr(script, "train_batches", None)
+    probe(tiny_linear(*CACHED), pretrained, tmp_path)
+    assert sorted(map(len, calls)) == [40, 96]
+
+
+def test_sgd_recipe_tests_as_patrickhua():
+    """Resize(36, bicubic), CenterCrop(32), normalised with the checkpoint's constants; within 2/255 of Pillow."""
+    recipe = config.load("eval/configs/cifar100_linear_sgd.yaml", cls=config.Linear)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    images = torch.randint(0, 256, (8, 3, 4, 4), generator=torch.Generator().manual_seed(0)).float()
+    images = F.interpolate(images, 32, mode="bilinear").round().byte()
+    dataset = data.Resident(images, torch.zeros(8, dtype=torch.int64), ("a",), "squares")
+    augment = dataclasses.replace(recipe.augment, mean=mean, std=std)
+    found = extract(torch.nn.Identity(), dataset, augment, recipe.test_resize, torch.device("cpu"))
+
+    def expected(mode: T.InterpolationMode) -> torch.Tensor:
+        transform = T.Compose([T.Resize(36, mode), T.CenterCrop(32), T.ToTensor(), T.Normalize(mean, std)])
+        return torch.stack([transform(Image.fromarray(i.permute(1, 2, 0).numpy())) for i in images])
+
+    pixels = torch.tensor(std)[:, None, None] * 255
+    assert ((found - expected(T.InterpolationMode.BICUBIC)) * pixels).abs().max() <= 2
+    assert ((found - expected(T.InterpolationMode.BILINEAR)) * pixels).abs().max() > 4
+
+
 def test_fingerprint_sees_every_parameter_and_buffer():
     backbone = ResNet("resnet18", "tiny", width=8)
     before = fingerprint(backbone)
@@ -68,12 +146,21 @@ def test_fingerprint_sees_every_parameter_and_buffer():
     assert fingerprint(backbone) == before
 
 
-def test_probe_whose_batchnorm_moves_is_refused(tiny_linear, pretrained, tmp_path, monkeypatch):
-    test = script.test
-    monkeypatch.setattr(script, "test", lambda backbone, *rest: test(backbone.train(), *rest))
+@pytest.mark.parametrize("items", [(), CACHED], ids=["augmented", "cached"])
+def test_probe_whose_batchnorm_moves_is_refused(tiny_linear, pretrained, tmp_path, monkeypatch, items):
+    monkeypatch.setattr(script, "extract", lambda backbone, *rest: extract(backbone.train(), *rest))
     with pytest.raises(UserError, match="frozen encoder changed"):
-        probe(tiny_linear(), pretrained, tmp_path)
+        probe(tiny_linear(*items), pretrained, tmp_path)
     assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("items", [(), CACHED], ids=["augmented", "cached"])
+def test_probe_changes_no_parameter_or_buffer(tiny_linear, pretrained, tmp_path, monkeypatch, items):
+    encoders, load = [], checkpoint.load_encoder
+    monkeypatch.setattr(checkpoint, "load_encoder", lambda *a: encoders.append(load(*a)) or encoders[0])
+    probe(tiny_linear(*items), pretrained, tmp_path)
+    assert fingerprint(encoders[0][0]) == fingerprint(load(pretrained)[0])
+    assert all(parameter.grad is None for parameter in encoders[0][0].parameters())
 
 
 def test_only_the_classifier_learns(undisturbed):
@@ -81,12 +168,27 @@ def test_only_the_classifier_learns(undisturbed):
     assert log(undisturbed)[-1]["loss"] < math.log(4)  # better than guessing one of four classes
 
 
-def test_normalisation_is_that_of_the_pretraining(tiny_linear, pretrained, tmp_path, monkeypatch):
-    used, batches, tests = [], script.train_batches, script.test_batches
+@pytest.mark.parametrize(("items", "uses"), [((), 2), (CACHED, 2)], ids=["augmented", "cached"])
+def test_normalisation_is_that_of_the_pretraining(tiny_linear, pretrained, tmp_path, monkeypatch, items, uses):
+    used, batches = [], script.train_batches
     monkeypatch.setattr(script, "train_batches", lambda d, augment, *a: used.append(augment) or batches(d, augment, *a))
-    monkeypatch.setattr(script, "test_batches", lambda d, a, *r, **k: used.append(a) or tests(d, a, *r, **k))
-    probe(tiny_linear("epochs=1"), pretrained, tmp_path)
-    assert [(a.mean, a.std) for a in used] == [((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))] * 2
+    monkeypatch.setattr(script, "extract", lambda m, d, augment, *a: used.append(augment) or extract(m, d, augment, *a))
+    probe(tiny_linear(*items, "epochs=1"), pretrained, tmp_path)
+    assert [(a.mean, a.std) for a in used] == [((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))] * uses
+
+
+@pytest.mark.parametrize(
+    ("items", "name"),
+    [
+        ((), "linear_sgd"),
+        (CACHED, "linear_cached_adam"),
+        (("features=cached",), "linear_cached_sgd"),
+        (CACHED[1:], "linear_adam"),
+    ],
+)
+def test_metric_names_the_protocol(tiny_linear, pretrained, tmp_path, items, name):
+    metrics = probe(tiny_linear(*items, "epochs=1"), pretrained, tmp_path)["metrics"]
+    assert metrics.keys() == {f"{name}_last", f"{name}_best"}
 
 
 def test_last_epoch_is_reported_and_the_best_noted(undisturbed):
@@ -125,6 +227,22 @@ def test_sigkill_at_any_point_changes_nothing(tiny_linear, pretrained, tmp_path,
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     probe(tiny_linear(), pretrained, tmp_path)
     assert_same_probe(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("done", [1, 2, 3, 4])
+def test_cached_probe_repeats_what_came_after_its_checkpoint(tiny_linear, pretrained, tmp_path, monkeypatch, done):
+    """A checkpoint every second epoch; stopped between the log line of an epoch and its checkpoint."""
+    probe(tiny_linear(*CACHED), pretrained, tmp_path / "whole")
+    line = script.epoch_line
+    monkeypatch.setattr(script, "epoch_line", lambda epoch, *a: line(epoch, *a) if epoch <= done else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        probe(tiny_linear(*CACHED), pretrained, tmp_path / "stopped")
+    monkeypatch.undo()
+    assert len(log(tmp_path / "stopped")) == done + 1
+    probe(tiny_linear(*CACHED), pretrained, tmp_path / "stopped")
+    assert log(tmp_path / "stopped") == log(tmp_path / "whole")
+    a, b = (checkpoint.load(tmp_path / d / "checkpoint.pt")["model"] for d in ("stopped", "whole"))
+    assert torch.equal(a["weight"], b["weight"]) and torch.equal(a["bias"], b["bias"])
 
 
 def test_kill_between_log_and_checkpoint_repeats_no_line(tiny_linear, pretrained, tmp_path, undisturbed, monkeypatch):

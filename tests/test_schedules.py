@@ -4,10 +4,11 @@ import inspect
 import math
 
 import pytest
+import torch
 
 from mixmask import schedules
-from mixmask.config import Schedule
-from mixmask.schedules import learning_rate
+from mixmask.config import ConfigError, Schedule
+from mixmask.schedules import cautions, learning_rate
 
 
 def rates(schedule: Schedule, base: float, steps_per_epoch: int, epochs: int) -> list[float]:
@@ -40,6 +41,52 @@ def test_negative_milestones_count_from_the_end():
     found = rates(Schedule("step", milestones=(-50, -25), gamma=0.2), 1.0, 1, 200)
     assert found == pytest.approx([1.0] * 150 + [0.2] * 25 + [0.04] * 25)
     assert found == rates(Schedule("step", milestones=(-25, -50), gamma=0.2), 1.0, 1, 200)
+
+
+def pytorch(scheduler: type, base: float, epochs: int, **settings: object) -> list[float]:
+    """The rates of torch.optim.lr_scheduler, one an epoch."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=base)
+    scheduler, found = scheduler(optimizer, **settings), []
+    for _ in range(epochs):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("epochs", [10, 24, 25, 26, 49, 50, 51, 100])
+def test_milestone_before_the_start_of_a_short_run_never_comes(epochs: int):
+    """SimCLR and BYOL with fewer epochs than 50: htdt's MultiStepLR over [E - 50, E - 25]."""
+    schedule = Schedule("step", milestones=(-50, -25), gamma=0.2)
+    multistep = torch.optim.lr_scheduler.MultiStepLR
+    expected = pytorch(multistep, 3e-3, epochs, milestones=[epochs - 50, epochs - 25], gamma=0.2)
+    assert rates(schedule, 3e-3, 1, epochs) == pytest.approx(expected)
+    assert (rates(schedule, 3e-3, 1, epochs)[0] == 3e-3) == (epochs not in (25, 50))
+
+
+def test_exponential_falls_by_one_ratio_each_epoch_towards_the_last_rate():
+    """htdt's linear classifier: gamma = (1e-6 / 1e-2) ** (1 / 500), by epoch."""
+    found = rates(Schedule("exponential", last_lr=1e-6), 1e-2, 3, 500)
+    gamma = (1e-6 / 1e-2) ** (1 / 500)
+    expected = pytorch(torch.optim.lr_scheduler.ExponentialLR, 1e-2, 500, gamma=gamma)
+    assert found[::3] == found[1::3] == found[2::3] == pytest.approx(expected, rel=1e-9)
+    assert found[0] == 1e-2 and found[-1] * gamma == pytest.approx(1e-6)
+
+
+def test_exponential_to_zero_is_refused():
+    with pytest.raises(ConfigError, match=r"schedule\.last_lr: .* above 0"):
+        Schedule("exponential")
+
+
+def test_run_too_short_for_its_schedule_says_so():
+    schedule = Schedule("step", warmup_iterations=500, milestones=(-50, -25, 3, 40), gamma=0.2)
+    assert cautions(schedule, 100, 1000) == []
+    assert cautions(schedule, 10, 40) == [
+        "the warm-up of 500 iterations fills all 400 of the run",
+        "milestone -50 lies outside the 40 epochs and never comes",
+        "milestone 40 lies outside the 40 epochs and never comes",
+    ]
+    assert cautions(Schedule("cosine", warmup_epochs=10), 5, 11) == []
 
 
 def test_warmup_over_500_iterations_is_linear_from_a_500th():

@@ -1,0 +1,33 @@
+"""Features of a frozen network on a whole data set: what k-NN and linear classifiers are given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mixmask import data
+from mixmask.config import Augment
+from mixmask.views import test_batches
+
+
+@torch.no_grad()
+def extract(
+    model: nn.Module,
+    dataset: data.Resident | data.Files,
+    augment: Augment,
+    resize: int,
+    device: torch.device,
+    workers: int = 0,
+) -> Tensor:
+    """Features float32 (N, D) of the images in order, with the test transform, on the device.
+
+    `model`: an encoder (the head's output) or its backbone (pooled features), in evaluation mode. `resize`: the
+    shorter side before the centre crop, 0 for none.
+    """
+    batches = test_batches(dataset, augment, resize, device, workers=workers)
+    return torch.cat([model(images).float() for images in batches])
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
+    """Top-1 of classes (N,), in percent."""
+    return round((predictions == labels.to(predictions.device)).float().mean().item() * 100, 4)
