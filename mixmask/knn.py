@@ -16,17 +16,7 @@ from mixmask import data
 from mixmask.backbones import Encoder
 from mixmask.config import KNN, Augment, ConfigError
 from mixmask.features import accuracy, extract
-
-
-def metric_name(knn: KNN, dim: int) -> str:
-    """The protocol, for the metric's name: knn_k200_t0.1_out128, or knn_k5_euclidean_backbone512.
-
-    A temperature means a weighted vote, and cosine similarity where no distance is named; else it is the majority's.
-    """
-    weighted = knn.vote == "weighted"
-    parts = [f"knn_k{knn.k}"] + [f"t{knn.temperature:g}"] * weighted
-    parts += [] if weighted and knn.distance == "cosine" else [knn.distance]
-    return "_".join([*parts, f"{'out' if knn.features == 'output' else 'backbone'}{dim}"])
+from mixmask.metrics import knn_metric
 
 
 def test_resize(augment: Augment, dataset: data.Resident | data.Files) -> int:
@@ -95,4 +85,4 @@ def evaluate(
     bank, queries = (extract(model, d, augment, test_resize(augment, d), device, workers) for d in (train, test))
     encoder.train(training)
     predictions = predict(knn, bank, train.labels.to(device), queries, len(train.classes))
-    return {metric_name(knn, bank.shape[1]): accuracy(predictions, test.labels)}
+    return {knn_metric(knn, bank.shape[1]): accuracy(predictions, test.labels)}

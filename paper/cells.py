@@ -1,15 +1,16 @@
 """The paper's numbers as objects: `select(["table4"])` -> the cells of Table 4. The data is in paper/cells/*.yaml.
 
-One file a table or figure. A new number is a new entry there: its id, where it stands in the paper's table, the
-published value and where that comes from, and what has to be run for it. Nothing here imports torch.
+One file a table or figure, written as the table is: columns, rows, and in each row the published values. A cell is
+what its file, its column, its row and the row's exception for that column say, the later over the earlier
+(docs/cells.md). Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,22 +18,30 @@ from mixmask.config import ConfigError, build, nearest, read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
+LAYOUT = ("id", "name", "group", "published", "except")  # of a row or column; its other keys are its cells'
+
+# Targets that need no run, and what makes them.
+WITHOUT_RUNS = {
+    **{f"table{n}": f"python paper/make_tables.py table{n}" for n in (8, 9, 10)},
+    **{f"figure{n}": f"python paper/make_figures.py figure{n}" for n in (1, 2, 3, 4, 8)},
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One number of the paper and the runs that replicate it."""
+    """One number of the paper, or one curve, and the runs that replicate it."""
 
     id: str  # target/dataset/framework/method/..., unique
     row: str
     column: str
-    published: float  # as printed; Top-1 and AP in percent
-    origin: Literal["own", "cited", "unclear"]  # where the published value comes from
+    published: float | None = None  # as printed; Top-1 and AP in percent; a curve has none
+    origin: Literal["own", "cited", "unclear"] = "own"  # where the published value comes from
     source: str = ""  # of a value that is not the paper's own
-    recipe: str  # pretrain/configs/<recipe>.yaml
-    overrides: Mapping[str, Any]  # dotted keys of that recipe
+    recipe: str = ""  # pretrain/configs/<recipe>.yaml; empty: the method is not implemented here
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # dotted keys of that recipe
     seeds: int  # 0, 1, ... seeds - 1
     metric: str  # full name, protocol included, in the result of the last stage
-    evaluation: str = ""  # <stage>/<recipe in eval/configs>; empty: the metric is the pre-training's own
+    evaluation: str = ""  # <stage>/<its recipe>; empty: the metric is the pre-training's own
     note: str = ""  # what a reader of our number must know
 
     @property
@@ -41,48 +50,91 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Heading:
+    """Of a row or a column: its name, and the group that it stands under, if any."""
+
+    name: str
+    group: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.group}: {self.name}" if self.group else self.name
+
+
+@dataclass(frozen=True)
 class Table:
-    """A table of the paper: its cells, and the order of its columns (rows come in the order of the cells)."""
+    """A table (or figure) of the paper: its headings in the paper's order, and its cells, row by row."""
 
     name: str
     title: str
-    columns: tuple[str, ...]
+    columns: tuple[Heading, ...]
+    rows: tuple[Heading, ...]
     cells: tuple[Cell, ...]
 
 
 @functools.cache
 def tables() -> dict[str, Table]:
-    """Every table that has a file in paper/cells, by name."""
-    return {path.stem: _read(path) for path in sorted((ROOT / "paper" / "cells").glob("*.yaml"))}
+    """Every table and figure that has a file in paper/cells, by name: table1 ... table7, figure5 ... figure7."""
+    paths = sorted((ROOT / "paper" / "cells").glob("*.yaml"), key=lambda path: (path.stem[0] == "f", path.stem))
+    return {path.stem: _read(path) for path in paths}
 
 
 def _read(path: Path) -> Table:
     values = read_yaml(path)
-    cells = []
-    for entry in values["cells"]:
-        cell = build(Cell, {**values["common"], **entry}, f"{path.name}: {entry.get('id')}")
-        if cell.target != path.stem or cell.column not in values["columns"]:
-            raise ConfigError(f"{path}: {cell.id}: expected an id under {path.stem}/ and one of {values['columns']}")
-        cells.append(cell)
-    return Table(path.stem, values["title"], tuple(values["columns"]), tuple(cells))
+    try:
+        columns, rows = (tuple(_heading(entry) for entry in values[key]) for key in ("columns", "rows"))
+        return Table(path.stem, values["title"], columns, rows, tuple(_cells(path.stem, values)))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except KeyError as error:
+        raise ConfigError(f"{path}: missing key {error}") from None
+
+
+def _heading(entry: Mapping[str, Any]) -> Heading:
+    return Heading(entry["name"], entry.get("group", ""))
+
+
+def _cells(target: str, values: Mapping[str, Any]) -> Iterator[Cell]:
+    """Row by row; a `published` of null is a place that the paper leaves empty: no cell."""
+    columns, common, pattern = values["columns"], values["common"], values.get("id", "{column}/{row}")
+    for row in values["rows"]:
+        published = row.get("published", [None] * len(columns))
+        if len(published) != len(columns):
+            raise ConfigError(f"{row['id']}: {len(published)} published values for {len(columns)} columns")
+        unknown = set(row.get("except", {})) - {column["id"] for column in columns}
+        if unknown:
+            raise ConfigError(f"{row['id']}: except: no column '{min(unknown)}'")
+        for column, value in zip(columns, published, strict=True):
+            if value is not None or "published" not in row:
+                name = f"{target}/{pattern.format(row=row['id'], column=column['id'])}"
+                place = {"id": name, "row": _heading(row).label, "column": _heading(column).label, "published": value}
+                yield _cell(place, common, column, row, row.get("except", {}).get(column["id"], {}))
+
+
+def _cell(place: Mapping[str, Any], *parts: Mapping[str, Any]) -> Cell:
+    """The later part over the earlier, key by key; so are their overrides."""
+    values = {key: value for part in parts for key, value in part.items() if key not in LAYOUT}
+    overrides = {key: value for part in parts for key, value in part.get("overrides", {}).items()}
+    given = {key: value for key, value in place.items() if value is not None}
+    return build(Cell, {**values, **given, "overrides": overrides}, place["id"])
 
 
 def select(targets: Iterable[str]) -> list[Cell]:
-    """The cells of `targets` (a table, a cell id, wildcards, `all`; none means all), each once, in the paper's order.
+    """The cells of `targets` (a table, a figure, a cell id, wildcards, `all`; none means all), each once, in order.
 
-    Raises ConfigError, with the nearest name and the list, for a target that names nothing.
+    A target of WITHOUT_RUNS has none. Raises ConfigError, with the nearest name, for a target that names nothing.
     """
     cells = [cell for table in tables().values() for cell in table.cells]
     wanted = set()
     for target in list(targets) or ["all"]:
         found = {c.id for c in cells if target in ("all", c.target) or fnmatch.fnmatchcase(c.id, target)}
-        if not found:
+        if not found and target not in WITHOUT_RUNS:
             raise ConfigError(_unknown(target, [cell.id for cell in cells]))
         wanted |= found
     return [cell for cell in cells if cell.id in wanted]
 
 
 def _unknown(target: str, ids: list[str]) -> str:
-    names = [*tables(), "all"]
+    names = [*tables(), *WITHOUT_RUNS, "all"]
     hint = nearest(target, ids if "/" in target else names)
     return f"unknown target '{target}'{hint} (targets: {', '.join(names)}; a cell such as {ids[0]}; wildcards)"

@@ -1,12 +1,13 @@
 """Write the paper's tables with our numbers beside the published ones: Markdown, LaTeX and CSV.
 
 examples:
-  python paper/make_tables.py                      every table, from runs/, into paper/output/
+  python paper/make_tables.py                      Tables 1 to 10, from runs/, into paper/output/
   python paper/make_tables.py table4 --runs-dir /scratch/runs --out tables
   python paper/make_tables.py table4 --preset paper --set epochs=100      the runs launched with the same --set
 
 Each cell shows the runs of the paper's budget where there are some, else those of the smoke preset, marked as such:
-a smoke number is never compared with a published one. Where there is no run, the table says so.
+a smoke number is never compared with a published one. Where there is no run, the table says so. Tables 8, 9 and 10 are
+hyper-parameters: ours are read from the recipes.
 """
 
 from __future__ import annotations
@@ -22,27 +23,33 @@ sys.path.insert(0, str(ROOT))
 
 import pandas as pd  # noqa: E402
 
-from mixmask.config import UserError, main_guard  # noqa: E402
+from mixmask.config import ConfigError, UserError, main_guard  # noqa: E402
 from mixmask.runs import read_result, write_atomically  # noqa: E402
-from paper.cells import Cell, Table, select, tables  # noqa: E402
-from paper.presets import Budget, budget, directory, presets, steps  # noqa: E402
+from paper import settings  # noqa: E402
+from paper.cells import Cell, Heading, Table, select, tables  # noqa: E402
+from paper.markup import Footnotes, Sheet, latex, markdown  # noqa: E402
+from paper.presets import Budget, budget, directory, metric, not_built, presets, steps  # noqa: E402
 
 NO_RUN = "no run yet"
+NOT_IMPLEMENTED = "not implemented"
 NOT_COMPARABLE = "not comparable"
-TEX = str.maketrans({"\\": r"\textbackslash{}", "±": r"$\pm$", **{c: "\\" + c for c in "%&_#${}"}})
+NOISE = 2  # standard deviations of ours within which a difference counts as noise
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the runs, write the three files of each table, print the Markdown."""
     options = _parse(arguments)
-    cells = select(options.targets)
-    names = [options.preset] if options.preset else list(presets())
-    budgets = [budget(name, options.set) for name in names]
-    for name in dict.fromkeys(cell.target for cell in cells):
-        table = tables()[name]
-        frame = collect(table, budgets, Path(options.runs_dir))
-        print(markdown(table, frame))
-        for path in write(table, frame, Path(options.out)):
+    chosen = [options.preset] if options.preset else list(presets())
+    budgets = [budget(name, options.set) for name in chosen]
+    for name in _names(options.targets):
+        if name in settings.names():
+            frame = settings.collect(name)
+            sheet, csv = settings.sheet(name, frame), settings.csv(frame)
+        else:
+            frame = collect(tables()[name], budgets, Path(options.runs_dir))
+            sheet, csv = numbers(tables()[name], frame), numbers_csv(frame)
+        print(markdown(sheet))
+        for path in write(sheet, csv, Path(options.out)):
             print(f"written: {path}")
         print()
 
@@ -65,6 +72,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _names(targets: Sequence[str]) -> list[str]:
+    """The tables that `targets` name, in the paper's order. Raises ConfigError for anything else."""
+    found = {cell.target for cell in select(targets)} | set(targets) & set(settings.names())
+    everything = not targets or "all" in targets
+    figures = [name for name in [*found, *targets] if name.startswith("figure")]
+    if figures and not everything:
+        raise ConfigError(f"{figures[0]} is no table: python paper/make_figures.py {figures[0].partition('/')[0]}")
+    every = [*(name for name in tables() if name.startswith("table")), *settings.names()]
+    return [name for name in every if everything or name in found]
+
+
 # ------------------------------------------------------------------------------------------------------- reading
 
 
@@ -72,7 +90,8 @@ def collect(table: Table, budgets: Iterable[Budget], runs_dir: Path) -> pd.DataF
     """One row a cell: the published value, and ours from the first of `budgets` that has runs.
 
     ours_mean, ours_std (over seeds, n - 1 in the denominator; empty for one seed), n, preset, difference (empty
-    where the preset is not the paper's), epochs (of our pre-training), runs.
+    where the preset is not the paper's) and verdict, metric (of ours, where there is a run), epochs (of our
+    pre-training), runs.
     """
     rows = []
     for cell in table.cells:
@@ -84,13 +103,13 @@ def collect(table: Table, budgets: Iterable[Budget], runs_dir: Path) -> pd.DataF
 def _runs(cell: Cell, budget: Budget, runs_dir: Path) -> pd.DataFrame:
     """The finished runs of `cell`, one row a seed."""
     rows = []
-    for seed in budget.seeds(cell):
+    for seed in budget.seeds(cell) if cell.recipe and not not_built(cell) else []:
         chain = steps(cell, seed, budget)
-        where = directory(runs_dir, chain[-1])
+        where, name = directory(runs_dir, chain[-1]), metric(cell, chain)
         result = read_result(where)
         if result is not None:
-            value = _metric(result, cell.metric, where)
-            rows.append({"value": value, "run": where.name, "epochs": chain[0].config.epochs, "budget": budget})
+            run = {"run": where.name, "epochs": chain[0].config.epochs, "budget": budget}
+            rows.append({"value": _metric(result, name, where), "metric": name, **run})
     return pd.DataFrame(rows)
 
 
@@ -102,42 +121,47 @@ def _metric(result: dict[str, Any], name: str, where: Path) -> float:
 
 
 def _published(cell: Cell) -> dict[str, Any]:
-    return {
-        "cell": cell.id,
-        "row": cell.row,
-        "column": cell.column,
-        "published": cell.published,
-        "origin": cell.origin,
-        "source": cell.source,
-        "metric": cell.metric,
-        "note": cell.note,
-    }
+    keys = ("row", "column", "published", "origin", "source", "metric", "note")
+    return {"cell": cell.id, **{key: getattr(cell, key) for key in keys}, "implemented": bool(cell.recipe)}
 
 
 def _nothing() -> dict[str, Any]:
-    return {"ours_mean": None, "ours_std": None, "n": 0, "preset": "", "difference": None, "epochs": None, "runs": ""}
+    empty = {"ours_mean": None, "ours_std": None, "n": 0, "preset": "", "difference": None}
+    return {**empty, "verdict": "", "epochs": None, "runs": ""}
 
 
 def _summary(cell: Cell, runs: pd.DataFrame) -> dict[str, Any]:
-    mean, budget = runs["value"].mean(), runs["budget"].iloc[0]
+    mean, std, budget = runs["value"].mean(), runs["value"].std(), runs["budget"].iloc[0]
+    difference = mean - cell.published if budget.replicates else None
     return {
         "ours_mean": mean,
-        "ours_std": runs["value"].std(),
+        "ours_std": std,
         "n": len(runs),
         "preset": budget.label,
-        "difference": mean - cell.published if budget.replicates else None,
+        "difference": difference,
+        "verdict": verdict(difference, std),
+        "metric": runs["metric"].iloc[0],
         "epochs": runs["epochs"].iloc[0],
         "runs": " ".join(runs["run"]),
     }
 
 
+def verdict(difference: float | None, std: float) -> str:
+    """The difference from the published value against the noise; `std` is not a number for one run."""
+    if difference is None:
+        return NOT_COMPARABLE
+    if pd.isna(std):
+        return "one run, noise unknown"
+    return f"{'within' if abs(difference) <= NOISE * std else 'outside'} {NOISE} std"
+
+
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def write(table: Table, frame: pd.DataFrame, out: Path) -> list[Path]:
+def write(sheet: Sheet, csv: str, out: Path) -> list[Path]:
     """table4.md, table4.tex, table4.csv in `out`. Raises UserError where it cannot be written."""
-    texts = {"md": markdown(table, frame), "tex": latex(table, frame), "csv": csv(frame)}
-    paths = [out / f"{table.name}.{kind}" for kind in texts]
+    texts = {"md": markdown(sheet), "tex": latex(sheet), "csv": csv}
+    paths = [out / f"{sheet.name}.{kind}" for kind in texts]
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path, text in zip(paths, texts.values(), strict=True):
@@ -147,9 +171,9 @@ def write(table: Table, frame: pd.DataFrame, out: Path) -> list[Path]:
     return paths
 
 
-def csv(frame: pd.DataFrame) -> str:
+def numbers_csv(frame: pd.DataFrame) -> str:
     """One line a cell; percentages with one decimal as in the paper, the standard deviation with two."""
-    order = ["cell", "row", "column", "published", "ours_mean", "ours_std", "n", "preset", "difference"]
+    order = ["cell", "row", "column", "published", "ours_mean", "ours_std", "n", "preset", "difference", "verdict"]
     order += ["metric", "epochs", "origin", "source", "note", "runs"]
     digits = {
         "published": "{:.1f}",
@@ -162,98 +186,50 @@ def csv(frame: pd.DataFrame) -> str:
     return shown[order].to_csv(index=False, lineterminator="\n")
 
 
-def markdown(table: Table, frame: pd.DataFrame) -> str:
-    """The table with its columns aligned, and the footnotes."""
-    grid, notes = _grid(table, frame)
-    subheads = [f"{c}: published" if k == 0 else ("ours", "difference")[k - 1] for c in table.columns for k in range(3)]
-    lines = [["Method", *subheads], *grid]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rows = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    footnotes = [f"[{number}] {text}" for number, text in enumerate(notes, 1)]
-    return "\n\n".join([f"**{table.title}**", "\n".join(rows), *footnotes, *_legend(frame)]) + "\n"
+def numbers(table: Table, frame: pd.DataFrame) -> Sheet:
+    """The paper's rows and columns; each row is three lines: published, ours, difference."""
+    notes, body, group = Footnotes(), [], ""
+    cells = {(cell["row"], cell["column"]): cell for _, cell in frame.iterrows()}
+    for row in table.rows:
+        if row.group != group:
+            group = row.group
+            body.append(group)
+        of_row = [cells.get((row.label, column.label)) for column in table.columns]
+        body += _lines(row, of_row, notes)
+    columns = [("", ""), ("", ""), *((column.group, column.name) for column in table.columns)]
+    return Sheet(table.name, table.title, columns, body, notes, _legend(frame))
 
 
-def latex(table: Table, frame: pd.DataFrame) -> str:
-    """The table for LaTeX with booktabs."""
-    grid, notes = _grid(table, frame)
-    heads = " & ".join(rf"\multicolumn{{3}}{{c}}{{{_tex(column)}}}" for column in table.columns)
-    rules = " ".join(rf"\cmidrule(lr){{{2 + 3 * i}-{4 + 3 * i}}}" for i in range(len(table.columns)))
-    subheads = " & ".join(["published & ours & difference"] * len(table.columns))
-    rows = [" & ".join(_tex(text) for text in line) + r" \\" for line in grid]
-    footnotes = [_tex(f"[{number}] {text}") + r" \\" for number, text in enumerate(notes, 1)]
-    legend = [_tex(text) + r" \\" for text in _legend(frame)]
-    lines = [
-        r"% \usepackage{booktabs}",
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{_tex(table.title.partition(': ')[2])}}}",
-        rf"\label{{tab:{table.name}}}",
-        rf"\begin{{tabular}}{{l{'rll' * len(table.columns)}}}",
-        r"\toprule",
-        rf" & {heads} \\",
-        rules,
-        rf"Method & {subheads} \\",
-        r"\midrule",
-        *rows,
-        r"\bottomrule",
-        r"\end{tabular}",
-        r"\par\medskip\footnotesize\raggedright",
-        *footnotes,
-        *legend,
-        r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
+def _lines(row: Heading, cells: list[pd.Series | None], notes: Footnotes) -> list[list[str]]:
+    """Up to three lines of the table: the last only where some cell of the row has a run."""
+    name = row.name + notes.marks(cell["note"] for cell in cells if cell is not None)
+    published, ours, differences = zip(*(_triple(cell, notes) for cell in cells), strict=True)
+    lines = [[name, "published", *published], ["", "ours", *ours], ["", "difference", *differences]]
+    return lines if any(differences) else lines[:2]
 
 
-def _grid(table: Table, frame: pd.DataFrame) -> tuple[list[list[str]], list[str]]:
-    """The body: for each method, published, ours and difference of each column; and the footnotes in order."""
-    notes: list[str] = []
-    lines = []
-    for row, cells in frame.groupby("row", sort=False):
-        by_column = {cell["column"]: cell for _, cell in cells.iterrows()}
-        line = [str(row) + _marks(cells["note"], notes)]
-        for column in table.columns:
-            line += _triple(by_column[column], notes) if column in by_column else ["", "", ""]
-        lines.append(line)
-    return lines, notes
-
-
-def _triple(cell: pd.Series, notes: list[str]) -> list[str]:
+def _triple(cell: pd.Series | None, notes: Footnotes) -> tuple[str, str, str]:
+    """Published, ours, difference; a dash where the paper prints none."""
+    if cell is None:
+        return "–", "", ""
     origin = "" if cell["origin"] == "own" else f"published value {cell['origin']}: {cell['source']}"
-    published = f"{cell['published']:.1f}" + _marks([origin], notes)
+    published = f"{cell['published']:.1f}" + notes.marks([origin])
     if not cell["n"]:
-        return [published, NO_RUN, ""]
+        return published, NO_RUN if cell["implemented"] else NOT_IMPLEMENTED, ""
     spread = f" ± {cell['ours_std']:.1f}" if cell["n"] > 1 else ""
     ours = f"{cell['ours_mean']:.1f}{spread} ({cell['preset']}, n = {cell['n']})"
-    difference = f"{cell['difference']:+.1f}" if pd.notna(cell["difference"]) else NOT_COMPARABLE
-    return [published, ours, difference]
-
-
-def _marks(texts: Iterable[str], notes: list[str]) -> str:
-    """` [2]` for each distinct text, which joins the footnotes where it is new."""
-    marks = ""
-    for text in dict.fromkeys(text for text in texts if text):
-        if text not in notes:
-            notes.append(text)
-        marks += f" [{notes.index(text) + 1}]"
-    return marks
+    compared = f"{cell['difference']:+.1f} ({cell['verdict']})" if pd.notna(cell["difference"]) else cell["verdict"]
+    return published, ours, compared
 
 
 def _legend(frame: pd.DataFrame) -> list[str]:
-    """What the metric is, and what each preset that occurs means."""
+    """What the metrics are, and what each preset that occurs means."""
     used = [name for name in presets() if any(frame["preset"].str.split(",").str[0] == name)]
     metrics = ", ".join(dict.fromkeys(frame["metric"]))
     return [
-        f"Ours: mean ± standard deviation over n seeds of {metrics}.",
+        f"Ours: mean ± standard deviation (std) over n seeds of {metrics}.",
         *(f"Preset {n}: {presets()[n].about}." for n in used),
     ]
-
-
-def _tex(text: str) -> str:
-    return text.translate(TEX)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The order in which values are laid over a recipe: the cell's overrides, the pres
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 
 from mixmask import config as configs
 from mixmask.config import ConfigError, build, flatten, nearest, read_yaml
+from mixmask.metrics import pretraining_metric
 from mixmask.runs import run_id
 from paper.cells import ROOT, Cell
 
@@ -53,12 +55,21 @@ class Preset:
 
     name: str
     about: str
-    epochs: Epochs
+    epochs: Mapping[str, Epochs]  # by recipe
     seeds: int = configs.within(1)
     pretrain: Mapping[str, Any]
-    frameworks: Mapping[str, Mapping[str, Any]]
     linear: Mapping[str, Any]
+    recipes: Mapping[str, Mapping[str, Any]]  # by recipe, over those of its stage
     cluster: Mapping[str, Any]
+
+    def shortened(self, recipe: str, epochs: int) -> int:
+        """Pre-training epochs of `recipe` in place of the paper's `epochs`."""
+        return next(rule for pattern, rule in self.epochs.items() if fnmatch.fnmatchcase(recipe, pattern))(epochs)
+
+    def values(self, stage: str, recipe: str) -> dict[str, Any]:
+        """What the preset lays over `recipe`: its stage's values, then those of each pattern that fits."""
+        fitting = [values for pattern, values in self.recipes.items() if fnmatch.fnmatchcase(recipe, pattern)]
+        return {key: value for values in (getattr(self, stage), *fitting) for key, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -102,8 +113,13 @@ class Step:
 
 @functools.cache
 def presets() -> dict[str, Preset]:
-    values = read_yaml(ROOT / "paper" / "presets.yaml")
-    return {name: build(Preset, {"name": name, **section}, f"preset {name}") for name, section in values.items()}
+    return {name: _preset(name, values) for name, values in read_yaml(ROOT / "paper" / "presets.yaml").items()}
+
+
+def _preset(name: str, values: Mapping[str, Any]) -> Preset:
+    where = f"preset {name}"
+    epochs = {pattern: build(Epochs, rule, f"{where}: epochs: {pattern}") for pattern, rule in values["epochs"].items()}
+    return build(Preset, {**values, "name": name, "epochs": epochs}, where)
 
 
 def budget(preset: str, settings: Iterable[str] = ()) -> Budget:
@@ -130,30 +146,43 @@ def _prefixed(settings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Any]
 
 
 def steps(cell: Cell, seed: int, budget: Budget) -> tuple[Step, ...]:
-    """The pre-training of `cell`, and the evaluation that gives its metric. Raises ConfigError for a wrong key."""
+    """The pre-training of `cell`, and the evaluation that gives its metric. Raises ConfigError for a wrong key.
+
+    Nothing for a method that is not implemented; the pre-training alone where the evaluation's stage is not built.
+    """
+    if not cell.recipe:
+        return ()
     pretraining = _pretraining(cell, seed, budget)
-    if not cell.evaluation:
+    if not cell.evaluation or not_built(cell):
         return (pretraining,)
     stage, _, name = cell.evaluation.partition("/")
-    recipe = f"{STAGES[stage].recipes}/{name}.yaml"
-    overrides = {**getattr(budget.preset, stage), **budget.settings.get(stage, {}), "seed": seed}
-    evaluation = _step(stage, recipe, overrides)
+    overrides = {**budget.preset.values(stage, name), **budget.settings.get(stage, {}), "seed": seed}
+    evaluation = _step(stage, name, overrides)
     config = dataclasses.replace(evaluation.config, checkpoint=run_id(pretraining.config))
     return pretraining, dataclasses.replace(evaluation, config=config)
 
 
+def not_built(cell: Cell) -> str:
+    """The stage that would give the metric of `cell`, where there is no such stage yet; else nothing."""
+    stage = cell.evaluation.partition("/")[0]
+    return "" if stage in ("", *STAGES) else stage
+
+
+def metric(cell: Cell, chain: tuple[Step, ...]) -> str:
+    """The full name under which the last of `chain` reports the number of `cell`.
+
+    The cell names the paper budget's; a k-NN accuracy is named after its protocol, which a preset may change.
+    """
+    last = chain[-1].config
+    return f"{pretraining_metric(last)}_last" if isinstance(last, configs.Pretrain) else cell.metric
+
+
 def _pretraining(cell: Cell, seed: int, budget: Budget) -> Step:
-    recipe, preset = f"pretrain/configs/{cell.recipe}.yaml", budget.preset
-    values = _recipe(recipe)
-    of_framework = preset.frameworks.get(values["framework"], {})
-    overrides = {
-        **cell.overrides,
-        "epochs": preset.epochs(cell.overrides.get("epochs", values["epochs"])),
-        **preset.pretrain,
-        **{f"{values['framework']}.{key}": value for key, value in of_framework.items()},
-    }
+    values, preset = _recipe("pretrain", cell.recipe), budget.preset
+    epochs = preset.shortened(cell.recipe, cell.overrides.get("epochs", values["epochs"]))
+    overrides = {**cell.overrides, "epochs": epochs, **preset.values("pretrain", cell.recipe)}
     notes = _clamp_grid(values, overrides)
-    return _step("pretrain", recipe, {**overrides, **budget.settings.get("pretrain", {}), "seed": seed}, notes)
+    return _step("pretrain", cell.recipe, {**overrides, **budget.settings.get("pretrain", {}), "seed": seed}, notes)
 
 
 def _clamp_grid(values: Mapping[str, Any], overrides: dict[str, Any]) -> tuple[str, ...]:
@@ -166,20 +195,24 @@ def _clamp_grid(values: Mapping[str, Any], overrides: dict[str, Any]) -> tuple[s
     return (f"mask grid {grid} is finer than the {size}-pixel image: {size} is used",)
 
 
-def _step(stage: str, recipe: str, overrides: Mapping[str, Any], notes: tuple[str, ...] = ()) -> Step:
-    values = _recipe(recipe)
+def _step(stage: str, name: str, overrides: Mapping[str, Any], notes: tuple[str, ...] = ()) -> Step:
+    values, path = _recipe(stage, name), _path(stage, name)
     flat = flatten(values)
     differing = {key: value for key, value in overrides.items() if key not in flat or flat[key] != value}
     try:
         config = configs.resolve(values, differing, STAGES[stage].config)
     except ConfigError as error:
-        raise ConfigError(f"{stage}: {error} (recipe {recipe})") from None
-    return Step(stage, recipe, differing, config, notes)
+        raise ConfigError(f"{stage}: {error} (recipe {path})") from None
+    return Step(stage, path, differing, config, notes)
+
+
+def _path(stage: str, name: str) -> str:
+    return f"{STAGES[stage].recipes}/{name}.yaml"
 
 
 @functools.cache
-def _recipe(path: str) -> dict[str, Any]:
-    return read_yaml(ROOT / path)
+def _recipe(stage: str, name: str) -> dict[str, Any]:
+    return read_yaml(ROOT / _path(stage, name))
 
 
 def directory(runs_dir: str | Path, step: Step) -> Path:

@@ -69,9 +69,14 @@ def added_passes(config: Pretrain) -> float:
 
 
 def linear_pflop(config: Linear, pretraining: Pretrain) -> float:
-    """PFLOP of a linear probe: forward passes only, training and test images, every epoch."""
-    images = sum(IMAGES.get(config.dataset, PHOTOS)) * config.epochs
-    return images * forward_gflop(pretraining.backbone, config.augment.size) / 1e6
+    """PFLOP of a linear probe: forward passes only, of all images; every epoch's views, or once where cached."""
+    passes = 1 if config.features == "cached" else config.epochs
+    return (
+        sum(IMAGES.get(config.dataset, PHOTOS))
+        * passes
+        * forward_gflop(pretraining.backbone, config.augment.size)
+        / 1e6
+    )
 
 
 def hours(config: Pretrain | Linear, pretraining: Pretrain, gpus: int) -> float:

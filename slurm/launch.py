@@ -5,6 +5,7 @@ examples:
   python slurm/launch.py table4                                    the published budget, on SLURM
   python slurm/launch.py table4 --preset smoke --executor local    everything in minutes, on this machine
   python slurm/launch.py 'table4/*/mixmask/200' --set epochs=100 linear.epochs=50 cluster.partition=gpu
+  python slurm/launch.py 'table5/cifar100/*' figure5 --dry-run     any tables, figures and cells together
   python slurm/launch.py status table4                             what is finished, unfinished, not started
 
 Finished runs are skipped, unfinished ones go on, equal ones are shared: launching again is always safe.
@@ -25,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from mixmask.config import UserError, main_guard  # noqa: E402
 from mixmask.runs import read_result  # noqa: E402
-from paper.cells import Cell, select  # noqa: E402
-from paper.presets import Budget, budget, presets  # noqa: E402
+from paper.cells import WITHOUT_RUNS, Cell, select  # noqa: E402
+from paper.presets import Budget, budget, not_built, presets  # noqa: E402
 from slurm import cost, graph, local, submit  # noqa: E402
 from slurm.graph import Job  # noqa: E402
 
@@ -40,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = budget(options.preset, options.set)
     runs_dir = _enter_repository(Path(options.runs_dir))
     jobs = graph.jobs(cells, chosen, runs_dir)
+    for target in set(targets) & set(WITHOUT_RUNS):
+        print(f"{target} needs no runs: {WITHOUT_RUNS[target]}")
+    if not cells:
+        return
     if status:
         print_status(cells, jobs)
     elif options.dry_run:
@@ -59,7 +64,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help="table4, a cell id, with wildcards; none: all")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help="table4, figure5, a cell id, wildcards; none: all")
     parser.add_argument("--preset", default="paper", help=f"{', '.join(presets())} (default: paper)")
     parser.add_argument("--executor", choices=["auto", "slurm", "local"], default="auto")
     parser.add_argument("--runs-dir", default="runs", metavar="DIR", help="where the runs live (default: runs)")
@@ -121,9 +126,22 @@ def print_header(cells: list[Cell], jobs: list[Job], chosen: Budget, targets: li
 
 def _notes(cells: list[Cell], jobs: list[Job]) -> list[str]:
     notes: dict[str, list[str]] = {}
-    for name, text in [(c.id, c.note) for c in cells if c.note] + [(j.id, n) for j in jobs for n in j.notes]:
+    of_cells = [(cell.id, text) for cell in cells for text in (cell.note, _limit(cell)) if text]
+    for name, text in of_cells + [(job.id, note) for job in jobs for note in job.notes]:
         notes.setdefault(text, []).append(name)
-    return [f"{', '.join(names)}: {text}" for text, names in notes.items()]
+    return [f"{_some(names)}: {text}" for text, names in notes.items()]
+
+
+def _limit(cell: Cell) -> str:
+    """What of `cell` cannot be launched."""
+    if not cell.recipe:
+        return "this method is not implemented here, its published value is all there is"
+    stage = not_built(cell)
+    return f"the stage '{stage}' is not built yet: the pre-training is launched, nothing after it" if stage else ""
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]} ({len(names)})"
 
 
 def print_graph(cells: list[Cell], jobs: list[Job], chosen: Budget, targets: list[str]) -> None:
@@ -137,23 +155,32 @@ def print_graph(cells: list[Cell], jobs: list[Job], chosen: Budget, targets: lis
         print(f"  cells      {', '.join(job.cells)}")
         print(job.shell)
         print()
+    print_costs(cells, jobs)
+
+
+def print_costs(cells: list[Cell], jobs: list[Job]) -> None:
+    """Cells, runs and cost of each table and figure, and of all together."""
+    gpu = bool(jobs) and bool(jobs[0].resources.gpus)
+    print(f"{'':<8} {'cells':>5} {'runs':>5}  {'GPU-hours' if gpu else 'CPU-minutes'}")
+    for target in dict.fromkeys(cell.target for cell in cells):
+        own = [job for job in jobs if any(cell.split("/")[0] == target for cell in job.cells)]
+        number = sum(cell.target == target for cell in cells)
+        print(f"{target:<8} {number:>5} {len(own):>5}  {_cost(own):.1f}")
     left = [job for job in jobs if job.state != "finished"]
-    print(f"total {sum(job.gpu_hours for job in jobs):.1f} GPU-hours", end="")
-    print(f", {sum(job.gpu_hours for job in left):.1f} of them left to run in {len(left)} jobs")
-    print(cost.ASSUMPTION if jobs[0].resources.gpus else _cpu_assumption(left))
+    print(f"{'total':<8} {len(cells):>5} {len(jobs):>5}  {_cost(jobs):.1f}, each run counted once", end="")
+    print(f"; {_cost(left):.1f} left to run in {len(left)} jobs")
+    print(cost.ASSUMPTION if gpu else f"estimate: two CPU cores at an assumed {cost.CPU_TERAFLOPS} TFLOP/s")
+
+
+def _cost(jobs: list[Job]) -> float:
+    """GPU-hours, or minutes of the CPU where no GPU is asked for."""
+    return sum(job.hours if job.resources.gpus else 60 * job.hours for job in jobs)
 
 
 def _duration(job: Job) -> str:
     if job.resources.gpus:
         return f"about {job.gpu_hours:.1f} GPU-hours, in jobs of up to {job.resources.hours:g} h"
     return f"about {60 * job.hours:.1f} min on the CPU"
-
-
-def _cpu_assumption(left: list[Job]) -> str:
-    minutes = 60 * sum(job.hours for job in left)
-    return (
-        f"no GPU is asked for; estimate: {minutes:.0f} min on two CPU cores at an assumed {cost.CPU_TERAFLOPS} TFLOP/s"
-    )
 
 
 def print_status(cells: list[Cell], jobs: list[Job]) -> None:
@@ -168,15 +195,19 @@ def print_status(cells: list[Cell], jobs: list[Job]) -> None:
 
 
 def print_next(cells: list[Cell], jobs: list[Job], runs_dir: Path, options: argparse.Namespace) -> None:
-    """Where the results are, and what turns them into a table."""
+    """Where the results are, and what turns them into tables and figures."""
     left = sum(job.state != "finished" for job in jobs)
-    words = ["python", "paper/make_tables.py", *dict.fromkeys(cell.target for cell in cells)]
-    words += ["--runs-dir", str(runs_dir)] if str(runs_dir) != "runs" else []
-    words += ["--preset", options.preset, "--set", *options.set] if options.set else []
     waiting = (
         f" ({left} of {len(jobs)} runs to come: squeue --me, and each job's log in {runs_dir}/slurm)" if left else ""
     )
-    print(f"\nresults are in {runs_dir}{waiting}; the table:\n{shlex.join(words)}")
+    print(f"\nresults are in {runs_dir}{waiting}; what to make of them:")
+    tail = ["--runs-dir", str(runs_dir)] if str(runs_dir) != "runs" else []
+    tail += ["--preset", options.preset, "--set", *options.set] if options.set else []
+    targets = dict.fromkeys(cell.target for cell in cells)
+    for kind in ("table", "figure"):
+        names = [target for target in targets if target.startswith(kind)]
+        if names:
+            print(shlex.join(["python", f"paper/make_{kind}s.py", *names, *tail]))
 
 
 if __name__ == "__main__":

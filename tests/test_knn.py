@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mixmask import knn
 from mixmask.config import KNN, ConfigError
+from mixmask.metrics import knn_metric
 
 
 def weighted(k: int = 20, temperature: float = 0.1, **options: str) -> KNN:
@@ -48,7 +49,7 @@ PROTOCOLS = [weighted(k, t) for k, t in [(1, 0.1), (5, 0.1), (20, 0.1), (60, 0.1
 PROTOCOLS += [majority(), majority(1), majority(20), majority(distance="cosine"), weighted(distance="euclidean")]
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: knn.metric_name(p, 6))
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: knn_metric(p, 6))
 def test_knn(protocol: KNN):
     bank, labels, queries = clusters(60, 80)
     found = knn.predict(protocol, bank, labels, queries, classes=7)
@@ -122,8 +123,8 @@ def test_temperature_belongs_to_the_weighted_vote(temperature: float, vote: str,
 
 
 def test_metric_names_the_whole_protocol():
-    assert knn.metric_name(weighted(200, features="output"), 128) == "knn_k200_t0.1_out128"
-    assert knn.metric_name(weighted(20, 0.07), 512) == "knn_k20_t0.07_backbone512"
-    assert knn.metric_name(weighted(20, distance="euclidean"), 512) == "knn_k20_t0.1_euclidean_backbone512"
-    assert knn.metric_name(majority(), 512) == "knn_k5_euclidean_backbone512"
-    assert knn.metric_name(majority(distance="cosine"), 512) == "knn_k5_cosine_backbone512"
+    assert knn_metric(weighted(200, features="output"), 128) == "knn_k200_t0.1_out128"
+    assert knn_metric(weighted(20, 0.07), 512) == "knn_k20_t0.07_backbone512"
+    assert knn_metric(weighted(20, distance="euclidean"), 512) == "knn_k20_t0.1_euclidean_backbone512"
+    assert knn_metric(majority(), 512) == "knn_k5_euclidean_backbone512"
+    assert knn_metric(majority(distance="cosine"), 512) == "knn_k5_cosine_backbone512"

@@ -108,9 +108,9 @@ def test_a_wrong_key_is_named_with_the_nearest(tmp_path, settings, named):
 def test_an_unknown_target_is_named_with_the_nearest():
     with pytest.raises(ConfigError, match=r"tabel4.*did you mean 'table4'.*targets: "):
         select(["tabel4"])
-    with pytest.raises(ConfigError, match="did you mean 'table4/imagenet/moco/mixmask/200'"):
-        select(["table4/imagenet/moco/mixmsk/200"])
-    assert select([]) == select(["all"]) == select(["table4/*", "table4"])
+    with pytest.raises(ConfigError, match="did you mean 'table5/cifar100/byol/mixmask'"):
+        select(["table5/cifar100/byol/mixmsk"])
+    assert select([]) == select(["all"]) and select(["table4"]) == select(["table4/*", "table4"])
 
 
 def test_flops_are_those_counted_for_the_papers_networks():
@@ -150,9 +150,53 @@ def test_dry_run_answers_within_two_seconds_and_prints_each_command_alone(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_of_everything_answers_within_three_seconds_with_the_cost_of_each_table(tmp_path):
+    start = time.monotonic()
+    done = command("all", "--dry-run", "--runs-dir", str(tmp_path), PATH="/nowhere")
+    assert time.monotonic() - start < 3
+    assert done.returncode == 0, done.stderr
+    costs = [line.split()[0] for line in done.stdout.splitlines()[-13:]]
+    assert costs == [
+        "cells",
+        *(f"table{n}" for n in range(1, 8)),
+        "figure5",
+        "figure6",
+        "figure7",
+        "total",
+        "estimate:",
+    ]
+    assert "236 pretrain, 137 linear" in done.stdout
+
+
+def test_runs_that_tables_share_are_counted_once_in_the_total(tmp_path, capsys):
+    launch.main(["table1/imagenet/grid/8", "table5/imagenet/moco/mixmask", "--dry-run", "--runs-dir", str(tmp_path)])
+    table1, table5, total = (line.split()[1:4] for line in capsys.readouterr().out.splitlines()[-4:-1])
+    assert table1 == table5 == ["1", "2", total[2].rstrip(",")] and total[:2] == ["2", "2"]
+
+
+def test_what_cannot_be_launched_is_said_in_a_line_and_the_pretraining_that_it_needs_is(tmp_path, capsys):
+    launch.main(["table6", "--dry-run", "--runs-dir", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "the stage 'finetune' is not built yet" in shown and "this method is not implemented here" in shown
+    assert shown.count("python pretrain/train.py") == 3 and "3 distinct (3 pretrain)" in shown
+
+
+@pytest.mark.parametrize(
+    ("target", "maker"), [("table8", "make_tables.py table8"), ("figure1", "make_figures.py figure1")]
+)
+def test_a_target_without_runs_says_what_makes_it(target, maker, capsys):
+    launch.main([target])
+    assert f"{target} needs no runs: python paper/{maker}" in capsys.readouterr().out
+
+
+def test_methods_that_are_not_implemented_launch_nothing_and_say_so(tmp_path, capsys):
+    launch.main(["table7/swav/*", "--dry-run", "--runs-dir", str(tmp_path)])
+    assert "0 distinct" in capsys.readouterr().out
+
+
 def test_the_launcher_never_imports_torch():
     code = (
-        "import sys; sys.argv = ['launch', 'table4', '--dry-run']; sys.path.insert(0, '.')\n"
+        "import sys; sys.argv = ['launch', 'all', '--dry-run']; sys.path.insert(0, '.')\n"
         "from slurm import launch; launch.main(); launch.main(['status', 'table4'])\n"
         "assert 'torch' not in sys.modules"
     )

@@ -1,6 +1,7 @@
-"""paper/make_tables.py and the cells of Table 4."""
+"""paper/make_tables.py: tables of numbers (1 to 7) and of settings (8 to 10)."""
 
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -9,29 +10,29 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mixmask.config import UserError
-from paper import make_tables
-from paper.cells import select, tables
-from paper.presets import budget, directory, steps
+from mixmask.config import ConfigError, UserError
+from paper import make_tables, settings
+from paper.cells import select
+from paper.presets import budget, directory, metric, steps
 
 ROOT = Path(__file__).resolve().parents[1]
 MIXMASK = "table4/imagenet/moco/mixmask/200"
 
 
 def finish(runs_dir, cell_id, value, preset="paper", settings=(), seed=0):
-    """A finished probe of the cell."""
+    """A finished run of the cell's last stage."""
     cell = select([cell_id])[0]
-    where = directory(runs_dir, steps(cell, seed, budget(preset, settings))[-1])
+    chain = steps(cell, seed, budget(preset, settings))
+    where = directory(runs_dir, chain[-1])
     where.mkdir(parents=True)
-    (where / "result.json").write_text(json.dumps({"metrics": {cell.metric: value}}))
+    (where / "result.json").write_text(json.dumps({"metrics": {metric(cell, chain): value}}))
     return where.name
 
 
-def make(tmp_path, *words):
-    make_tables.main(["table4", "--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), *words])
-    texts = {kind: (tmp_path / "out" / f"table4.{kind}").read_text() for kind in ("md", "tex", "csv")}
-    frame = pd.read_csv(io.StringIO(texts["csv"]), dtype=str, keep_default_na=False).set_index("cell")
-    return texts, frame
+def make(tmp_path, *words, table="table4"):
+    make_tables.main([table, "--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), *words])
+    texts = {kind: (tmp_path / "out" / f"{table}.{kind}").read_text() for kind in ("md", "tex", "csv")}
+    return texts, pd.read_csv(io.StringIO(texts["csv"]), dtype=str, keep_default_na=False, index_col=0)
 
 
 def test_table4_holds_the_published_values_as_the_paper_prints_them(tmp_path):
@@ -62,7 +63,7 @@ def test_a_run_of_the_papers_budget_is_preferred_and_compared(tmp_path):
     finish(tmp_path / "runs", MIXMASK, 69.0)
     texts, frame = make(tmp_path)
     assert frame.loc[MIXMASK, ["ours_mean", "preset", "difference"]].tolist() == ["69.0", "paper", "-0.2"]
-    assert "69.0 (paper, n = 1)" in texts["md"] and "-0.2" in texts["tex"]
+    assert "69.0 (paper, n = 1)" in texts["md"] and "-0.2 (one run, noise unknown)" in texts["tex"]
 
 
 def test_a_smaller_budget_than_the_papers_is_named_and_not_compared(tmp_path):
@@ -81,6 +82,30 @@ def test_mean_and_standard_deviation_over_seeds(tmp_path):
     assert "70.0 ± 1.0 (paper, n = 3)" in texts["md"] and r"70.0 $\pm$ 1.0" in texts["tex"]
 
 
+@pytest.mark.parametrize(
+    ("values", "verdict"), [((67.0, 68.0, 69.0), "within 2 std"), ((65.0, 65.1, 65.2), "outside 2 std")]
+)
+def test_the_verdict_is_against_two_standard_deviations_of_ours(tmp_path, values, verdict):
+    for seed, value in enumerate(values):
+        finish(tmp_path / "runs", "table5/cifar100/moco/mixmask", value, seed=seed)
+    texts, frame = make(tmp_path, table="table5")
+    row = frame.loc["table5/cifar100/moco/mixmask"]
+    assert (row["verdict"], row["n"]) == (verdict, "3") and f"({verdict})" in texts["md"]
+
+
+def test_a_knn_number_of_the_smoke_preset_is_found_and_named_after_its_own_k(tmp_path):
+    finish(tmp_path / "runs", "table1/cifar100/grid/2", 33.0, "smoke")
+    texts, frame = make(tmp_path, table="table1")
+    assert frame.loc["table1/cifar100/grid/2", ["ours_mean", "metric"]].tolist() == ["33.0", "knn_k20_t0.1_out128_last"]
+    assert "knn_k20_t0.1_out128_last" in texts["md"]
+
+
+def test_one_run_stands_in_every_place_of_the_paper_that_needs_it(tmp_path):
+    finish(tmp_path / "runs", MIXMASK, 69.1)
+    for table, cell in (("table1", "imagenet/grid/8"), ("table5", "imagenet/moco/mixmask")):
+        assert make(tmp_path, table=table)[1].loc[f"{table}/{cell}", "ours_mean"] == "69.1"
+
+
 def test_the_mscn_row_says_that_ours_is_a_reconstruction(tmp_path, capsys):
     texts, frame = make(tmp_path)
     for text in (texts["md"], texts["tex"], frame.loc["table4/imagenet/moco/mscn/200", "row"], capsys.readouterr().out):
@@ -90,8 +115,39 @@ def test_the_mscn_row_says_that_ours_is_a_reconstruction(tmp_path, capsys):
 def test_the_latex_table_has_as_many_columns_as_it_declares(tmp_path):
     lines = make(tmp_path)[0]["tex"].splitlines()
     body = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
-    assert len(body) == 3 and all(line.count("&") == 6 and line.endswith(r"\\") for line in body)
-    assert r"\begin{tabular}{lrllrll}" in lines
+    assert len(body) == 6 and all(line.count("&") == 3 and line.endswith(r"\\") for line in body)
+    assert r"\begin{tabular}{llll}" in lines
+
+
+def test_no_line_of_the_latex_table_is_taken_for_an_argument_of_the_line_break_before_it(tmp_path):
+    lines = make(tmp_path)[0]["tex"].splitlines()
+    assert any(line.startswith("[1]") for line in lines)
+    assert not any(line.endswith(r"\\") and after.startswith("[") for line, after in itertools.pairwise(lines))
+
+
+def test_table1_is_laid_out_as_the_papers(tmp_path):
+    texts, _ = make(tmp_path, table="table1")
+    rows = [line.split(" | ")[0].strip("| ") for line in texts["md"].splitlines() if line.startswith("| ")]
+    assert [row for row in rows if row] == [
+        *("**Grid Size**", "2×2", "4×4", "8×8", "16×16", "32×32", "48×48"),
+        *("**Masking Strategy**", "blocked", "discrete"),
+        *("**Masking Ratio**", r"0.25\|0.75 [1]", "0.5", "uniform(0, 1)", "uniform(0.25, 0.75)"),
+        *("**Switch Mixture**", "Yes", "No"),
+    ]
+    assert r"2$\times$2 & published & 68.1 & 46.4 & 68.4 \\" in texts["tex"]
+    assert r"48$\times$48 & published & -- & -- & 68.8 \\" in texts["tex"]
+
+
+def test_table6_and_7_print_what_is_published_also_of_methods_that_are_not_implemented(tmp_path):
+    texts, frame = make(tmp_path, table="table6")
+    assert texts["md"].count("not implemented") == 4 and texts["md"].count("no run yet") == 7
+    assert frame.loc["table6/imagenet/swav/1percent", ["published", "origin"]].tolist() == ["53.9", "cited"]
+    assert make(tmp_path, table="table7")[0]["md"].count("not implemented") == 18
+
+
+def test_a_figure_is_no_table(tmp_path):
+    with pytest.raises(ConfigError, match="figure5 is no table: python paper/make_figures"):
+        make(tmp_path, table="figure5")
 
 
 def test_a_result_without_the_metric_is_named(tmp_path):
@@ -101,17 +157,49 @@ def test_a_result_without_the_metric_is_named(tmp_path):
         make(tmp_path)
 
 
-def test_cell_ids_are_unique_and_every_cell_resolves_under_every_preset():
-    cells = [cell for table in tables().values() for cell in table.cells]
-    assert len({cell.id for cell in cells}) == len(cells)
-    for cell in cells:
-        for preset in ("paper", "smoke"):
-            assert steps(cell, 0, budget(preset))[-1].config.dataset
-
-
 def test_make_tables_never_imports_torch(tmp_path):
     code = (
         "import sys; sys.path.insert(0, '.')\nfrom paper import make_tables\n"
         f"make_tables.main(['--out', {str(tmp_path)!r}])\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=60)
+
+
+# --------------------------------------------------------------------------------------------- Tables 8, 9 and 10
+
+
+def test_tables_8_and_9_depart_from_the_printed_settings_where_a_reason_is_named_and_nowhere_else():
+    frames = [settings.collect(name).assign(table=name) for name in ("table8", "table9")]
+    frame = pd.concat(frames)
+    differing = frame[frame["ours"].str.lower() != frame["published"].str.lower()]
+    assert differing[["column", "hparam", "published", "ours"]].values.tolist() == [
+        ["SimCLR & BYOL", "weight decay", "0.0005", "1e-06"],
+        ["SimSiam", "lr", "0.03", "0.06"],
+        ["Pretraining", "epochs", "200/800", "200"],
+        ["Pretraining", "weight decay", "0", "0.0001"],
+    ]
+    assert differing["note"].all() and len(frame) == 12 + 12 + 11 + 15 + 8
+
+
+def test_table8_follows_the_recipes(monkeypatch):
+    recipe = settings._recipe
+    monkeypatch.setattr(settings, "_recipe", lambda path: {**recipe(path), "batch_size": 256})
+    with pytest.raises(ConfigError, match="table8: MoCo: batch size: the recipe has 256, the paper 512"):
+        settings.collect("table8")
+
+
+def test_a_departure_that_is_none_is_refused(monkeypatch):
+    recipe = settings._recipe
+    monkeypatch.setattr(settings, "_recipe", lambda path: {**recipe(path), "optimizer.weight_decay": 0})
+    with pytest.raises(ConfigError, match="table9: Pretraining: weight decay: a 'departure' is named, but"):
+        settings.collect("table9")
+
+
+def test_table8_prints_both_data_sets_values_with_a_slash(tmp_path):
+    texts, _ = make(tmp_path, table="table8")
+    assert "| 0.003/0.002 " in texts["md"] and "64/128" in texts["tex"]
+
+
+def test_table10_has_no_recipe_yet(tmp_path):
+    texts, frame = make(tmp_path, table="table10")
+    assert set(frame["ours"]) == {"no recipe yet"} and "0.5/0.5/0.05" in texts["md"]

@@ -1,0 +1,189 @@
+"""paper/cells: every number of Tables 1 to 7 and every curve of Figures 5 to 7, and the runs that they share."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixmask.config import ConfigError
+from mixmask.methods import METHODS
+from mixmask.objective import objective
+from mixmask.randomness import numpy_generator, torch_generator
+from paper import cells as cells_module
+from paper.cells import select, tables
+from paper.presets import budget, metric, not_built, steps
+from pretrain.train import build
+from slurm import graph
+
+# cells, and the sum of their printed values
+PUBLISHED = {
+    "table1": (37, 2266.0),
+    "table2": (12, 723.4),
+    "table3": (3, 207.3),
+    "table4": (6, 419.2),
+    "table5": (28, 1773.6),
+    "table6": (11, 698.1),
+    "table7": (45, 2354.0),
+}
+
+
+@functools.cache
+def jobs(target="all", preset="paper"):
+    return graph.jobs(select([target]), budget(preset), Path("runs"))
+
+
+def pretrainings(target="all", preset="paper"):
+    """Their identities, whatever the seed."""
+    return {job.id.rpartition("-s")[0] for job in jobs(target, preset) if job.stage == "pretrain"}
+
+
+def test_tables_1_to_7_hold_the_142_printed_numbers():
+    printed = {name: table.cells for name, table in tables().items() if name.startswith("table")}
+    assert {n: (len(c), round(sum(cell.published for cell in c), 1)) for n, c in printed.items()} == PUBLISHED
+    assert sum(number for number, _ in PUBLISHED.values()) == 142
+
+
+@pytest.mark.parametrize(
+    ("cell", "published", "origin"),
+    [
+        ("table1/cifar100/strategy/blocked", 67.8, "own"),
+        ("table1/imagenet/grid/48", 68.8, "own"),
+        ("table2/tiny_imagenet/byol/different", 53.7, "own"),
+        ("table3/imagenet/moco/both/p1", 68.7, "own"),
+        ("table4/imagenet/moco/mscn/200", 68.2, "unclear"),
+        ("table5/imagenet/moco/unmix", 68.5, "unclear"),
+        ("table5/cifar100/simsiam/both", 70.6, "own"),
+        ("table6/imagenet/barlow-twins/10percent", 69.7, "cited"),
+        ("table7/moco/mixmask/voc/box_AP75", 64.5, "own"),
+    ],
+)
+def test_a_number_stands_where_the_paper_prints_it(cell, published, origin):
+    (found,) = select([cell])
+    assert (found.published, found.origin) == (published, origin) and bool(found.source) == (origin != "own")
+
+
+def test_figures_5_6_and_7_are_30_2_and_8_curves_or_points_without_a_printed_number():
+    figures = {name: table.cells for name, table in tables().items() if name.startswith("figure")}
+    assert {name: len(cells) for name, cells in figures.items()} == {"figure5": 30, "figure6": 2, "figure7": 8}
+    assert all(cell.published is None for cells in figures.values() for cell in cells)
+
+
+def test_all_cells_need_92_distinct_pretrainings():
+    assert len(pretrainings()) == 92
+    each = {f"table{n}": len(pretrainings(f"table{n}")) for n in range(1, 8)}
+    assert each == {"table1": 28, "table2": 12, "table3": 3, "table4": 6, "table5": 28, "table6": 3, "table7": 3}
+    assert [len(pretrainings(f"figure{n}")) for n in (5, 6, 7)] == [30, 2, 8]
+
+
+def test_seeds_are_three_on_cifar100_and_tiny_imagenet_and_one_on_imagenet():
+    datasets = {job.id.rpartition("-s")[0]: job.config.dataset for job in jobs() if job.stage == "pretrain"}
+    imagenet = sum(dataset == "imagenet" for dataset in datasets.values())
+    assert imagenet == 20 and sum(job.stage == "pretrain" for job in jobs()) == 3 * (92 - imagenet) + imagenet
+
+
+SHARED = """
+table1/cifar100/grid/2 table1/cifar100/strategy/blocked table1/cifar100/ratio/0.5 table1/cifar100/switch/yes \
+    table5/cifar100/moco/mixmask figure5/cifar100/moco/mixmask/1000 figure7/cifar100/moco/mixmask
+table1/tiny_imagenet/grid/4 table5/tiny_imagenet/moco/mixmask
+table1/imagenet/grid/8 table4/imagenet/moco/mixmask/200 table5/imagenet/moco/mixmask figure6/imagenet/moco/mixmask
+table2/cifar100/simclr/different table5/cifar100/simclr/both
+table3/imagenet/moco/both/p0.5 table5/imagenet/moco/both
+table4/imagenet/moco/mscn/200 figure6/imagenet/moco/mscn
+table4/imagenet/moco/mixmask/800 table6/imagenet/moco/mixmask/1percent table7/moco/mixmask/voc/box_AP
+table5/cifar100/simsiam/vanilla figure5/cifar100/simsiam/vanilla/1000 figure7/cifar100/simsiam/vanilla
+"""
+
+
+@pytest.mark.parametrize("same", [line.split() for line in SHARED.strip().splitlines()], ids=lambda same: same[0])
+def test_equal_pretrainings_are_one_whichever_table_asks(same):
+    (job,) = (j for j in jobs() if j.stage == "pretrain" and j.config.seed == 0 and same[0] in j.cells)
+    assert set(same) <= set(job.cells)
+
+
+def test_figure5_has_grid_2_where_table5_has_4():
+    def config(cell):
+        return steps(select([cell])[0], 0, budget("paper"))[0].config
+
+    assert config("figure5/cifar100/simclr/mixmask/1000").mask.grid == 2
+    assert config("table5/cifar100/simclr/mixmask").mask.grid == 4
+    assert config("table5/cifar100/moco/mixmask").mask.grid == 2
+
+
+def test_same_is_the_reverse_permutation_and_different_a_random_one():
+    cells = select(["table2/cifar100/moco/*"])
+    assert [cell.row for cell in cells] == ["Same", "Different"]
+    assert [steps(cell, 0, budget("paper"))[0].config.both.permutation for cell in cells] == ["reverse", "random"]
+
+
+def test_every_cell_resolves_under_every_preset_and_names_the_metric_that_the_papers_budget_measures():
+    cells = select([])
+    assert len({cell.id for cell in cells}) == len(cells)
+    for cell in cells:
+        evaluated = bool(cell.evaluation) and not not_built(cell)
+        for preset in ("paper", "smoke"):
+            assert len(steps(cell, 0, budget(preset))) == (1 + evaluated if cell.recipe else 0)
+        if cell.recipe and not not_built(cell):
+            assert metric(cell, steps(cell, 0, budget("paper"))) == cell.metric
+
+
+def smoke_configs():
+    """One for each recipe and method of any cell."""
+    configs = [job.config for job in jobs("all", "smoke") if job.stage == "pretrain"]
+    return list({(config.recipe, config.method): config for config in configs}.values())
+
+
+@pytest.mark.parametrize("config", smoke_configs(), ids=lambda config: f"{config.recipe}-{config.method}")
+def test_every_recipe_and_method_builds_its_model_and_takes_a_step_at_smoke_size(config):
+    device = torch.device("cpu")
+    framework, optimizer = build(config, device)
+    size, crop = config.augment.size, config.mscn.crop_size
+    generator = torch.Generator().manual_seed(0)
+    x1, x2 = (torch.randn(config.batch_size, 3, size, size, generator=generator) for _ in range(2))
+    crops = [torch.randn(config.batch_size, 3, crop, crop, generator=generator)] * config.mscn.crops
+    rngs = [numpy_generator(0, "mix", 0, group) for group in range(config.mix_groups)]
+    anchors = METHODS[config.method](config, x1, rngs, *(crops if config.method == "mscn" else []))
+    loss, _, targets = objective(framework, x1, x2, anchors, torch_generator(device, 0, "shuffle", 0))
+    before = next(framework.parameters()).detach().clone()
+    loss.backward()
+    optimizer.step()
+    framework.finish(targets, 0, 10)
+    assert loss.isfinite() and not torch.equal(before, next(framework.parameters()))
+
+
+# ------------------------------------------------------------------------------------------------- the data's format
+
+TABLE = """
+title: "Table 1: x"
+common: {seeds: 1, recipe: cifar100_moco, metric: m}
+columns: [{id: a, name: A}, {id: b, name: B}]
+rows:
+  - {id: r, name: R, overrides: {method: mixmask}, published: [1.0, null], except: {a: {origin: cited, source: s}}}
+"""
+
+
+def read(tmp_path, text):
+    path = tmp_path / "table1.yaml"
+    path.write_text(text)
+    return cells_module._read(path)
+
+
+def test_a_place_that_the_paper_leaves_empty_is_no_cell_and_an_exception_reaches_its_column(tmp_path):
+    (cell,) = read(tmp_path, TABLE).cells
+    assert (cell.id, cell.row, cell.column, cell.origin) == ("table1/a/r", "R", "A", "cited")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[1.0, null]", "[1.0]", "r: 1 published values for 2 columns"),
+        ("except: {a:", "except: {c:", "r: except: no column 'c'"),
+        ("seeds: 1", "sedes: 1", "unknown key 'table1/a/r.sedes'; did you mean 'table1/a/r.seeds'"),
+        ("origin: cited", "origin: copied", "origin: expected one of own, cited, unclear"),
+        ("columns:", "colums:", "missing key 'columns'"),
+    ],
+)
+def test_a_wrong_entry_is_named_with_its_file(tmp_path, old, new, message):
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path, TABLE.replace(old, new))
+    assert "table1.yaml" in str(error.value) and message in str(error.value)
