@@ -86,9 +86,11 @@ def test_equal_votes_go_to_the_lowest_class():
 
 
 def test_near_neighbours_far_from_the_origin_keep_their_order():
-    """Products in float32 would not tell 1e4 + 0.01 from 1e4 + 0.02."""
-    bank = 1e4 + torch.tensor([[0.03], [0.01], [0.02], [0.05]])
-    assert knn.predict(majority(1), bank, torch.arange(4), torch.tensor([[1e4]]), 4).item() == 1
+    """Products in float32 would lose the differences between large features."""
+    bank, labels, queries = clusters(60, 80)
+    bank, queries = (1e3 + bank).float(), (1e3 + queries).float()
+    found = knn.predict(majority(), bank, labels, queries, 7)
+    assert found.tolist() == naive(majority(), bank, labels, queries, 7)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
