@@ -18,6 +18,7 @@ from mixmask.config import ConfigError, build, nearest, read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
+OURS = "ours"  # in place of a published value
 LAYOUT = ("id", "name", "group", "published", "except")  # of a row or column; its other keys are its cells'
 
 # Targets that need no run, and what makes them.
@@ -34,7 +35,7 @@ class Cell:
     id: str  # target/dataset/framework/method/..., unique
     row: str
     column: str
-    published: float | None = None  # as printed; Top-1 and AP in percent; a curve has none
+    published: float | None = None  # as printed; Top-1 and AP in percent; curves and cells of ours have none
     origin: Literal["own", "cited", "unclear"] = "own"  # where the published value comes from
     source: str = ""  # of a value that is not the paper's own
     recipe: str = ""  # pretrain/configs/<recipe>.yaml; empty: the method is not implemented here
@@ -75,7 +76,9 @@ class Table:
 @functools.cache
 def tables() -> dict[str, Table]:
     """Every table and figure that has a file in paper/cells, by name: table1 ... table7, figure5 ... figure7."""
-    paths = sorted((ROOT / "paper" / "cells").glob("*.yaml"), key=lambda path: (path.stem[0] == "f", path.stem))
+    paths = sorted(
+        (ROOT / "paper" / "cells").glob("*.yaml"), key=lambda path: (path.stem[0] == "f", len(path.stem), path.stem)
+    )
     return {path.stem: _read(path) for path in paths}
 
 
@@ -95,17 +98,17 @@ def _heading(entry: Mapping[str, Any]) -> Heading:
 
 
 def _cells(target: str, values: Mapping[str, Any]) -> Iterator[Cell]:
-    """Row by row; a `published` of null is a place that the paper leaves empty: no cell."""
+    """Row by row. `published` is a number, `ours` for a cell that the paper does not print, null for no cell."""
     columns, common, pattern = values["columns"], values["common"], values.get("id", "{column}/{row}")
     for row in values["rows"]:
-        published = row.get("published", [None] * len(columns))
+        published = row.get("published", [OURS] * len(columns))
         if len(published) != len(columns):
             raise ConfigError(f"{row['id']}: {len(published)} published values for {len(columns)} columns")
         unknown = set(row.get("except", {})) - {column["id"] for column in columns}
         if unknown:
             raise ConfigError(f"{row['id']}: except: no column '{min(unknown)}'")
         for column, value in zip(columns, published, strict=True):
-            if value is not None or "published" not in row:
+            if value is not None:
                 name = f"{target}/{pattern.format(row=row['id'], column=column['id'])}"
                 place = {"id": name, "row": _heading(row).label, "column": _heading(column).label, "published": value}
                 yield _cell(place, common, column, row, row.get("except", {}).get(column["id"], {}))
@@ -115,7 +118,7 @@ def _cell(place: Mapping[str, Any], *parts: Mapping[str, Any]) -> Cell:
     """The later part over the earlier, key by key; so are their overrides."""
     values = {key: value for part in parts for key, value in part.items() if key not in LAYOUT}
     overrides = {key: value for part in parts for key, value in part.get("overrides", {}).items()}
-    given = {key: value for key, value in place.items() if value is not None}
+    given = {key: value for key, value in place.items() if value != OURS}
     return build(Cell, {**values, **given, "overrides": overrides}, place["id"])
 
 

@@ -30,6 +30,7 @@ from paper.cells import Cell, Heading, Table, select, tables  # noqa: E402
 from paper.markup import Footnotes, Sheet, latex, markdown  # noqa: E402
 from paper.presets import Budget, budget, directory, metric, not_built, presets, steps  # noqa: E402
 
+NONE = "–"  # nothing is published
 NO_RUN = "no run yet"
 NOT_IMPLEMENTED = "not implemented"
 NOT_COMPARABLE = "not comparable"
@@ -122,7 +123,8 @@ def _metric(result: dict[str, Any], name: str, where: Path) -> float:
 
 def _published(cell: Cell) -> dict[str, Any]:
     keys = ("row", "column", "published", "origin", "source", "metric", "note")
-    return {"cell": cell.id, **{key: getattr(cell, key) for key in keys}, "implemented": bool(cell.recipe)}
+    values = {"cell": cell.id, **{key: getattr(cell, key) for key in keys}, "implemented": bool(cell.recipe)}
+    return values if cell.published is not None else {**values, "origin": ""}
 
 
 def _nothing() -> dict[str, Any]:
@@ -132,14 +134,14 @@ def _nothing() -> dict[str, Any]:
 
 def _summary(cell: Cell, runs: pd.DataFrame) -> dict[str, Any]:
     mean, std, budget = runs["value"].mean(), runs["value"].std(), runs["budget"].iloc[0]
-    difference = mean - cell.published if budget.replicates else None
+    difference = mean - cell.published if budget.replicates and cell.published is not None else None
     return {
         "ours_mean": mean,
         "ours_std": std,
         "n": len(runs),
         "preset": budget.label,
         "difference": difference,
-        "verdict": verdict(difference, std),
+        "verdict": verdict(difference, std) if cell.published is not None else "",
         "metric": runs["metric"].iloc[0],
         "epochs": runs["epochs"].iloc[0],
         "runs": " ".join(runs["run"]),
@@ -211,9 +213,9 @@ def _lines(row: Heading, cells: list[pd.Series | None], notes: Footnotes) -> lis
 def _triple(cell: pd.Series | None, notes: Footnotes) -> tuple[str, str, str]:
     """Published, ours, difference; a dash where the paper prints none."""
     if cell is None:
-        return "–", "", ""
-    origin = "" if cell["origin"] == "own" else f"published value {cell['origin']}: {cell['source']}"
-    published = f"{cell['published']:.1f}" + notes.marks([origin])
+        return NONE, "", ""
+    origin = "" if cell["origin"] in ("own", "") else f"published value {cell['origin']}: {cell['source']}"
+    published = f"{cell['published']:.1f}" + notes.marks([origin]) if pd.notna(cell["published"]) else NONE
     if not cell["n"]:
         return published, NO_RUN if cell["implemented"] else NOT_IMPLEMENTED, ""
     spread = f" ± {cell['ours_std']:.1f}" if cell["n"] > 1 else ""

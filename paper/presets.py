@@ -57,19 +57,17 @@ class Preset:
     about: str
     epochs: Mapping[str, Epochs]  # by recipe
     seeds: int = configs.within(1)
-    pretrain: Mapping[str, Any]
-    linear: Mapping[str, Any]
-    recipes: Mapping[str, Mapping[str, Any]]  # by recipe, over those of its stage
+    values: Mapping[str, Mapping[str, Any]]  # by stage/recipe
     cluster: Mapping[str, Any]
 
     def shortened(self, recipe: str, epochs: int) -> int:
         """Pre-training epochs of `recipe` in place of the paper's `epochs`."""
         return next(rule for pattern, rule in self.epochs.items() if fnmatch.fnmatchcase(recipe, pattern))(epochs)
 
-    def values(self, stage: str, recipe: str) -> dict[str, Any]:
-        """What the preset lays over `recipe`: its stage's values, then those of each pattern that fits."""
-        fitting = [values for pattern, values in self.recipes.items() if fnmatch.fnmatchcase(recipe, pattern)]
-        return {key: value for values in (getattr(self, stage), *fitting) for key, value in values.items()}
+    def over(self, stage: str, recipe: str) -> dict[str, Any]:
+        """What the preset lays over `recipe`: the values of every pattern that fits, the later over the earlier."""
+        fitting = (v for pattern, v in self.values.items() if fnmatch.fnmatchcase(f"{stage}/{recipe}", pattern))
+        return {key: value for values in fitting for key, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ def steps(cell: Cell, seed: int, budget: Budget) -> tuple[Step, ...]:
     if not cell.evaluation or not_built(cell):
         return (pretraining,)
     stage, _, name = cell.evaluation.partition("/")
-    overrides = {**budget.preset.values(stage, name), **budget.settings.get(stage, {}), "seed": seed}
+    overrides = {**budget.preset.over(stage, name), **budget.settings.get(stage, {}), "seed": seed}
     evaluation = _step(stage, name, overrides)
     config = dataclasses.replace(evaluation.config, checkpoint=run_id(pretraining.config))
     return pretraining, dataclasses.replace(evaluation, config=config)
@@ -180,7 +178,7 @@ def metric(cell: Cell, chain: tuple[Step, ...]) -> str:
 def _pretraining(cell: Cell, seed: int, budget: Budget) -> Step:
     values, preset = _recipe("pretrain", cell.recipe), budget.preset
     epochs = preset.shortened(cell.recipe, cell.overrides.get("epochs", values["epochs"]))
-    overrides = {**cell.overrides, "epochs": epochs, **preset.values("pretrain", cell.recipe)}
+    overrides = {**cell.overrides, "epochs": epochs, **preset.over("pretrain", cell.recipe)}
     notes = _clamp_grid(values, overrides)
     return _step("pretrain", cell.recipe, {**overrides, **budget.settings.get("pretrain", {}), "seed": seed}, notes)
 

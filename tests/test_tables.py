@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from mixmask.config import ConfigError, UserError
-from paper import make_tables, settings
+from paper import cells, make_tables, settings
 from paper.cells import select
 from paper.presets import budget, directory, metric, steps
 
@@ -143,6 +143,22 @@ def test_table6_and_7_print_what_is_published_also_of_methods_that_are_not_imple
     assert texts["md"].count("not implemented") == 4 and texts["md"].count("no run yet") == 7
     assert frame.loc["table6/imagenet/swav/1percent", ["published", "origin"]].tolist() == ["53.9", "cited"]
     assert make(tmp_path, table="table7")[0]["md"].count("not implemented") == 18
+
+
+def test_a_cell_that_the_paper_does_not_print_is_a_dash_and_is_compared_with_nothing(tmp_path):
+    path = tmp_path / "table5.yaml"
+    path.write_text(
+        "{title: 'Table 5: x', common: {seeds: 1, recipe: cifar100_moco, metric: m}, columns: [{id: a, name: A}], rows:"
+        " [{id: r, name: R, overrides: {method: erase}}]}"
+    )
+    table = cells._read(path)
+    chain = steps(table.cells[0], 0, budget("paper"))
+    where = directory(tmp_path, chain[-1])
+    where.mkdir(parents=True)
+    (where / "result.json").write_text(json.dumps({"metrics": {metric(table.cells[0], chain): 50.0}}))
+    frame = make_tables.collect(table, [budget("paper")], tmp_path)
+    assert make_tables.numbers(table, frame).body == [["R", "published", "–"], ["", "ours", "50.0 (paper, n = 1)"]]
+    assert "table5/a/r,R,A,,50.0" in make_tables.numbers_csv(frame)
 
 
 def test_a_figure_is_no_table(tmp_path):
