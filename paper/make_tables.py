@@ -228,8 +228,10 @@ def _legend(frame: pd.DataFrame) -> list[str]:
     """What the metrics are, and what each preset that occurs means."""
     used = [name for name in presets() if any(frame["preset"].str.split(",").str[0] == name)]
     metrics = ", ".join(dict.fromkeys(frame["metric"]))
+    compared = frame["difference"].notna().any()
     return [
         f"Ours: mean ± standard deviation (std) over n seeds of {metrics}.",
+        *([f"A difference within {NOISE} std of ours is within the noise; one run has no std."] if compared else []),
         *(f"Preset {n}: {presets()[n].about}." for n in used),
     ]
 
