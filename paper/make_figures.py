@@ -1,95 +1,100 @@
 """Draw the paper's figures with this repository's code, as PNG and PDF.
 
-Example:
-    python paper/make_figures.py figure1 --out paper/output
+examples:
+  python paper/make_figures.py                     every figure, from runs/, into paper/output/
+  python paper/make_figures.py figure1 figure5 --runs-dir /scratch/runs --out figures
+  python paper/make_figures.py figure7 --preset paper --set epochs=100     the runs launched with the same --set
+
+Figures 5, 6 and 7 are drawn from run logs: those of the paper's budget where there are some, else those of a smaller
+preset, marked as such. A curve that has no run yet is absent, and the figure names it.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
+import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-from mixmask.config import ConfigError, Mask, main_guard, nearest
+from mixmask.config import ConfigError, UserError, main_guard, nearest  # noqa: E402
+from paper.presets import budget, presets  # noqa: E402
 
-PHOTOGRAPHS = ("chelsea", "coffee")  # in scikit-image's wheel: a cat, a cup
-SIDE = 224  # pixels, as on ImageNet
-GRID = 8  # the caption of Figure 1
+FIGURES = tuple(f"figure{number}" for number in range(1, 9))
+CURVES = ("figure5", "figure6", "figure7")
 
 
-def figure1():
-    """Figure 1: discrete and block masks of grid 8, and the mixtures they make, by the code that trains."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw each figure, write its two files."""
+    options = _parse(arguments)
+    targets = _select(options.targets)
+    names = [options.preset] if options.preset else list(presets())
+    budgets = [budget(name, options.set) for name in names]
+    from paper.figures import style
+
+    style.use()
+    for target in targets:
+        draw = importlib.import_module(f"paper.figures.{target}").draw
+        figure = draw(budgets, Path(options.runs_dir)) if target in CURVES else draw()
+        for path in _write(figure, target, Path(options.out)):
+            print(f"written: {path}")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    about, _, examples = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python paper/make_figures.py",
+        description=about,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(FIGURES)}, wildcards; none: all")
+    parser.add_argument("--runs-dir", default="runs", metavar="DIR", help="where the runs are (default: runs)")
+    parser.add_argument("--out", default="paper/output", metavar="DIR", help="default: paper/output")
+    parser.add_argument("--preset", help=f"only the runs of this preset: {', '.join(presets())}")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as given to slurm/launch.py"
+    )
+    return parser.parse_args(arguments)
+
+
+def _select(targets: Iterable[str]) -> list[str]:
+    """The figures that `targets` name, each once. Raises ConfigError for a target that names none."""
+    wanted = set()
+    for target in list(targets) or ["all"]:
+        found = [figure for figure in FIGURES if target == "all" or fnmatch.fnmatchcase(figure, target)]
+        if not found:
+            raise ConfigError(f"unknown figure '{target}'{nearest(target, FIGURES)}")
+        wanted.update(found)
+    return [figure for figure in FIGURES if figure in wanted]
+
+
+def _write(figure, name: str, out: Path) -> list[Path]:
+    """figure1.png and figure1.pdf in `out`. Raises UserError where they cannot be written."""
     from matplotlib import pyplot as plt
 
-    first, second = (photograph(name) for name in PHOTOGRAPHS)
-    figure, axes = plt.subplots(2, 4, figsize=(7.2, 3.9), layout="constrained")
-    rows = [("discrete", 3), ("block", 8)]  # mask type, seed: chosen for masks of about half the image
-    for (kind, seed), row in zip(rows, axes, strict=True):
-        mask, mixture, switch, lam = masked_pair(first, second, kind, seed)
-        left = (first, "image $I_i$") if kind == "discrete" else (second, "partner $I_j$")
-        panels = [
-            left,
-            (mask, f"{kind} mask, $\\lambda$ = {lam:.2f}"),
-            (mixture, "mixture (Eq. 1)"),
-            (switch, "switch image (Eq. 2)"),
-        ]
-        for axis, (picture, title) in zip(row, panels, strict=True):
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axis.set_title(title, fontsize=9)
-            axis.set_xticks([])
-            axis.set_yticks([])
-    return figure
+    paths = [out / f"{name}.{kind}" for kind in ("png", "pdf")]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        figure.savefig(paths[0])
+        _shrink(paths[0])
+        figure.savefig(paths[1], metadata={"CreationDate": None})
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    plt.close(figure)
+    return paths
 
 
-def photograph(name: str):
-    """A bundled photograph, centre-cropped and shrunk: float (224, 224, 3) in [0, 1]."""
-    import numpy as np
-    import skimage.data
-    from PIL import Image, ImageOps
+def _shrink(path: Path) -> None:
+    """To 256 colours: a photograph takes a third of the space."""
+    from PIL import Image
 
-    image = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
-    return np.asarray(ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.BICUBIC)) / 255
-
-
-def masked_pair(first, second, kind: str, seed: int):
-    """The pixel mask, both mixtures of a pair of photographs (H, W, 3), and lambda."""
-    import numpy as np
-    import torch
-
-    from mixmask.masks import mixture_coefficient, sample_mask
-    from mixmask.methods import mixture, partners
-
-    recipe = Mask(type=kind, block_impl="repaired", grid=GRID, ratio=0.5)
-    mask = sample_mask(recipe, SIDE, SIDE, np.random.default_rng(seed))  # (1, 1, H, W)
-    batch = torch.from_numpy(np.stack([first, second])).permute(0, 3, 1, 2).float()  # (2, 3, H, W)
-    anchor, _ = mixture("mixmask", batch, mask, partners(2, [None], "reverse"))
-    mixed, switched = anchor.images.permute(0, 2, 3, 1).numpy()
-    return mask[0, 0].numpy(), mixed, switched, mixture_coefficient(mask).item()
-
-
-FIGURES: dict[str, Callable] = {"figure1": figure1}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(FIGURES)}; none means all")
-    parser.add_argument("--out", type=Path, default=Path("paper/output"), help="default: paper/output")
-    args = parser.parse_args()
-    import matplotlib
-
-    matplotlib.use("agg")
-    args.out.mkdir(parents=True, exist_ok=True)
-    for target in args.targets or FIGURES:
-        if target not in FIGURES:
-            raise ConfigError(f"unknown figure '{target}'{nearest(target, FIGURES)}")
-        figure = FIGURES[target]()
-        for suffix in ("png", "pdf"):
-            path = args.out / f"{target}.{suffix}"
-            figure.savefig(path, dpi=160)
-            print(path)
+    with Image.open(path) as image:
+        image.convert("RGB").quantize(256).save(path, optimize=True, dpi=image.info["dpi"])
 
 
 if __name__ == "__main__":
