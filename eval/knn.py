@@ -1,6 +1,6 @@
 """k-NN accuracy of a pre-trained encoder: the code that pre-training runs online, on a checkpoint.
 
-Examples:
+Example:
     python eval/knn.py --checkpoint runs/pretrain/RUN/checkpoint.pt
     python eval/knn.py --checkpoint runs/pretrain/RUN/checkpoint.pt --config eval/configs/knn_euclidean.yaml
 

@@ -1,6 +1,6 @@
 """Linear probe: a linear classifier on the frozen encoder's pooled features (Table 9, right; Section 4.2).
 
-Examples:
+Example:
     python eval/linear.py --checkpoint runs/pretrain/RUN/checkpoint.pt --config eval/configs/imagenet_linear.yaml
     python eval/linear.py --checkpoint runs/pretrain/RUN/checkpoint.pt --config eval/configs/cifar100_linear_adam.yaml
 

@@ -26,6 +26,11 @@ class Interrupt:
             raise KeyboardInterrupt
         self.requested = True
 
+    def stop_if_requested(self) -> None:
+        """Raises KeyboardInterrupt once a signal has come."""
+        if self.requested:
+            raise KeyboardInterrupt
+
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

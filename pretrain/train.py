@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from mixmask.optim import build_optimizer, pick_device, set_learning_rate
 from mixmask.progress import Progress, say
 from mixmask.randomness import numpy_generator, seed_globals, torch_generator
 from mixmask.runs import Run, read_log, run_directory
-from mixmask.schedules import learning_rate
+from mixmask.schedules import cautions, learning_rate
 from mixmask.views import train_batches
 
 
@@ -50,31 +52,20 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
         check_data(config, framework, len(train_set))
         run.describe(command)
         steps_per_epoch = len(train_set) // config.batch_size
-        steps = steps_per_epoch * config.epochs
-        step, sums = resume(run, framework, optimizer)
-        say(header(run, config, train_set, device, step, steps_per_epoch))
-        if step == 0 and config.knn.every:
+        state = State(framework, optimizer, steps_per_epoch * config.epochs)
+        resume(run, state)
+        say(header(run, config, train_set, device, state.step, steps_per_epoch))
+        if state.step == 0 and config.knn.every:
             run.log("epoch", -1, epoch=0, **evaluate(framework, train_set, test_set, config, device))
 
         with Interrupt() as interrupt:
-            for epoch in range(step // steps_per_epoch, config.epochs):
-                progress = Progress(steps_per_epoch, f"epoch {epoch + 1}/{config.epochs}", step % steps_per_epoch)
+            for epoch in range(state.step // steps_per_epoch, config.epochs):
+                done = state.step % steps_per_epoch
+                progress = Progress(steps_per_epoch, f"epoch {epoch + 1}/{config.epochs}", done)
                 clock = Clock()
-                batches = train_batches(
-                    train_set,
-                    config.augment,
-                    config.batch_size,
-                    config.seed,
-                    epoch,
-                    2,
-                    device,
-                    config.run.workers,
-                    skip=step % steps_per_epoch,
-                    crops=extra_crops(config),
-                )
-                for (x1, x2, *crops), _ in clock.waits(batches):
+                for x1, x2, *crops in clock.waits(views(config, train_set, epoch, done, device)):
+                    step = state.step
                     # The paper's iteration: mixtures of x1 (Eq. 1, 2), the weighted sum over anchors (Eq. 4, 6).
-                    x1, x2 = layout(x1, config), layout(x2, config)  # (N, 3, S, S)
                     rngs = [numpy_generator(config.seed, "mix", step, group) for group in range(config.mix_groups)]
                     anchors = METHODS[config.method](config, x1, rngs, *crops)
                     rate = learning_rate(config.schedule, config.optimizer.lr, step, steps_per_epoch, config.epochs)
@@ -85,10 +76,11 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     optimizer.step()
-                    framework.finish(targets, step, steps)
+                    framework.finish(targets, step, state.steps)
+                    state.step += 1
 
                     values = {"loss": loss.detach(), **loss_parts(parts), **framework.metrics(targets)}
-                    accumulate(sums, values)
+                    accumulate(state.sums, values)
                     clock.images += len(x1)
                     if step % config.run.log_every == 0:
                         numbers = finite({**values, **coefficients(anchors)}, run, step)
@@ -96,31 +88,38 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
                         progress.step(loss=f"{numbers['loss']:.3f}")
                     else:
                         progress.step()
-                    step += 1
-                    if step % steps_per_epoch == 0:
-                        continue  # the epoch's end, below, saves
-                    if interrupt.requested:
-                        save(run, config, framework, optimizer, step, steps, sums)
-                        raise KeyboardInterrupt
-                    if clock.minutes_since_save() > config.run.checkpoint_minutes:
-                        save(run, config, framework, optimizer, step, steps, sums)
-                        clock.saved()
+                    within_epoch = state.step % steps_per_epoch > 0  # the end of an epoch is logged before it is saved
+                    if within_epoch and (interrupt.requested or clock.due(config.run.checkpoint_minutes)):
+                        save(run, config, state)
+                        interrupt.stop_if_requested()
                 progress.close()
-                means = finite({name: total / steps_per_epoch for name, total in sums.items()}, run, step - 1)
-                timing = clock.timing()
+
+                means = {name: total / steps_per_epoch for name, total in state.sums.items()}
+                means, timing = finite(means, run, step), clock.timing()
                 last = epoch + 1 == config.epochs
                 if last or (config.knn.every and (epoch + 1) % config.knn.every == 0):
                     means.update(evaluate(framework, train_set, test_set, config, device))
-                run.log("epoch", step - 1, epoch=epoch + 1, **means, lr=rate, timing=timing)
+                run.log("epoch", step, epoch=epoch + 1, **means, lr=rate, timing=timing)
                 say(epoch_line(epoch + 1, config.epochs, means, rate, timing))
-                sums.clear()
+                state.sums.clear()
                 if last or (epoch + 1) % config.run.checkpoint_every == 0 or interrupt.requested:
-                    save(run, config, framework, optimizer, step, steps, sums)
-                if interrupt.requested and not last:
-                    raise KeyboardInterrupt
-        run.finish(result(run, config, steps, device))
+                    save(run, config, state)
+                if not last:
+                    interrupt.stop_if_requested()
+        run.finish(result(run, config, state.steps, device))
         say(f"{run.id} is finished: {summary(run.result)}")
         return run.result
+
+
+@dataclass
+class State:
+    """Everything that the next iteration depends on."""
+
+    framework: nn.Module
+    optimizer: torch.optim.Optimizer
+    steps: int  # of the whole run
+    step: int = 0  # iterations done
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of this epoch's values
 
 
 # ----------------------------------------------------------------------------------------------------- before
@@ -184,43 +183,37 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
     return framework, build_optimizer(config.optimizer, framework.parameters(), framework.constant_rate())
 
 
-def resume(run: Run, framework: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Tensor]]:
-    """Iterations done, and the current epoch's sums; loads the last checkpoint where there is one."""
+def resume(run: Run, state: State) -> None:
+    """Fill `state` from the last checkpoint, where there is one; log lines after it are dropped."""
     if not run.checkpoint.exists():
         run.rewind(-1)
-        return 0, {}
-    state = checkpoint.load(run.checkpoint)
-    checkpoint.load_weights(framework, state["model"], run.checkpoint)
-    optimizer.load_state_dict(state["optimizer"])
-    checkpoint.restore_random_states(state["random"])
-    run.rewind(state["step"])
-    device = next(framework.parameters()).device
-    return state["step"], {name: total.to(device) for name, total in state["sums"].items()}
+        return
+    saved = checkpoint.load(run.checkpoint)
+    checkpoint.load_weights(state.framework, saved["model"], run.checkpoint)
+    state.optimizer.load_state_dict(saved["optimizer"])
+    checkpoint.restore_random_states(saved["random"])
+    device = next(state.framework.parameters()).device
+    state.sums = {name: total.to(device) for name, total in saved["sums"].items()}
+    state.step = saved["step"]
+    run.rewind(state.step)
 
 
-def save(
-    run: Run,
-    config: Pretrain,
-    framework: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    steps: int,
-    sums: dict[str, Tensor],
-) -> None:
-    """Everything that the next iteration depends on. Raises UserError, and saves nothing, where it is not finite."""
-    numbers = [value for value in framework.state_dict().values() if value.is_floating_point()]
-    finite({**sums, "the norm of weights and buffers": nn.utils.get_total_norm(numbers)}, run, step - 1)
+def save(run: Run, config: Pretrain, state: State) -> None:
+    """Write the state and the log to disk. Raises UserError, and saves nothing, where a number is not finite."""
+    model = state.framework.state_dict()
+    norm = nn.utils.get_total_norm([value for value in model.values() if value.is_floating_point()])
+    finite({**state.sums, "the norm of weights and buffers": norm}, run, state.step - 1)
     run.sync()
     checkpoint.save(
         run.checkpoint,
         {
             "run": run.id,
             "config": configs.to_dict(config),
-            "step": step,
-            "steps": steps,
-            "sums": sums,
-            "model": framework.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "step": state.step,
+            "steps": state.steps,
+            "sums": state.sums,
+            "model": model,
+            "optimizer": state.optimizer.state_dict(),
             "random": checkpoint.random_states(),
         },
     )
@@ -229,8 +222,11 @@ def save(
 # ----------------------------------------------------------------------------------------------------- during
 
 
-def layout(x: Tensor, config: Pretrain) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if config.run.channels_last else x
+def views(config: Pretrain, train_set: Any, epoch: int, skip: int, device: torch.device) -> Iterator[list[Tensor]]:
+    """The epoch's batches after the first `skip`: x1, x2 (N, 3, S, S), and MSCN's extra crops."""
+    sizes = (config.batch_size, config.seed, epoch, 2, device, config.run.workers)
+    for batch, _ in train_batches(train_set, config.augment, *sizes, skip=skip, crops=extra_crops(config)):
+        yield [x.contiguous(memory_format=torch.channels_last) for x in batch] if config.run.channels_last else batch
 
 
 def loss_parts(parts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -265,13 +261,13 @@ def evaluate(framework: nn.Module, train_set: Any, test_set: Any, config: Pretra
 
 
 class Clock:
-    """Images, seconds and seconds spent waiting for data since the last reading."""
+    """Images, seconds, and seconds spent waiting for data since the epoch began."""
 
     def __init__(self) -> None:
         self.images, self.wait = 0, 0.0
-        self.start = self.last_save = time.perf_counter()
+        self.start = self.last_due = time.perf_counter()
 
-    def waits(self, batches):
+    def waits(self, batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
         """The batches, with the time it takes to get each counted as waiting."""
         batches = iter(batches)
         while True:
@@ -291,11 +287,12 @@ class Clock:
             "data_wait": round(self.wait / seconds, 4),
         }
 
-    def minutes_since_save(self) -> float:
-        return (time.perf_counter() - self.last_save) / 60
-
-    def saved(self) -> None:
-        self.last_save = time.perf_counter()
+    def due(self, minutes: float) -> bool:
+        """Whether so many minutes have passed since the epoch began or this last said yes."""
+        if time.perf_counter() - self.last_due <= 60 * minutes:
+            return False
+        self.last_due = time.perf_counter()
+        return True
 
 
 # ------------------------------------------------------------------------------------------------------ after
@@ -341,6 +338,7 @@ def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, ste
         f"  total batch {config.batch_size} in {config.mix_groups} mix group(s), {steps_per_epoch} steps an epoch, "
         f"{config.epochs} epochs; {o.name}, lr {o.lr:g} (used as it is), weight decay {o.weight_decay:g}",
         f"  {device}, {config.precision}, {torch.get_num_threads()} CPU threads; log in {run.directory / 'log.jsonl'}",
+        *(f"  note: {text}" for text in cautions(config.schedule, steps_per_epoch, config.epochs)),
     ]
     return "\n".join(lines)
 
