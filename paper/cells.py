@@ -7,10 +7,10 @@ what its file, its column, its row and the row's exception for that column say, 
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,7 +130,7 @@ def select(targets: Iterable[str]) -> list[Cell]:
     cells = [cell for table in tables().values() for cell in table.cells]
     wanted = set()
     for target in list(targets) or ["all"]:
-        found = {c.id for c in cells if target in ("all", c.target) or fnmatch.fnmatchcase(c.id, target)}
+        found = {c.id for c in cells if target == "all" or fnmatchcase(c.target, target) or fnmatchcase(c.id, target)}
         if not found and target not in WITHOUT_RUNS:
             raise ConfigError(_unknown(target, [cell.id for cell in cells]))
         wanted |= found

@@ -111,6 +111,7 @@ def test_an_unknown_target_is_named_with_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'table5/cifar100/byol/mixmask'"):
         select(["table5/cifar100/byol/mixmsk"])
     assert select([]) == select(["all"]) and select(["table4"]) == select(["table4/*", "table4"])
+    assert select(["table[23]"]) == select(["table2", "table3"])
 
 
 def test_flops_are_those_counted_for_the_papers_networks():
