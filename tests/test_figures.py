@@ -93,6 +93,7 @@ def test_figure5_draws_the_last_epoch_of_each_budget_as_the_mean_over_seeds(tmp_
         log(tmp_path, "figure5/cifar100/moco/mixmask/200", lines, seed=seed)
     log(tmp_path, "figure5/cifar100/moco/mixmask/400", [{"epoch": 400, "knn_k200": 66.0}])
     log(tmp_path, "figure5/cifar100/moco/mixmask/600", [{"epoch": 300, "knn_k200": 9.0}], finished=False)
+    log(tmp_path, "figure5/cifar100/moco/mixmask/800", [{"epoch": 800, "knn_k200": 9.0}], finished=False)
     log(tmp_path, "figure5/cifar100/simclr/vanilla/1000", [{"epoch": 500, "test_top1": 67.5}], stage=1)
     figure = figure5.draw(ALL, tmp_path)
     moco, simclr, simsiam = figure.axes
