@@ -28,7 +28,7 @@ def evaluate(config: KNNEval, path: Path, directory: Path) -> dict[str, Any]:
     with Run(directory, config) as run:
         if run.result is None:
             encoder, recipe, _ = checkpoint.load_encoder(path, device)
-            options = (config.run.download, config.run.allow_partial_data)
+            options = (config.run.download, config.allow_partial_data)
             train, test = (data.load(config.dataset, config.run.data_root, s, *options) for s in ("train", "test"))
             values = knn.evaluate(encoder, train, test, recipe.augment, config.knn, device, config.run.workers)
             run.describe()

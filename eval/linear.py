@@ -75,6 +75,7 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
                     optimizer.step()
                     losses.append(loss.detach())
                     progress.step()
+                    interrupt.stop_if_requested()  # this epoch is made again; the ones before are saved
                 progress.close()
                 mean_loss = torch.stack(losses).double().mean().item()
                 if not math.isfinite(mean_loss):
@@ -87,8 +88,8 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
                 last = epoch + 1 == config.epochs
                 if last or (epoch + 1) % config.run.checkpoint_every == 0 or interrupt.requested:
                     save(run, config, classifier, optimizer, epoch + 1)
-                if interrupt.requested and not last:
-                    raise KeyboardInterrupt
+                if not last:
+                    interrupt.stop_if_requested()
         if fingerprint(encoder) != before:
             raise UserError(f"{run.id}: the frozen encoder changed during the probe; the result is not valid")
         run.finish(result(run, config, device))
@@ -98,7 +99,7 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
 
 def load(config: Linear, split: str, device: torch.device) -> data.Resident | data.Files:
     """The verified data set; held on the device where it fits in memory."""
-    options = (config.run.download, config.run.allow_partial_data)
+    options = (config.run.download, config.allow_partial_data)
     dataset = data.load(config.dataset, config.run.data_root, split, *options)
     return dataset.to(device) if isinstance(dataset, data.Resident) else dataset
 
@@ -225,8 +226,10 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/linear/<name of the run>")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
     args = parser.parse_args()
-    _, identity = checkpoint.pretraining(checkpoint.load(args.checkpoint), args.checkpoint)
-    config = configs.load(args.config, configs.parse_overrides(args.set), Linear)
+    state = checkpoint.load(args.checkpoint)
+    _, identity = checkpoint.pretraining(state, args.checkpoint)
+    values = {**configs.read_yaml(args.config), "run": state["config"]["run"]}  # data where the pre-training found it
+    config = configs.resolve(values, configs.parse_overrides(args.set), Linear)
     config = dataclasses.replace(config, checkpoint=identity)
     probe(config, args.checkpoint, args.run_dir or run_directory(args.runs_dir, "linear", config))
 

@@ -61,7 +61,7 @@ def load(path: str | Path) -> dict[str, Any]:
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({_one_line(error)})") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT or "config" not in state:
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("config"), dict):
         raise CheckpointError(f"{path} is not a checkpoint of this project (no config in it)")
     return state
 
@@ -79,6 +79,9 @@ def pretraining(state: Mapping[str, Any], path: str | Path) -> tuple[Pretrain, s
         recipe = configs.resolve(state["config"], {}, Pretrain)
     except ConfigError as error:
         raise CheckpointError(f"{path} is not a pre-training checkpoint: {error}") from None
+    missing = [name for name in ("run", "model", "step", "steps") if name not in state]
+    if missing:
+        raise CheckpointError(f"{path} is not a whole checkpoint: it has no '{missing[0]}'")
     step, steps = state["step"], state["steps"]
     return recipe, state["run"] if step == steps else f"{state['run']}@{step}"
 

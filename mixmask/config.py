@@ -14,6 +14,8 @@ import difflib
 import functools
 import hashlib
 import json
+import math
+import os
 import sys
 import types
 import typing
@@ -181,7 +183,6 @@ class Execution:
     checkpoint_every: int = within(1, default=1)  # epochs between checkpoints
     checkpoint_minutes: float = within(0, default=15.0)  # and within a long epoch: minutes between checkpoints
     channels_last: bool = True
-    allow_partial_data: bool = False  # train on an incomplete Tiny-ImageNet or ImageNet (the log says so)
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,7 @@ class Pretrain:
     augment: Augment
     knn: KNN
     mscn: MSCN = MSCN()
+    allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper\'s data
     run: Execution = Execution()
 
 
@@ -223,6 +225,7 @@ class KNNEval:
     seed: int = within(0)
     knn: KNN
     checkpoint: str = ""  # the pre-training run's identity, filled in by eval/knn.py
+    allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper\'s data
     run: Execution = Execution()
 
 
@@ -242,6 +245,7 @@ class Linear:
     features: Literal["augmented", "cached"] = "augmented"  # of views drawn anew each epoch, or of test views, once
     init: Literal["normal", "uniform"] = "normal"  # N(0, 0.01) and bias 0 (MoCo), or PyTorch's own (htdt, PatrickHua)
     checkpoint: str = ""  # the pre-training run's identity, filled in by eval/linear.py
+    allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper\'s data
     run: Execution = Execution()
 
 
@@ -286,7 +290,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         return _convert_tuple(value, args, where)
     if hint is float and type(value) in (int, float, str):
         with contextlib.suppress(ValueError):  # not a number: the message below
-            return float(value)
+            if math.isfinite(float(value)):
+                return float(value)
     elif hint is Any or type(value) is hint or (origin in (Mapping, dict) and isinstance(value, Mapping)):
         return value
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
@@ -330,7 +335,7 @@ def nearest(key: str, known: typing.Iterable[str], where: str = "") -> str:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises ConfigError naming the file (and line) when it does not."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no such config file: {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -461,3 +466,5 @@ def main_guard(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted: all up to the last checkpoint is kept; the same command continues", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

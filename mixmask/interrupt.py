@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from types import FrameType
 
@@ -25,6 +26,8 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if sys.stderr.isatty():
+            print("\nstopping at the next safe point; a second Ctrl-C stops at once", file=sys.stderr)
 
     def stop_if_requested(self) -> None:
         """Raises KeyboardInterrupt once a signal has come."""

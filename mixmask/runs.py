@@ -14,9 +14,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import platform
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -33,10 +36,17 @@ PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-image", "pandas",
 
 
 def run_id(config: Any) -> str:
-    """`<name>-<hash8>-s<seed>`: equal configs share it, whatever asked for them."""
+    """`<name>-<hash8>-s<seed>`: equal configs share it, whatever asked for them.
+
+    Raises ConfigError for a recipe whose name is not one word.
+    """
+    if not re.fullmatch(r"\w[\w.]*", config.recipe):
+        raise ConfigError(f"recipe: expected letters, digits, '_' and '.', found {config.recipe!r}")
     parts = [config.recipe]
     if isinstance(config, configs.Pretrain):
         parts += [config.method, f"e{config.epochs}"]
+    elif config.checkpoint:
+        parts += config.checkpoint.split("-")[:-2]  # whose encoder, without hash and seed
     return "-".join([*parts, configs.hash8(config), f"s{config.seed}"])
 
 
@@ -49,7 +59,7 @@ def read_result(directory: str | Path) -> dict[str, Any] | None:
     """The result of a finished run; None where there is none yet."""
     path = Path(directory) / "result.json"
     try:
-        return json.loads(path.read_text())
+        return _checked(json.loads(path.read_text(encoding="utf-8")), path)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -58,17 +68,28 @@ def read_result(directory: str | Path) -> dict[str, Any] | None:
         raise UserError(f"{path} is not valid JSON ({error}); move it away to run again") from None
 
 
+def _checked(result: Any, path: Path) -> dict[str, Any]:
+    """`result` if it has finite metrics. Raises UserError for anything else, as an edit by hand leaves behind."""
+    metrics = result.get("metrics") if isinstance(result, dict) else None
+    if not isinstance(metrics, dict) or not metrics:
+        raise UserError(f"{path} holds no metrics; move it away to run again")
+    for name, value in metrics.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise UserError(f"{path}: {name} is {value!r}, expected a number; move it away to run again")
+    return result
+
+
 def read_log(directory: str | Path) -> list[dict[str, Any]]:
     """The lines of log.jsonl; a last line that a crash cut short is left out."""
     path = Path(directory) / "log.jsonl"
     if not path.exists():
         return []
     lines = []
-    for number, text in enumerate(path.read_text().split("\n")[:-1], 1):
+    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
         try:
             lines.append(json.loads(text))
         except ValueError:
-            raise UserError(f"{path}, line {number}: not valid JSON") from None
+            raise UserError(f"{path}, line {number}: not valid JSON; delete the line to go on without it") from None
     return lines
 
 
@@ -76,7 +97,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write beside, flush to disk, rename: a reader sees the old text or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "w") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -164,7 +185,7 @@ class Run:
         """Append one JSON line; everything measured in seconds belongs under `timing`."""
         try:
             if self._log is None:
-                self._log = open(self.directory / "log.jsonl", "a")  # noqa: SIM115 - held until close()
+                self._log = open(self.directory / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - held until close()
             self._log.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._log.flush()
         except OSError as error:
@@ -181,9 +202,11 @@ class Run:
         write_atomically(self.directory / "result.json", json.dumps(dict(result), indent=1) + "\n")
 
     def close(self) -> None:
-        if self._log is not None:
-            with contextlib.suppress(OSError):  # a disk that was full already is still full
+        with contextlib.suppress(OSError):  # a disk that was full already is still full
+            if self._log is not None:
                 self._log.close()
+            if [path.name for path in self.directory.iterdir()] == ["lock"]:  # refused before anything was written
+                shutil.rmtree(self.directory)
         self._lock.close()
 
     def __enter__(self) -> Run:

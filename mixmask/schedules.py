@@ -60,6 +60,8 @@ def cautions(schedule: Schedule, steps_per_epoch: int, epochs: int) -> list[str]
     """What of a schedule a run of `epochs` epochs is too short for, for people; mostly nothing."""
     steps, warmup = steps_per_epoch * epochs, warmup_steps(schedule, steps_per_epoch)
     notes = [f"the warm-up of {warmup} iterations fills all {steps} of the run"] if warmup >= steps else []
+    if schedule.kind == "cosine" and schedule.first_epoch == epochs == 1:
+        notes.append("the cosine counts its epochs from 1, so the only one trains at rate 0")
     if schedule.kind == "step":
         never = [m for m in schedule.milestones if not 0 <= from_start(m, epochs) < epochs]
         notes += [f"milestone {m} lies outside the {epochs} epochs and never comes" for m in never]

@@ -47,9 +47,9 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
         if run.result is not None:
             say(f"{run.id} is finished: {summary(run.result)}; nothing to do")
             return run.result
-        train_set, test_set = load_data(config, device)
         framework, optimizer = build(config, device)
-        check_data(config, framework, len(train_set))
+        train_set, test_set = load_data(config, device)
+        check_data(config, framework, train_set)
         run.describe(command)
         steps_per_epoch = len(train_set) // config.batch_size
         state = State(framework, optimizer, steps_per_epoch * config.epochs)
@@ -155,19 +155,24 @@ def check_crops(config: Pretrain) -> None:
 
 def load_data(config: Pretrain, device: torch.device) -> tuple[Any, Any]:
     """The verified training and test sets; those held in memory move to the device."""
-    options = (config.run.data_root, config.run.download, config.run.allow_partial_data)
     sets = []
     for split in ("train", "test"):
-        dataset = data.load(config.dataset, options[0], split, download=options[1], allow_partial=options[2])
+        options = (config.run.download, config.allow_partial_data)
+        dataset = data.load(config.dataset, config.run.data_root, split, *options)
         sets.append(dataset.to(device) if isinstance(dataset, data.Resident) else dataset)
         if dataset.note:
             say(f"note: {dataset.note}")
     return sets[0], sets[1]
 
 
-def check_data(config: Pretrain, framework: nn.Module, images: int) -> None:
-    """Raises ConfigError for settings that a training set of so many images cannot bear."""
+def check_data(config: Pretrain, framework: nn.Module, train_set: Any) -> None:
+    """Raises ConfigError for settings that this training set cannot bear."""
+    images = len(train_set)
     framework.check_data(images)
+    if "crop" not in config.augment.order and isinstance(train_set, data.Resident):
+        side = train_set.images.shape[-1]
+        if side != config.augment.size:
+            raise ConfigError(f"augment.size: {config.augment.size}, but no crop resizes the images of {side} pixels")
     if config.batch_size > images:
         raise ConfigError(f"batch_size: {config.batch_size} exceeds the {images} training images")
     if config.knn.k > images:

@@ -182,3 +182,10 @@ def test_crash_during_a_save_leaves_the_checkpoint_before_intact(state, saved, m
     assert saved.read_bytes() == before
     checkpoint.save(saved, {**state, "step": 5})  # what the crash left behind is overwritten
     assert checkpoint.load(saved)["step"] == 5 and list(saved.parent.iterdir()) == [saved]
+
+
+@pytest.mark.parametrize("name", ["run", "model", "step", "steps"])
+def test_checkpoint_without_one_of_its_parts_is_named(state, tmp_path, name):
+    checkpoint.save(tmp_path / "x.pt", {key: value for key, value in state.items() if key != name})
+    with pytest.raises(checkpoint.CheckpointError, match=f"no '{name}'"):
+        checkpoint.load_encoder(tmp_path / "x.pt")

@@ -325,3 +325,9 @@ def test_10000_block_masks_on_grids_2_4_8_16(monkeypatch):
                 hold(found, LITERAL[grid, 0.5], 10_000)
             else:
                 assert (found.empty, found.exact) == (0, 1)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_ratio_that_mixes_nothing_is_refused(ratio):
+    with pytest.raises(ConfigError, match=r"mask\.ratio"):
+        sample_mask(Mask(type="block", block_impl="repaired", grid=2, ratio=ratio), 8, 8, np.random.default_rng(0))

@@ -149,3 +149,23 @@ def test_environment_names_versions_and_commit():
     found = runs.environment()
     assert found["torch"] and found["python"] and {"commit", "modified"} <= found.keys()
     json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"metrics": {}}', '{"metrics": {"loss": NaN}}', '{"metrics": {"a": "b"}}']
+)
+def test_result_without_finite_metrics_is_refused(tmp_path, text):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(UserError, match="move it away"):
+        read_result(tmp_path)
+
+
+def test_recipe_name_stays_inside_the_runs_directory(tiny):
+    with pytest.raises(UserError, match="recipe"):
+        runs.run_directory("runs", "pretrain", tiny("recipe=../../elsewhere"))
+
+
+def test_probe_is_named_after_its_encoder(tiny_linear):
+    assert run_id(tiny_linear("checkpoint=cifar100_moco-mixmask-e4-0123abcd-s1")).startswith(
+        "tiny_linear-cifar100_moco-mixmask-e4-"
+    )

@@ -168,7 +168,7 @@ def test_a_figure_is_no_table(tmp_path):
 
 def test_a_result_without_the_metric_is_named(tmp_path):
     name = finish(tmp_path / "runs", MIXMASK, 1.0)
-    (tmp_path / "runs" / "linear" / name / "result.json").write_text('{"metrics": {}}')
+    (tmp_path / "runs" / "linear" / name / "result.json").write_text('{"metrics": {"loss": 1.0}}')
     with pytest.raises(UserError, match=f"{name}/result.json: no metric 'linear_sgd_last'"):
         make(tmp_path)
 
