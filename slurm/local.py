@@ -18,6 +18,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from paper.cells import ROOT
 from slurm.graph import Job, make_folder
 
 PRELOADED = ("torch", "torchvision")  # imported once, for all jobs
+STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 def launch(jobs: list[Job]) -> None:
@@ -68,10 +70,11 @@ def _prepare(cpus: int) -> None:
     """The fork server and its threads, where the user has not chosen; being told to end is treated as Ctrl-C is."""
     os.environ.setdefault("OMP_NUM_THREADS", str(min(cpus, os.cpu_count() or 1)))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make small nets many times slower
-    multiprocessing.set_forkserver_preload(list(PRELOADED))
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in STOPPING:
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
+    multiprocessing.set_forkserver_preload(list(PRELOADED))
+    forkserver.ensure_running()  # here, since it unblocks signals: `_run` needs them blocked
 
 
 def _run(job: Job) -> str:
@@ -83,7 +86,7 @@ def _run(job: Job) -> str:
     output = Connection(writer, readable=False)
     process = multiprocessing.get_context("forkserver").Process(target=_script, args=(output, job.command[1:]))
     try:
-        with _sigint_blocked(), output:  # Ctrl-C reaches this process alone, and is passed on once
+        with _signals_blocked(), output:  # Ctrl-C reaches this process alone, and is passed on once
             process.start()
         _forward(reader, process, log)
     except KeyboardInterrupt:
@@ -101,6 +104,8 @@ def _run(job: Job) -> str:
 
 def _interrupt(reader: int, process: multiprocessing.process.BaseProcess, log: Path) -> None:
     """Ask the job to save and end, and wait for it; a second Ctrl-C does not wait."""
+    if process.pid is None:  # it had not begun
+        return
     os.kill(process.pid, signal.SIGINT)
     try:
         _forward(reader, process, log)
@@ -113,7 +118,7 @@ def _interrupt(reader: int, process: multiprocessing.process.BaseProcess, log: P
 def _script(output: Connection, words: tuple[str, ...]) -> None:
     """In the forked process: become `python SCRIPT ARGUMENTS`."""
     os.setsid()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     for descriptor in (1, 2):
         os.dup2(output.fileno(), descriptor)
     output.close()
@@ -167,8 +172,8 @@ def _pieces(reader: int, process: multiprocessing.process.BaseProcess) -> Iterat
 
 
 @contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _signals_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
     finally:
