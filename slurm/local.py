@@ -18,7 +18,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -74,7 +74,9 @@ def _prepare(cpus: int) -> None:
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
     multiprocessing.set_forkserver_preload(list(PRELOADED))
-    forkserver.ensure_running()  # here, since it unblocks signals: `_run` needs them blocked
+    resource_tracker.ensure_running()  # unblocks signals at its start, so it comes first
+    with _signals_blocked():  # jobs inherit it: a signal that comes before a job is ready for it is not lost
+        forkserver.ensure_running()
 
 
 def _run(job: Job) -> str:
