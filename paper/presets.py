@@ -95,6 +95,8 @@ class Budget:
     def seeds(self, cell: Cell) -> list[int]:
         """`--set seed=3` and `--set seed=[0,1,2]` choose; otherwise the cell's, within the preset's number."""
         chosen = self.settings.get("pretrain", {}).get("seed", list(range(min(cell.seeds, self.preset.seeds))))
+        if chosen == []:
+            raise ConfigError("--set seed=[]: expected at least one seed")
         return chosen if isinstance(chosen, list) else [chosen]
 
 

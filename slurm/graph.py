@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixmask.config import Linear, Pretrain, UserError, build, read_yaml
+from mixmask.config import Linear, Pretrain, UserError, build, read_yaml, within
 from mixmask.runs import read_result
 from paper.cells import ROOT, Cell
 from paper.presets import STAGES, Budget, Step, directory, steps
@@ -28,11 +28,11 @@ class Cluster:
     partition: str
     account: str
     constraint: str
-    gpus: int
-    cpus: int
-    memory_gb: int
-    hours: float
-    warning_seconds: int
+    gpus: int = within(0)
+    cpus: int = within(1)
+    memory_gb: int = within(1)
+    hours: float = within(0.1)
+    warning_seconds: int = within(0)
 
 
 @dataclass(frozen=True)
