@@ -35,47 +35,21 @@ def train_batches(
     augments = [augment] * views + list(crops)
     batches = data.batch_indices(len(dataset), batch_size, seed, epoch)
     start = epoch * len(batches)
-    pixels = _resident_pixels if isinstance(dataset, data.Resident) else _decoded_pixels
-    stream = pixels(dataset, batches[skip:], augments, seed, epoch, device, workers)
-    if isinstance(dataset, data.Files):
+    if isinstance(dataset, data.Resident):  # the same uint8 images for each view: all happens on the device
+        here = batches[skip:].to(dataset.images.device)
+        stream = (([dataset.images[indices]] * len(augments), indices) for indices in here)
+    else:  # workers decode and crop; each view is a uint8 crop of its own
+        stream = data.loader(dataset, batches[skip:], seed, epoch, augments, workers)
         augments = [without_crop(augment) for augment in augments]
     for position, (images, indices) in enumerate(stream, start + skip):
         generator = torch_generator(device, seed, "augment", position)
-        yield [augment_view(a, view, generator) for a, view in zip(augments, images, strict=True)], indices
+        pixels = [view.to(device, non_blocking=True) for view in images]  # uint8 (N, 3, H, W) each
+        yield [augment_view(a, view, generator) for a, view in zip(augments, pixels, strict=True)], indices
 
 
 def without_crop(augment: Augment) -> Augment:
     """For images that are cropped already."""
     return dataclasses.replace(augment, order=tuple(name for name in augment.order if name != "crop"))
-
-
-def _resident_pixels(
-    dataset: data.Resident,
-    batches: Tensor,
-    augments: Sequence[Augment],
-    seed: int,
-    epoch: int,
-    device: torch.device,
-    workers: int,
-) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """The same uint8 images for each view: all of the augmentation happens on the device."""
-    for indices in batches.to(dataset.images.device):
-        images = dataset.images[indices]  # (N, 3, H, W)
-        yield [images] * len(augments), indices
-
-
-def _decoded_pixels(
-    dataset: data.Files,
-    batches: Tensor,
-    augments: Sequence[Augment],
-    seed: int,
-    epoch: int,
-    device: torch.device,
-    workers: int,
-) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Workers decode and crop; each view is a uint8 crop of its own."""
-    for crops, indices in data.loader(dataset, batches, seed, epoch, augments, workers):
-        yield [crop.to(device, non_blocking=True) for crop in crops], indices
 
 
 def test_batches(
