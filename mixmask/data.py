@@ -417,7 +417,7 @@ def _check_counts(
         raise DataError(f"{found}; unpack the official archive anew")
     found += _least(counts, names)
     if not allow_partial:
-        raise DataError(f"{found}; complete it, or accept it with allow_partial_data=true (results are then not comparable)")
+        raise DataError(f"{found}; complete it, or say allow_partial_data=true (results are then not comparable)")
     log.warning("%s: a partial data set; results are not comparable", found)
     return f"partial: {found}"
 
