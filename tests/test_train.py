@@ -63,7 +63,8 @@ def start(config: configs.Pretrain, directory: Path) -> int:
     """Train in a child process, as the script would; its process id."""
     pid = os.fork()
     if not pid:
-        status = 1
+        status, step = 1, script.set_learning_rate
+        script.set_learning_rate = lambda *a: (time.sleep(0.05), step(*a))  # so that a signal finds it at work
         try:
             configs.main_guard(lambda: train(config, directory))
             status = 0
