@@ -13,7 +13,6 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -459,9 +458,6 @@ def hash8(config: Any) -> str:
 
 def main_guard(main: Callable[[], Any]) -> None:
     """Run a script's main; a UserError becomes one line on stderr and exit status 1, Ctrl-C status 130."""
-    for stream in (sys.stdout, sys.stderr):  # a character that the locale lacks is no reason to stop
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
