@@ -282,3 +282,11 @@ def test_ctrl_c_reaches_the_job_which_saves_and_ends_with_status_130(tmp_path):
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130 and "the same command continues" in errors
     assert (tmp_path / "saved").read_text() == "yes"
+
+
+def test_a_job_of_the_project_s_own_scripts_ends_well_through_the_launcher_s_pipe(tmp_path, monkeypatch, capfdbinary):
+    """What every stage's script does with its streams (`main_guard`) must work where they are a pipe."""
+    guarded = "from mixmask.config import main_guard\nmain_guard(lambda: print('guarded'))\n"
+    (job,) = scripted(tmp_path, monkeypatch, guarded + SUCCEED)
+    local.launch([job])
+    assert job.state == "finished" and b"guarded" in capfdbinary.readouterr().out
