@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -32,6 +33,11 @@ import yaml
 from mixmask import config as configs
 from mixmask.config import ConfigError, UserError
 
+
+class ResultError(UserError):
+    """A run's result cannot be read; the text names the file and the reason."""
+
+
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-image", "pandas", "submitit")
 
 
@@ -46,13 +52,28 @@ def run_id(config: Any) -> str:
     if isinstance(config, configs.Pretrain):
         parts += [config.method, f"e{config.epochs}"]
     elif config.checkpoint:
-        parts += config.checkpoint.split("-")[:-2]  # whose encoder, without hash and seed
+        parts += [re.sub(r"(-[0-9a-f]{8}-s\d+)?(@\w+)?$", "", config.checkpoint)]  # whose encoder
     return "-".join([*parts, configs.hash8(config), f"s{config.seed}"])
 
 
 def run_directory(runs_dir: str | Path, stage: str, config: Any) -> Path:
     """Where the run of this config lives."""
     return Path(runs_dir) / stage / run_id(config)
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits. Raises UserError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def file_identity(path: str | Path) -> str:
+    """Whose weights a checkpoint that no run of ours wrote holds: <name>@<first eight digits of its SHA-256>."""
+    name = re.sub(r"[^A-Za-z0-9_.]+", "_", Path(path).stem)
+    return f"{name}@{file_sha256(path)[:8]}"
 
 
 def read_result(directory: str | Path) -> dict[str, Any] | None:
@@ -63,19 +84,19 @@ def read_result(directory: str | Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise ResultError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); move it away to run again") from None
+        raise ResultError(f"{path} is not valid JSON ({error}); move it away to run again") from None
 
 
 def _checked(result: Any, path: Path) -> dict[str, Any]:
-    """`result` if it has finite metrics. Raises UserError for anything else, as an edit by hand leaves behind."""
+    """`result` if it has finite metrics. Raises ResultError for anything else, as an edit by hand leaves behind."""
     metrics = result.get("metrics") if isinstance(result, dict) else None
     if not isinstance(metrics, dict) or not metrics:
-        raise UserError(f"{path} holds no metrics; move it away to run again")
+        raise ResultError(f"{path} holds no metrics; move it away to run again")
     for name, value in metrics.items():
         if type(value) not in (int, float) or not math.isfinite(value):
-            raise UserError(f"{path}: {name} is {value!r}, expected a number; move it away to run again")
+            raise ResultError(f"{path}: {name} is {value!r}, expected a number; move it away to run again")
     return result
 
 
