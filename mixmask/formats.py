@@ -1,0 +1,383 @@
+"""A backbone out of anybody's checkpoint: recognised by its key names, and every key used or dropped by name.
+
+`read` never guesses: a key that no layout lists, a backbone that is not whole, weights that are not finite and files
+that would run code are refused. docs/checkpoints.md has the table of layouts and of messages.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import pickle
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixmask import checkpoint
+from mixmask.backbones import ResNet, build_backbone
+from mixmask.checkpoint import CheckpointError
+from mixmask.config import Backbone, Pretrain
+from mixmask.frameworks import build_framework
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std of pixels in [0, 1]: all public ImageNet models
+CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # Un-Mix, unmix_c100.py
+
+
+class FormatError(CheckpointError):
+    """A file that holds no backbone we can use; the text names the file, what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A backbone as it was read. `weights` has torchvision's names, without `fc`; bit for bit what the file holds."""
+
+    format: str  # mixmask, moco, unmix, simsiam, byol, swav, barlowtwins, torchvision, detectron2, ...
+    weights: dict[str, Tensor]
+    backbone: Backbone  # bn_groups 1: evaluation and fine-tuning use plain BatchNorm
+    dropped: dict[str, int]  # what was dropped -> how many keys
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...]
+    identity: str  # a run of ours (RUN or RUN@STEP), or NAME@SHA256 (8 digits)
+    sha256: str  # of the file
+    recipe: Pretrain | None = None  # ours alone have one
+    added: int = 0  # counters of batches that the file lacks (written before PyTorch 0.4.1), set to 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a code base keeps the backbone among its keys (after `module.`, DistributedDataParallel's prefix)."""
+
+    format: str
+    prefix: str  # of the backbone's keys
+    drops: dict[str, str]  # beginnings of keys that are not the backbone -> what they are
+    children: dict[str, str] = field(default_factory=dict)  # numbers of an nn.Sequential -> torchvision's names
+    needs: str = ""  # the beginning of a key that must be there as well
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
+
+
+QUEUE = {"queue": "queue"}
+LAYOUTS = (
+    Layout(
+        "unmix",  # CIFAR: the children of a ResNet in an nn.Sequential, without max pooling
+        "encoder_q.net.",
+        {"encoder_q.net.9.": "head", "encoder_k.": "momentum encoder", **QUEUE},
+        {"0": "conv1", "1": "bn1", "3": "layer1", "4": "layer2", "5": "layer3", "6": "layer4"},
+        normalisation=CIFAR,
+    ),
+    Layout("moco", "encoder_q.", {"encoder_q.fc.": "head", "encoder_k.": "momentum encoder", **QUEUE}),
+    Layout(
+        "moco-v3",
+        "base_encoder.",
+        {"base_encoder.fc.": "head", "momentum_encoder.": "momentum encoder", "predictor.": "predictor"},
+    ),
+    Layout(
+        "byol",  # a wrapper that holds the network as `net`
+        "online_encoder.net.",
+        {
+            "online_encoder.net.fc.": "classifier",
+            "online_encoder.projector.": "head",
+            "online_predictor.": "predictor",
+            "target_encoder.": "target network",
+        },
+    ),
+    Layout(
+        "byol",
+        "online_encoder.",
+        {"online_encoder.fc.": "head", "target_encoder.": "target network", "predictor.": "predictor"},
+    ),
+    Layout("simsiam", "encoder.", {"encoder.fc.": "head", "predictor.": "predictor"}),
+    Layout(
+        "barlowtwins",
+        "backbone.",
+        {"backbone.fc.": "classifier", "projector.": "head", "bn.": "normalisation of the loss"},
+    ),
+    Layout("swav", "", {"projection_head.": "head", "prototypes": "prototypes"}, needs="pro"),
+    Layout("torchvision", "", {"fc.": "classifier"}),  # timm's ResNets too, and Barlow Twins' resnet50.pth
+)
+
+PART = re.compile(r"(conv1|bn1|layer[1-9])\.")  # how the name of each tensor of a ResNet begins
+
+
+def read(path: str | Path, trust_pickle: bool = False) -> Source:
+    """The backbone in a file of ours, of MoCo, Un-Mix, BYOL, SimSiam, SwAV, Barlow Twins, torchvision, timm, or of
+    `detection/convert.py`. `trust_pickle` runs whatever code a file of torch.save holds.
+
+    Raises FormatError for anything that is not whole, finite and accounted for key by key.
+    """
+    path = Path(path)
+    digest = _sha256(path)
+    if path.suffix == ".safetensors" or path.suffix == ".pkl":
+        source = _foreign(read_safetensors(path), path)
+    else:
+        state = _torch_file(path, trust_pickle)
+        ours = isinstance(state, dict) and "format" in state and isinstance(state.get("config"), dict)
+        source = _ours(state, path) if ours else _foreign(_tensors(state, path), path)
+    _check_values(source.weights, path)
+    identity = source.identity or f"{re.sub(r'[^A-Za-z0-9_.]+', '_', path.stem)}@{digest[:8]}"
+    return replace(source, identity=identity, sha256=digest)
+
+
+def load_backbone(
+    path: str | Path, device: torch.device | str = "cpu", trust_pickle: bool = False
+) -> tuple[ResNet, Source]:
+    """A ResNet with the weights of `read(path)`, in training mode, and where they are from."""
+    source = read(path, trust_pickle)
+    model = build_backbone(source.backbone)
+    checkpoint.load_weights(model, source.weights, path)
+    return model.to(device), source
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise FormatError(f"no such file: {path}") from None
+    except IsADirectoryError:
+        raise FormatError(f"{path} is a directory; expected a file: {path / 'checkpoint.pt'}?") from None
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}") from None
+
+
+# ------------------------------------------------------------------------------------------- from keys to a backbone
+
+
+def _ours(state: dict[str, Any], path: Path) -> Source:
+    """A pre-training checkpoint: the recipe says what every key must be."""
+    if state["format"] != checkpoint.FORMAT:
+        raise FormatError(f"{path} is of format {state['format']!r}; this version reads {checkpoint.FORMAT}")
+    recipe, identity = checkpoint.pretraining(state, path)
+    prefix, model = "encoder.backbone.", _tensors({"model": state["model"]}, path)
+    with torch.device("meta"):
+        expected = build_framework(recipe).state_dict().keys()
+    for what, keys in (("lacks", expected - model.keys()), ("has unlisted", model.keys() - expected)):
+        if keys:
+            raise FormatError(f"{path} is not whole: it {what} {_some(keys)} for a run of {recipe.framework}")
+    weights = {k.removeprefix(prefix): v.contiguous() for k, v in model.items() if k.startswith(prefix)}
+    dropped = Counter(re.match(r"(encoder\.)?[^.]+", k)[0] for k in model if not k.startswith(prefix))
+    backbone = replace(recipe.backbone, bn_groups=1)
+    _check_shapes(weights, backbone, path)
+    return Source(
+        "mixmask", weights, backbone, dict(dropped), recipe.augment.mean, recipe.augment.std, identity, "", recipe
+    )
+
+
+def _foreign(tensors: dict[str, Tensor], path: Path) -> Source:
+    """The first layout that the keys fit; `module.` in front of all of them is DistributedDataParallel's."""
+    if tensors and all(k.startswith("module.") for k in tensors):
+        tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
+    layout = next((layout for layout in LAYOUTS if _fits(layout, tensors)), None)
+    if layout is None:
+        raise FormatError(f"{path} holds no backbone that we know: found {_prefixes(tensors)}; expected {_expected()}")
+    weights, dropped, unlisted = {}, Counter(), []
+    for key, value in tensors.items():
+        name = _name(layout, key)
+        what = next((what for start, what in layout.drops.items() if key.startswith(start)), None)
+        if name:
+            weights[name] = value.contiguous()
+        elif what:
+            dropped[what] += 1
+        else:
+            unlisted.append(key)
+    if unlisted:
+        raise FormatError(
+            f"{path} looks like {layout.format} ('{layout.prefix}'), but {len(unlisted)} of its {len(tensors)} keys "
+            f"are not in that layout: {_prefixes(unlisted)}; first: '{unlisted[0]}'"
+        )
+    return _assemble(layout.format, weights, dict(dropped), layout.normalisation, path, layout.prefix)
+
+
+def _fits(layout: Layout, tensors: Mapping[str, Tensor]) -> bool:
+    needed = not layout.needs or any(k.startswith(layout.needs) for k in tensors)
+    return needed and any(_name(layout, key) for key in tensors)
+
+
+def _name(layout: Layout, key: str) -> str | None:
+    """torchvision's name of a key of the backbone; None for any other key."""
+    if not key.startswith(layout.prefix):
+        return None
+    name = key.removeprefix(layout.prefix)
+    if layout.children:
+        number, dot, rest = name.partition(".")
+        name = f"{layout.children.get(number, number)}{dot}{rest}"
+    return name if PART.match(name) else None
+
+
+def _assemble(
+    name: str, weights: dict[str, Tensor], dropped: dict[str, int], normalisation: tuple, path: Path, prefix: str = ""
+) -> Source:
+    """A Source of what is not ours: the architecture follows from the keys and shapes."""
+    arch = "resnet50" if any(re.match(r"layer\d\.\d+\.conv3", k) for k in weights) else "resnet18"
+    counters = {k for k in _shapes(Backbone(arch, "imagenet", 64, 1)) if k.endswith("num_batches_tracked")}
+    added = 0 if counters & weights.keys() else len(counters)
+    weights |= {k: torch.tensor(0) for k in counters if added}
+    _check_keys(weights, arch, path, prefix)
+    backbone = Backbone(arch, _stem(weights["conv1.weight"], path), len(weights["conv1.weight"]), 1)
+    _check_shapes(weights, backbone, path)
+    return Source(name, weights, backbone, dropped, *normalisation, identity="", sha256="", added=added)
+
+
+def _stem(conv1: Tensor, path: Path) -> str:
+    """7 x 7: ImageNet's. 3 x 3: CIFAR's or Tiny-ImageNet's (max pooling has no weights): CIFAR's is taken."""
+    stem = {(3, 7, 7): "imagenet", (3, 3, 3): "cifar"}.get(tuple(conv1.shape[1:]))
+    if stem is None:
+        raise FormatError(
+            f"{path}: conv1.weight is {tuple(conv1.shape)}; expected (width, 3, 7, 7) or, for small images, "
+            "(width, 3, 3, 3)"
+        )
+    return stem
+
+
+@functools.cache
+def _shapes(backbone: Backbone) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {k: v.shape for k, v in build_backbone(backbone).state_dict().items()}
+
+
+def _check_keys(weights: Mapping[str, Tensor], arch: str, path: Path, prefix: str) -> None:
+    expected = _shapes(Backbone(arch, "imagenet", 64, 1)).keys()
+    missing, extra = expected - weights.keys(), weights.keys() - expected
+    if missing or extra:
+        found = len(expected & weights.keys())
+        raise FormatError(
+            f"{path} holds no whole {arch} under '{prefix}': {found} of {len(expected)} keys"
+            + (f"; missing {_some(missing)}" if missing else "")
+            + (f"; unexpected {_some(extra)}" if extra else "")
+        )
+
+
+def _check_shapes(weights: Mapping[str, Tensor], backbone: Backbone, path: Path) -> None:
+    for key, shape in _shapes(backbone).items():
+        value, dtype = weights[key], torch.int64 if key.endswith("num_batches_tracked") else torch.float32
+        if value.shape != shape or value.dtype != dtype:
+            raise FormatError(
+                f"{path}: '{key}' is {tuple(value.shape)} of {_word(value.dtype)}; expected {tuple(shape)} of "
+                f"{_word(dtype)} ({backbone.arch}, width {backbone.width}, {backbone.stem} stem)"
+            )
+
+
+def _check_values(weights: Mapping[str, Tensor], path: Path) -> None:
+    for key, value in weights.items():
+        if not torch.isfinite(value).all():
+            count = int((~torch.isfinite(value)).sum())
+            raise FormatError(f"{path}: {count} of the {value.numel()} values of '{key}' are not finite")
+        if key.endswith(("running_var", "num_batches_tracked")) and (value < 0).any():
+            raise FormatError(f"{path}: '{key}' has a negative value ({value.min().item():g}); a variance has none")
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _some(keys: Any) -> str:
+    """The number of keys and the first three."""
+    first = ", ".join(f"'{k}'" for k in sorted(keys)[:3])
+    return f"{len(keys)} ({first}{', ...' if len(keys) > 3 else ''})"
+
+
+def _prefixes(keys: Any) -> str:
+    """What stands before the names of a ResNet's tensors, or else the first word of each key; with counts."""
+    found = Counter()
+    for key in keys:
+        inside = re.search(r"(^|\.)(conv1|bn1|layer[1-9])\.", key)
+        found[key[: inside.start() + len(inside[1])] if inside else key.split(".")[0]] += 1
+    parts = [f"'{prefix}' ({count} keys)" for prefix, count in found.most_common(6)]
+    return ", ".join(parts) + (", ..." if len(found) > 6 else "") if parts else "no keys at all"
+
+
+def _expected() -> str:
+    return ", ".join(f"'{layout.prefix}' ({layout.format})" for layout in LAYOUTS if layout.prefix) + ", or no prefix"
+
+
+# ----------------------------------------------------------------------------------------------- files of torch.save
+
+
+def _torch_file(path: Path, trust_pickle: bool) -> Any:
+    """What torch.save wrote, in either of its two file formats; the newer one (a zip) has checksums."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise FormatError(f"{path} is damaged: the checksum of {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if name is None or trust_pickle:
+            raise FormatError(f"{path} is cut off or damaged, or no checkpoint at all; nothing in it was run") from None
+        raise FormatError(
+            f"{path} holds pickled objects besides tensors and plain types ({name[1]}); refused, and nothing in it was "
+            "run; if you trust whoever made the file: --trust-pickle"
+        ) from None
+    except (ImportError, AttributeError) as error:
+        raise FormatError(f"{path} needs code that is not here ({_one_line(error)})") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as error:
+        raise FormatError(f"{path} is cut off or damaged, or no checkpoint at all ({_one_line(error)})") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
+
+
+def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict: the file's content itself, or its entry `state_dict` or `model`."""
+    if isinstance(state, dict):
+        inner = [name for name in ("state_dict", "model") if isinstance(state.get(name), dict)]
+        if len(inner) > 1:
+            raise FormatError(f"{path} has both 'state_dict' and 'model'; expected one of them")
+        state = state[inner[0]] if inner else state
+    if not isinstance(state, dict):
+        raise FormatError(f"{path} holds a {type(state).__name__}; expected names and tensors (a state dict)")
+    other = [k for k, v in state.items() if not isinstance(k, str) or not isinstance(v, Tensor)]
+    if other or not state:
+        found = f"{other[0]!r} is a {type(state[other[0]]).__name__}" if other else "nothing in it"
+        raise FormatError(
+            f"{path} holds no state dict ({found}; entries: {', '.join(map(str, list(state)[:6])) or 'none'}); "
+            "expected tensors by name, as such or under 'state_dict' or 'model'"
+        )
+    return dict(state)
+
+
+# ------------------------------------------------------------------------------------------------------- safetensors
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """Names -> tensors of a safetensors file: a length (8 bytes), a JSON header, and the bytes of all tensors.
+
+    Raises FormatError unless the tensors follow one another and fill the file exactly.
+    """
+    content = Path(path).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    try:
+        if not 2 <= size <= len(content) - 8:
+            raise ValueError(f"a header of {size} bytes in a file of {len(content)}")
+        header = json.loads(content[8 : 8 + size])
+        header.pop("__metadata__", None)
+        return _cut(header, content[8 + size :])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{path} is cut off or damaged, or no safetensors file ({_one_line(error)})") from None
+
+
+def _cut(header: dict[str, Any], data: bytes) -> dict[str, Tensor]:
+    tensors, position = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        (start, end), shape, dtype = entry["data_offsets"], entry["shape"], DTYPES[entry["dtype"]]
+        if start != position or end > len(data) or end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"'{name}' is at {start}:{end} of {len(data)} bytes, for {shape} of {_word(dtype)}")
+        raw = torch.frombuffer(bytearray(data[start:end]), dtype=dtype) if end > start else torch.empty(0, dtype=dtype)
+        tensors[name], position = raw.reshape(shape), end
+    if position != len(data):
+        raise ValueError(f"{len(data) - position} bytes belong to no tensor")
+    return tensors
