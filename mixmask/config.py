@@ -249,6 +249,45 @@ class Linear:
     run: Execution = Execution()
 
 
+@dataclass(frozen=True)
+class Finetune:
+    """Fine-tuning of a whole network on some of the labels (`eval/finetune.py`; Table 10)."""
+
+    recipe: str
+    dataset: str
+    labels: float = within(0, 100)  # percent of the training labels, above 0
+    epochs: int = within(1)
+    batch_size: int = within(1)
+    seed: int = within(0)
+    backbone_lr: float = within(0)  # Table 10, "lr stem": of all that the checkpoint holds
+    optimizer: Optimizer  # its lr is the classifier's
+    schedule: Schedule  # of both rates
+    augment: Augment
+    test_resize: int = within(0)  # shorter side before the centre crop; 0: none
+    label_list: Literal["balanced", "simclr"] = "balanced"  # which images are labelled (mixmask/labels.py)
+    subset_seed: int = within(0, default=0)  # balanced: which subset; the same one for every `seed`
+    bn_groups: int = within(1, default=1)  # parts of the batch that have their own BatchNorm statistics
+    init: Literal["checkpoint", "random"] = "checkpoint"  # random: the checkpoint gives the architecture alone
+    checkpoint: str = ""  # the identity of the weights, filled in by eval/finetune.py
+    allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
+    run: Execution = Execution()
+
+    def __post_init__(self) -> None:
+        if not self.labels:
+            raise ConfigError("labels: expected a percentage above 0 and at most 100, found 0")
+
+
+@dataclass(frozen=True)
+class Convert:
+    """A backbone rewritten for other code (`detection/convert.py`)."""
+
+    recipe: str
+    target: Literal["detectron2", "torchvision", "timm"]
+    seed: int = within(0)  # the pre-training's; nothing here is random
+    checkpoint: str = ""  # whose weights, filled in by detection/convert.py
+    run: Execution = Execution()
+
+
 # ------------------------------------------------------------------------------------- from mapping to dataclass
 
 T = TypeVar("T")
