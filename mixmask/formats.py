@@ -7,7 +7,6 @@ that would run code are refused. docs/checkpoints.md has the table of layouts an
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import pickle
@@ -17,8 +16,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +27,10 @@ from mixmask.backbones import ResNet, build_backbone
 from mixmask.checkpoint import CheckpointError
 from mixmask.config import Backbone, Pretrain
 from mixmask.frameworks import build_framework
+from mixmask.runs import file_identity, file_sha256
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std of pixels in [0, 1]: all public ImageNet models
+NOTED = frozenset(("target", "sha256", "identity", "source", "tensors", "arch", "stem", "width", "mean", "std"))
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # Un-Mix, unmix_c100.py
 
 
@@ -114,16 +116,18 @@ def read(path: str | Path, trust_pickle: bool = False) -> Source:
     Raises FormatError for anything that is not whole, finite and accounted for key by key.
     """
     path = Path(path)
-    digest = _sha256(path)
-    if path.suffix == ".safetensors" or path.suffix == ".pkl":
+    _check_file(path)
+    if path.suffix == ".safetensors":
         source = _foreign(read_safetensors(path), path)
+    elif path.suffix == ".pkl":
+        source = _from_detectron2(path)
     else:
         state = _torch_file(path, trust_pickle)
         ours = isinstance(state, dict) and "format" in state and isinstance(state.get("config"), dict)
         source = _ours(state, path) if ours else _foreign(_tensors(state, path), path)
     _check_values(source.weights, path)
-    identity = source.identity or f"{re.sub(r'[^A-Za-z0-9_.]+', '_', path.stem)}@{digest[:8]}"
-    return replace(source, identity=identity, sha256=digest)
+    source = replace(source, identity=source.identity or file_identity(path), sha256=file_sha256(path))
+    return _with_sidecar(source, path)
 
 
 def load_backbone(
@@ -136,16 +140,46 @@ def load_backbone(
     return model.to(device), source
 
 
-def _sha256(path: Path) -> str:
+def sidecar(path: str | Path) -> Path:
+    """Where `detection/convert.py` writes what a file it wrote does not hold itself."""
+    return Path(f"{path}.json")
+
+
+def read_sidecar(path: str | Path) -> dict[str, Any] | None:
+    """What `detection/convert.py` noted of the file at `path`; None where it wrote none.
+
+    Raises FormatError for a note that cannot be read, or that is of another file.
+    """
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        note = json.loads(sidecar(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FormatError(f"no such file: {path}") from None
-    except IsADirectoryError:
-        raise FormatError(f"{path} is a directory; expected a file: {path / 'checkpoint.pt'}?") from None
-    except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror}") from None
+        return None
+    except (OSError, ValueError) as error:
+        raise FormatError(f"cannot read {sidecar(path)}: {_one_line(error)}") from None
+    missing = sorted(NOTED - note.keys()) if isinstance(note, dict) else sorted(NOTED)
+    if missing:
+        raise FormatError(f"{sidecar(path)} is no note of a conversion: it has no '{missing[0]}'")
+    if note["sha256"] != file_sha256(path):
+        raise FormatError(f"{path} is not the file that {sidecar(path)} describes (another SHA-256): convert again")
+    return note
+
+
+def _with_sidecar(source: Source, path: Path) -> Source:
+    """Whose weights, the kind of stem and the normalisation, of a file that we converted."""
+    note = read_sidecar(path)
+    if note is None:
+        return source
+    backbone = replace(source.backbone, stem=note["stem"])
+    return replace(
+        source, backbone=backbone, mean=tuple(note["mean"]), std=tuple(note["std"]), identity=note["identity"]
+    )
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise FormatError(f"{path} is a directory; expected a file: {path / 'checkpoint.pt'}?")
+    if not path.is_file():
+        raise FormatError(f"no such file: {path}")
 
 
 # ------------------------------------------------------------------------------------------- from keys to a backbone
@@ -226,6 +260,18 @@ def _assemble(
     return Source(name, weights, backbone, dropped, *normalisation, identity="", sha256="", added=added)
 
 
+def _from_detectron2(path: Path) -> Source:
+    """A ResNet-50 under Detectron2's names: what `detection/convert.py` writes."""
+    file = read_detectron2(path)
+    names = {detectron2_name(k): k for k in _shapes(Backbone("resnet50", "imagenet", 64, 1))}
+    unlisted = file.weights.keys() - names.keys()
+    if unlisted:
+        raise FormatError(
+            f"{path} has {_some(unlisted)} of {len(file.weights)} keys that no ResNet-50 of Detectron2 has"
+        )
+    return _assemble("detectron2", {names[k]: v for k, v in file.weights.items()}, {}, IMAGENET, path)
+
+
 def _stem(conv1: Tensor, path: Path) -> str:
     """7 x 7: ImageNet's. 3 x 3: CIFAR's or Tiny-ImageNet's (max pooling has no weights): CIFAR's is taken."""
     stem = {(3, 7, 7): "imagenet", (3, 3, 3): "cifar"}.get(tuple(conv1.shape[1:]))
@@ -302,26 +348,38 @@ def _expected() -> str:
 
 
 def _torch_file(path: Path, trust_pickle: bool) -> Any:
-    """What torch.save wrote, in either of its two file formats; the newer one (a zip) has checksums."""
+    """What torch.save wrote, in either of its two file formats."""
+    _check_archive(path)
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise FormatError(f"{path} is damaged: the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
-    except pickle.UnpicklingError as error:
+    except (ImportError, AttributeError) as error:
+        raise FormatError(f"{path} needs code that is not here ({_one_line(error)})") from None
+    except Exception as error:  # bytes that are no checkpoint end in any error of torch's reader
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if name is None or trust_pickle:
-            raise FormatError(f"{path} is cut off or damaged, or no checkpoint at all; nothing in it was run") from None
+        if name is None:
+            raise FormatError(f"{path} is cut off or damaged, or no checkpoint at all ({_reason(error)})") from None
         raise FormatError(
             f"{path} holds pickled objects besides tensors and plain types ({name[1]}); refused, and nothing in it was "
             "run; if you trust whoever made the file: --trust-pickle"
         ) from None
-    except (ImportError, AttributeError) as error:
-        raise FormatError(f"{path} needs code that is not here ({_one_line(error)})") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as error:
-        raise FormatError(f"{path} is cut off or damaged, or no checkpoint at all ({_one_line(error)})") from None
+
+
+def _check_archive(path: Path) -> None:
+    """The newer of the two formats, a zip archive, has checksums, which torch.load does not look at."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise FormatError(f"{path} is cut off or damaged ({_one_line(error)})") from None
+    if damaged:
+        raise FormatError(f"{path} is damaged: the checksum of {damaged} is wrong")
+
+
+def _reason(error: Exception) -> str:
+    """Of the reader's error; what torch says at length about pickles ends at its first sentence."""
+    return _one_line(error).split(". ")[0] or type(error).__name__
 
 
 def _one_line(error: Exception) -> str:
@@ -381,3 +439,65 @@ def _cut(header: dict[str, Any], data: bytes) -> dict[str, Tensor]:
     if position != len(data):
         raise ValueError(f"{len(data) - position} bytes belong to no tensor")
     return tensors
+
+
+# -------------------------------------------------------------------------------------------------------- Detectron2
+
+
+class Detectron2File(NamedTuple):
+    """What a Detectron2 `.pkl` holds."""
+
+    weights: dict[str, Tensor]  # under the names in the file
+    author: str | None  # "Caffe2" or none: Detectron2 renames as for its old models, and loses running statistics
+    matching_heuristics: bool  # without it, names that lack `backbone.` are not matched: nothing is loaded
+
+
+def detectron2_name(name: str) -> str:
+    """torchvision's name of a tensor -> that of Detectron2's ResNet: layer1.0.bn2.bias -> res2.0.conv2.norm.bias."""
+    name = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
+    name = re.sub(r"^(conv1|bn1)\.", r"stem.\1.", name)
+    name = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)
+    return name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+
+
+def read_detectron2(path: str | Path) -> Detectron2File:
+    """A `.pkl` of Detectron2, whose pickle may build NumPy arrays and plain types: anything else is refused, unrun.
+
+    Raises FormatError.
+    """
+    path = Path(path)
+    _check_file(path)
+    try:
+        with open(path, "rb") as file:
+            content = _ArrayUnpickler(file).load()
+    except _NotAnArray as error:
+        raise FormatError(f"{path} holds pickled objects besides arrays ({error}); refused, and not run") from None
+    except Exception as error:  # bytes that are no pickle end in any error of the unpickler
+        raise FormatError(f"{path} is cut off or damaged, or no pickle at all ({_reason(error)})") from None
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict) or not model:
+        raise FormatError(f"{path} is no Detectron2 file: no entry 'model' with names and arrays")
+    other = [k for k, v in model.items() if not isinstance(v, np.ndarray) or v.dtype.kind not in "fiu"]
+    if other:
+        raise FormatError(f"{path}: {other[0]!r} is no array of numbers")
+    weights = {str(k): torch.from_numpy(np.array(v, order="C")) for k, v in model.items()}
+    return Detectron2File(weights, content.get("__author__"), bool(content.get("matching_heuristics", False)))
+
+
+class _NotAnArray(Exception):
+    """The name of what a pickle wanted to call."""
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Looks up what NumPy 1 and 2 need to rebuild an array, and nothing else."""
+
+    ALLOWED = frozenset(
+        {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+        | {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
+        | {(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")}
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise _NotAnArray(f"{module}.{name}")
+        return super().find_class(module.replace("numpy.core.", "numpy._core."), name)

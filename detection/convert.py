@@ -1,0 +1,211 @@
+"""Rewrite a backbone for other code: Detectron2 (`.pkl`), torchvision (`.pth`) or timm (`.safetensors`).
+
+Example:
+    python detection/convert.py runs/pretrain/RUN/checkpoint.pt backbone.pkl
+    python detection/convert.py moco_v2_800ep_pretrain.pth.tar moco.pkl
+    python detection/convert.py swav_800ep_pretrain.pth.tar swav.safetensors --to timm
+
+What is read is recognised by its key names (docs/checkpoints.md). Every key is used, or dropped by name; a file that
+is not whole, not finite or not known is refused. OUTPUT.json notes where OUTPUT is from and how its pixels were
+normalised. The same command writes the same bytes again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixmask import config as configs
+from mixmask.config import Convert, UserError
+from mixmask.formats import FormatError, Source, detectron2_name, read, read_sidecar, sidecar
+from mixmask.progress import say
+from mixmask.runs import Run, commit, file_sha256, write_atomically
+
+Weights = dict[str, Tensor]  # torchvision's names
+
+
+def to_detectron2(weights: Weights) -> bytes:
+    """A pickle of NumPy arrays under Detectron2's names, which its checkpointer matches to a model's heuristically."""
+    model = {detectron2_name(name): value.numpy() for name, value in weights.items()}
+    return pickle.dumps({"model": model, "__author__": "mixmask", "matching_heuristics": True}, protocol=4)
+
+
+def to_torchvision(weights: Weights) -> bytes:
+    """A state dict, without `fc`."""
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    return buffer.getvalue()
+
+
+def to_timm(weights: Weights) -> bytes:
+    """A safetensors file: timm's ResNets have torchvision's names."""
+    header, position = {}, 0
+    for name, value in weights.items():
+        dtype = {torch.float32: "F32", torch.int64: "I64"}[value.dtype]
+        end = position + value.numel() * value.itemsize
+        header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + b"".join(v.numpy().tobytes() for v in weights.values())
+
+
+TARGETS: dict[str, tuple[str, Callable[[Weights], bytes]]] = {
+    "detectron2": (".pkl", to_detectron2),
+    "torchvision": (".pth", to_torchvision),
+    "timm": (".safetensors", to_timm),
+}
+
+
+def convert(source: Source, path: Path, output: Path, target: str) -> dict[str, Any]:
+    """Write `source`, read from `path`, to `output`, and the note beside it; returns the note.
+
+    Raises UserError for a backbone that the target cannot hold, and rather than overwrite anything else.
+    """
+    check_target(source, path, target)
+    check_replaceable(source, output, target)
+    write_bytes(output, TARGETS[target][1](source.weights))
+    note = {
+        "target": target,
+        "sha256": file_sha256(output),
+        "identity": source.identity,
+        "source": {
+            "file": path.name,
+            "sha256": source.sha256,
+            "format": source.format,
+            "dropped": source.dropped,
+            "added": source.added,
+        },
+        "tensors": len(source.weights),
+        "arch": source.backbone.arch,
+        "stem": source.backbone.stem,
+        "width": source.backbone.width,
+        "channels": "RGB",
+        "mean": list(source.mean),  # of pixels in [0, 1]
+        "std": list(source.std),
+        **commit(),
+    }
+    write_atomically(sidecar(output), json.dumps(note, indent=1) + "\n")
+    return note
+
+
+def check_output(path: Path, output: Path, target: str) -> None:
+    """Raises UserError for an output of another extension, in no directory, or that is the input."""
+    suffix = TARGETS[target][0]
+    if output.suffix != suffix:
+        other = next((name for name, (ending, _) in TARGETS.items() if ending == output.suffix), None)
+        hint = f" (or --to {other})" if other else ""
+        raise UserError(f"OUTPUT: expected a name that ends in {suffix} for {target}{hint}, found {output}")
+    if not output.parent.is_dir():
+        raise UserError(f"OUTPUT: no such directory: {output.parent}")
+    if output.is_dir():
+        raise UserError(f"OUTPUT: {output} is a directory")
+    if output.exists() and path.exists() and output.samefile(path):
+        raise UserError(f"OUTPUT: {output} is the input itself; give another name")
+
+
+def check_target(source: Source, path: Path, target: str) -> None:
+    """Raises FormatError for a backbone that Detectron2's R50-C4 is not."""
+    backbone = source.backbone
+    if target == "detectron2" and (backbone.arch, backbone.width, backbone.stem) != ("resnet50", 64, "imagenet"):
+        raise FormatError(
+            f"{path} holds a {describe(source)}; Detectron2's R50-C4 takes a resnet50 of width 64 with the imagenet "
+            "stem (7 x 7, stride 2): nothing else would load; --to torchvision or --to timm write it as it is"
+        )
+
+
+def check_replaceable(source: Source, output: Path, target: str) -> None:
+    """Raises UserError where `output` exists and is not of this very conversion."""
+    if not output.exists():
+        return
+    note = read_sidecar(output)
+    if note is None or (note["source"]["sha256"], note["target"]) != (source.sha256, target):
+        raise UserError(f"OUTPUT: {output} exists and holds something else; move it away, or give another name")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write beside, flush to disk, rename: never a part of a file under its name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def convert_run(source: Source, path: Path, output: Path, target: str, directory: Path) -> None:
+    """`convert` as a stage: a run directory with config, command, environment and result."""
+    seed = source.recipe.seed if source.recipe else 0
+    config = Convert(recipe="convert", target=target, seed=seed, checkpoint=source.identity)
+    with Run(directory, config) as run:
+        if run.result is not None and output.is_file() and run.result["sha256"] == file_sha256(output):
+            say(f"{run.id} is finished: {output} is whole; nothing to do")
+            return
+        check_target(source, path, target)
+        run.describe()
+        note = convert(source, path, output, target)
+        say(summary(note, output))
+        metrics = {"tensors": note["tensors"], "dropped": sum(source.dropped.values())}
+        run.finish({"run": run.id, "checkpoint": source.identity, "metrics": metrics, "output": str(output), **note})
+
+
+def describe(source: Source) -> str:
+    return f"{source.backbone.arch} of width {source.backbone.width} with the {source.backbone.stem} stem"
+
+
+def account(source: Source, path: Path) -> str:
+    """What was read, used and dropped."""
+    dropped = ", ".join(f"{what} {count}" for what, count in sorted(source.dropped.items()))
+    used, total = len(source.weights) - source.added, sum(source.dropped.values())
+    mean, std = (" ".join(f"{v:g}" for v in values) for values in (source.mean, source.std))
+    lines = [
+        f"read     {path} ({source.format}; {source.identity}; sha256 {source.sha256[:8]})",
+        f"holds    a {describe(source)}; RGB pixels in [0, 1], mean {mean}, std {std}",
+        f"used     {used} of {used + total} keys",
+        f"dropped  {total}" + (f": {dropped}" if dropped else ""),
+    ]
+    if source.added:
+        lines.append(f"added    {source.added} counters num_batches_tracked = 0, which files of before 2018 lack")
+    return "\n".join(lines)
+
+
+def summary(note: dict[str, Any], output: Path) -> str:
+    size = output.stat().st_size / 1e6
+    return (
+        f"wrote    {output} ({note['target']}; {note['tensors']} tensors, {size:.1f} MB; sha256 {note['sha256'][:8]}) "
+        f"and {sidecar(output).name}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path, metavar="INPUT", help="a checkpoint of ours, or of one of the public codes")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="*.pkl, *.pth or *.safetensors")
+    parser.add_argument("--to", choices=TARGETS, default="detectron2", help="default: detectron2")
+    parser.add_argument("--trust-pickle", action="store_true", help="run the code in INPUT: only for files you trust")
+    parser.add_argument("--run-dir", type=Path, help="also keep a run directory, as every stage of a table has")
+    args = parser.parse_args()
+    check_output(args.input, args.output, args.to)
+    source = read(args.input, args.trust_pickle)
+    say(account(source, args.input))
+    if args.run_dir:
+        convert_run(source, args.input, args.output, args.to, args.run_dir)
+    else:
+        say(summary(convert(source, args.input, args.output, args.to), args.output))
+
+
+if __name__ == "__main__":
+    configs.main_guard(main)
