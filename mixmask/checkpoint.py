@@ -1,14 +1,21 @@
-"""Checkpoints: written atomically, holding tensors and plain types only, read without executing anything."""
+"""Checkpoints: the last two kept, written atomically, tensors and plain types only, read without executing anything.
+
+A checkpoint is what torch.save writes, a zip archive, whose comment is the SHA-256 of all bytes before it: the CRCs of
+the archive's members do not cover its directory, where a flipped bit can exchange one tensor for another.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import random
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -18,8 +25,14 @@ from mixmask import config as configs
 from mixmask.backbones import Encoder
 from mixmask.config import ConfigError, Pretrain, UserError
 from mixmask.frameworks import build_framework
+from mixmask.progress import say
+from mixmask.runs import previous_checkpoint
 
 FORMAT = 1
+MARK = b"sha256:"  # the comment's beginning; the digest follows, and ends the file
+DIGITS = 2 * hashlib.sha256().digest_size
+ZIP_END = b"PK\5\6\0\0"  # how an archive's last 22 bytes begin and end, where it has no comment
+NO_CHECKPOINT = "is cut off or damaged, or no checkpoint at all; nothing in it was run"
 
 
 class CheckpointError(UserError):
@@ -27,13 +40,19 @@ class CheckpointError(UserError):
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write beside, flush to disk, rename: a crash leaves the old checkpoint or the new one, never a part."""
+    """Make `state` the last checkpoint and keep the one before: at any instant one of the two is there and whole.
+
+    Written beside, flushed to disk, renamed. Raises CheckpointError where that fails.
+    """
     temporary = path.with_name(f".{path.name}.new")  # one name: what a crash left behind is overwritten
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "w+b") as file:
             torch.save({"format": FORMAT, **state}, file)
+            _sign(file)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists() and _damage(path) is None:  # a damaged one must not replace a whole one
+            os.replace(path, previous_checkpoint(path))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer, after a write that failed
         temporary.unlink(missing_ok=True)
@@ -41,20 +60,75 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         raise CheckpointError(f"cannot write {path}: {reason}; the checkpoint before is intact") from None
 
 
+def _sign(file: BinaryIO) -> None:
+    """End the zip archive with a comment: the SHA-256 of every byte before it."""
+    file.seek(-2, os.SEEK_END)  # the length of the comment, 0 so far
+    file.write(struct.pack("<H", len(MARK) + DIGITS) + MARK)
+    digest = _sha256(file, file.tell())
+    file.write(digest.encode())
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the bytes of the file; None if nothing is. Without a SHA-256 the members' CRCs are checked."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - len(MARK) - DIGITS))
+        tail = file.read()
+        if tail.startswith(MARK):
+            whole = _sha256(file, size - DIGITS).encode() == tail[len(MARK) :]
+            return None if whole else "is damaged: its checksum (SHA-256) is wrong"
+    if tail[-22:-18] + tail[-2:] != ZIP_END:
+        return NO_CHECKPOINT
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, struct.error, ValueError, RuntimeError, EOFError):
+        return NO_CHECKPOINT
+    return f"is damaged: the checksum of {member} is wrong" if member else None
+
+
+def _sha256(file: BinaryIO, length: int) -> str:
+    """Of the first `length` bytes."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while chunk := file.read(min(length, 1 << 20)):
+        digest.update(chunk)
+        length -= len(chunk)
+    return digest.hexdigest()
+
+
+def load_last(path: Path) -> dict[str, Any] | None:
+    """The checkpoint at `path`, or the one before, and a line that says so; None where there is neither.
+
+    Raises CheckpointError naming every file that is there, and what is wrong with it.
+    """
+    failures = []
+    for candidate in (path, previous_checkpoint(path)):
+        if not candidate.exists():
+            continue
+        try:
+            state = load(candidate)
+        except CheckpointError as error:
+            failures.append(str(error))
+            continue
+        if candidate != path:
+            say(f"{failures[0] if failures else f'{path} is missing'}; going on from the one before, {candidate.name}")
+        return state
+    if failures:
+        raise CheckpointError("; ".join(failures) + "; move the run's directory away to start it again")
+    return None
+
+
 def load(path: str | Path) -> dict[str, Any]:
     """A checkpoint of this project. Raises CheckpointError: absent, cut off, damaged, foreign, or with code in it."""
     try:
-        with zipfile.ZipFile(path) as archive:  # what torch.save writes; torch.load does not look at the checksums
-            damaged = archive.testzip()
-        if damaged:
-            raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong")
+        if damage := _damage(Path(path)):
+            raise CheckpointError(f"{path} {damage}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"no such checkpoint: {path}") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path} is a directory; expected a file: {Path(path) / 'checkpoint.pt'}?") from None
-    except zipfile.BadZipFile:
-        raise CheckpointError(f"{path} is cut off or damaged, or no checkpoint at all; nothing in it was run") from None
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path} holds pickled objects besides tensors and plain types; refused, and nothing in it was run"

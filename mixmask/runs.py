@@ -5,7 +5,7 @@ runs/<stage>/<name>-<hash8>-s<seed>/
     command.txt        the command that repeats the run
     environment.json   versions, commit, device
     log.jsonl          one JSON object a line: {"kind": "step" | "epoch", ...}; timings only under "timing"
-    checkpoint.pt      the last checkpoint
+    checkpoint.pt      the last checkpoint; checkpoint.previous.pt: the one before, until the run is finished
     result.json        written last, atomically: a run that has one is finished
 """
 
@@ -114,6 +114,11 @@ def read_log(directory: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
+def previous_checkpoint(path: Path) -> Path:
+    """Where the checkpoint before the one at `path` is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write beside, flush to disk, rename: a reader sees the old text or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -214,13 +219,17 @@ class Run:
 
     def sync(self) -> None:
         """Force the log to disk: called before a checkpoint, so that the log never ends before its checkpoint."""
-        if self._log is not None:
-            os.fsync(self._log.fileno())
+        try:
+            if self._log is not None:
+                os.fsync(self._log.fileno())
+        except OSError as error:  # network file systems say only now that the disk is full
+            raise UserError(f"cannot write {self.directory / 'log.jsonl'}: {error.strerror}") from None
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Write result.json: from now on the run is finished."""
+        """Write result.json: from now on the run is finished, and its last checkpoint is enough."""
         self.sync()
         write_atomically(self.directory / "result.json", json.dumps(dict(result), indent=1) + "\n")
+        previous_checkpoint(self.checkpoint).unlink(missing_ok=True)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # a disk that was full already is still full

@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from mixmask import checkpoint
 from mixmask import config as configs
 from mixmask.checkpoint import CheckpointError
 from mixmask.frameworks import build_framework
+from mixmask.runs import Run, previous_checkpoint
 
 
 class Code:
@@ -181,7 +183,8 @@ def test_crash_during_a_save_leaves_the_checkpoint_before_intact(state, saved, m
     monkeypatch.undo()
     assert saved.read_bytes() == before
     checkpoint.save(saved, {**state, "step": 5})  # what the crash left behind is overwritten
-    assert checkpoint.load(saved)["step"] == 5 and list(saved.parent.iterdir()) == [saved]
+    assert checkpoint.load(saved)["step"] == 5 and checkpoint.load(previous_checkpoint(saved))["step"] == 3
+    assert set(saved.parent.iterdir()) == {saved, previous_checkpoint(saved)}
 
 
 @pytest.mark.parametrize("name", ["run", "model", "step", "steps"])
@@ -189,3 +192,109 @@ def test_checkpoint_without_one_of_its_parts_is_named(state, tmp_path, name):
     checkpoint.save(tmp_path / "x.pt", {key: value for key, value in state.items() if key != name})
     with pytest.raises(checkpoint.CheckpointError, match=f"no '{name}'"):
         checkpoint.load_encoder(tmp_path / "x.pt")
+
+
+# ------------------------------------------------------------------------------------------------- the two last ones
+
+
+def small(step: int) -> dict:
+    """A checkpoint of two kilobytes, whose values tell its step."""
+    model = {name: torch.full((3, 5), float(step) + i) for i, name in enumerate("ab")}
+    return {"run": "r", "config": {"recipe": "x"}, "step": step, "model": model}
+
+
+@pytest.fixture
+def two(tmp_path) -> Path:
+    """Checkpoints of steps 1, 2 and 3 were saved: the last two are there."""
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path / "checkpoint.pt", small(step))
+    return tmp_path / "checkpoint.pt"
+
+
+def test_last_two_checkpoints_are_kept(two):
+    assert {path.name for path in two.parent.iterdir()} == {"checkpoint.pt", "checkpoint.previous.pt"}
+    assert (checkpoint.load(two)["step"], checkpoint.load(previous_checkpoint(two))["step"]) == (3, 2)
+
+
+def test_flip_of_any_bit_is_noticed(two):
+    """The CRCs of the zip archive's members miss some in its directory: the SHA-256 of the whole file does not."""
+    whole = two.read_bytes()
+    end = len(whole) - checkpoint.DIGITS - len(checkpoint.MARK)
+    for bit in [*range(0, 8 * end, 61), *range(8 * end, 8 * len(whole), 3)]:
+        two.write_bytes(whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :])
+        with pytest.raises(CheckpointError, match=r" is .*damaged"):
+            checkpoint.load(two)
+
+
+def test_cut_at_any_length_is_noticed(two):
+    whole = two.read_bytes()
+    for length in [*range(0, len(whole), 37), *range(len(whole) - 80, len(whole))]:
+        two.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="is cut off"):
+            checkpoint.load(two)
+
+
+def test_exchanged_tensors_are_noticed(two):
+    """Two entries of the zip directory exchanged by hand: every CRC is right, and torch reads the wrong weights."""
+    whole = bytearray(two.read_bytes())
+    names = [b"/data/0", b"/data/1"]
+    for first, second in zip(*([m.start() for m in re.finditer(n, bytes(whole))] for n in names), strict=True):
+        whole[first : first + 7], whole[second : second + 7] = names[1], names[0]
+    two.write_bytes(whole)
+    assert torch.load(two, weights_only=True)["model"]["a"][0, 0] == 4  # 3 in the whole file
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        checkpoint.load(two)
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[:-100], lambda c: b"", lambda c: c[:400] + b"!" + c[401:]])
+def test_damaged_checkpoint_gives_way_to_the_one_before(two, capsys, damage):
+    two.write_bytes(damage(two.read_bytes()))
+    assert checkpoint.load_last(two)["step"] == 2
+    out = capsys.readouterr().out
+    assert out.startswith(f"{two} is ") and out.endswith("going on from the one before, checkpoint.previous.pt\n")
+    assert out.count("\n") == 1
+
+
+def test_damaged_checkpoint_never_replaces_the_one_before(two):
+    two.write_bytes(b"")
+    checkpoint.save(two, small(4))
+    assert (checkpoint.load(two)["step"], checkpoint.load(previous_checkpoint(two))["step"]) == (4, 2)
+
+
+def test_two_damaged_checkpoints_are_both_named(two):
+    previous_checkpoint(two).write_bytes(b"")
+    two.write_bytes(two.read_bytes()[:-1])
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load_last(two)
+    assert all(f"{path} is " in str(caught.value) for path in (two, previous_checkpoint(two)))
+    assert "start it again" in str(caught.value)
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert checkpoint.load_last(tmp_path / "checkpoint.pt") is None
+
+
+@pytest.mark.parametrize("moment", range(5))
+def test_at_every_instant_of_a_save_a_whole_checkpoint_is_there(two, monkeypatch, moment):
+    """Killed before each thing that a save does to the disk."""
+    calls = []
+
+    def dying(real):
+        return lambda *a, **k: os._exit(9) if len(calls) == moment else (calls.append(1), real(*a, **k))[1]
+
+    pid = os.fork()
+    if not pid:
+        for name, module in (("save", torch), ("_sign", checkpoint), ("fsync", os), ("replace", os)):
+            monkeypatch.setattr(module, name, dying(getattr(module, name)))
+        checkpoint.save(two, small(4))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert checkpoint.load_last(two)["step"] == 3
+
+
+def test_finished_run_keeps_the_last_checkpoint_alone(tiny, tmp_path):
+    with Run(tmp_path, tiny()) as run:
+        for step in (1, 2):
+            checkpoint.save(run.checkpoint, small(step))
+        run.finish({"metrics": {"x": 1.0}})
+    assert checkpoint.load(run.checkpoint)["step"] == 2 and not previous_checkpoint(run.checkpoint).exists()
