@@ -23,6 +23,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +39,8 @@ class ResultError(UserError):
     """A run's result cannot be read; the text names the file and the reason."""
 
 
+LOCK_TRIES = 5  # a quarter of a second: `is_busy` holds the lock for a moment
+SNAPSHOT = "COMMIT.json"  # at the root of a copy of the code
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-image", "pandas", "submitit")
 
 
@@ -119,6 +122,18 @@ def previous_checkpoint(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
+def is_busy(directory: str | Path) -> bool:
+    """Whether a process is working on the run: its lock is tried, and given back at once."""
+    try:
+        with open(Path(directory) / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write beside, flush to disk, rename: a reader sees the old text or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -157,11 +172,14 @@ class Run:
             raise
 
     def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise UserError(f"another process is working on {self.directory}; wait for it, or stop it first") from None
+        for _ in range(LOCK_TRIES):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                time.sleep(0.05)
+        self._lock.close()
+        raise UserError(f"another process is working on {self.directory}; wait for it, or stop it first")
 
     def _check_config(self) -> None:
         path = self.directory / "config.yaml"
@@ -271,8 +289,13 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> dict[str, Any]:
-    """The repository's commit and whether the working tree differs from it; None outside a repository."""
+    """The repository's commit and whether the working tree differs from it; None outside a repository.
+
+    A copy of the code that a launch has made (slurm/snapshot.py) says itself what it is a copy of.
+    """
     root = Path(__file__).resolve().parents[1]
+    if (root / SNAPSHOT).exists():
+        return json.loads((root / SNAPSHOT).read_text(encoding="utf-8"))
     try:
         head = _git(root, "rev-parse", "HEAD")
         return {"commit": head.strip(), "modified": bool(_git(root, "status", "--porcelain", "-uno").strip())}
