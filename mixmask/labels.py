@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import http.client
 import os
 import urllib.request
 import uuid
@@ -71,7 +72,7 @@ def fetch(path: Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         os.replace(partial, path)
-    except (OSError, ValueError) as error:  # no network, no such page, no right to write; a proxy's malformed address
+    except (OSError, ValueError, http.client.HTTPException) as error:  # no network, page, right to write; cut off
         partial.unlink(missing_ok=True)
         return f"the download failed: {' '.join(str(error).split())}"
     return ""
