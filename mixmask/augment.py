@@ -110,9 +110,15 @@ def sample_factors(jitter: tuple[float, float, float, float], draws: Tensor) -> 
 
 
 @torch.no_grad()
-def augment_view(augment: Augment, images: Tensor, generator: torch.Generator) -> Tensor:
-    """One random view: uint8 (N, 3, H, W) -> normalised float32 (N, 3, size, size)."""
-    return apply(augment, images, sample(augment, len(images), *images.shape[2:], generator, images.device))
+def augment_view(
+    augment: Augment, images: Tensor, generator: torch.Generator, batch_size: int = 0, rows: slice = slice(None)
+) -> Tensor:
+    """One random view: uint8 (N, 3, H, W) -> normalised float32 (N, 3, size, size).
+
+    Where `images` are only the `rows` of a batch of `batch_size`, they are changed as they are in the whole batch.
+    """
+    parameters = sample(augment, batch_size or len(images), *images.shape[2:], generator, images.device)
+    return apply(augment, images, parameters[rows])
 
 
 @torch.no_grad()

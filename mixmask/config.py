@@ -492,6 +492,34 @@ def hash8(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+# ----------------------------------------------------------------------------------------------- several processes
+
+
+def fitting_processes(config: Any) -> tuple[int, ...]:
+    """Numbers of processes that compute what one process computes, the smallest first.
+
+    Of MoCo: those that split neither a BatchNorm group nor a mix group. The other frameworks normalise in their heads,
+    or compare rows, over the whole batch, and the other stages are small: one process.
+    """
+    if not isinstance(config, Pretrain) or config.framework != "moco":
+        return (1,)
+    groups = math.gcd(config.backbone.bn_groups, config.mix_groups)
+    return tuple(n for n in range(1, groups + 1) if groups % n == 0)
+
+
+def check_processes(config: Any, processes: int) -> None:
+    """Raises ConfigError for a number of processes that does not fit, naming those that do."""
+    fitting = fitting_processes(config)
+    if processes in fitting:
+        return
+    reason = "only pre-training with MoCo can be shared"
+    if isinstance(config, Pretrain) and config.framework == "moco":
+        reason = f"backbone.bn_groups={config.backbone.bn_groups} and mix_groups={config.mix_groups} must be multiples"
+    elif isinstance(config, Pretrain):
+        reason = f"the head or the loss of {config.framework} spans the whole batch"
+    raise ConfigError(f"{processes} processes do not fit ({reason}); numbers that do: {', '.join(map(str, fitting))}")
+
+
 # ----------------------------------------------------------------------------------------------- entry scripts
 
 

@@ -7,6 +7,8 @@ import time
 
 from tqdm import tqdm
 
+_muted = False
+
 
 class Progress:
     """Counts iterations of an epoch. On a terminal a bar; elsewhere nothing but the lines given to `say`."""
@@ -27,14 +29,22 @@ class Progress:
 
 def say(text: str) -> None:
     """One line, above a bar where there is one."""
+    if _muted:
+        return
     if _terminal():
         tqdm.write(text)
     else:
         print(text, flush=True)
 
 
+def mute() -> None:
+    """No bars and no lines from now on: of several processes one speaks."""
+    global _muted
+    _muted = True
+
+
 def _terminal() -> bool:
-    return sys.stderr.isatty()
+    return sys.stderr.isatty() and not _muted
 
 
 class Stopwatch:

@@ -26,25 +26,29 @@ def train_batches(
     workers: int = 0,
     skip: int = 0,
     crops: Sequence[Augment] = (),
+    rows: slice = slice(None),
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     """One epoch of (views, indices): `views` tensors float (N, 3, S, S) on the device, indices int64 (N,).
 
     Behind them comes an extra view for each of `crops`, an augmentation of its own; the others do not depend on it.
     Which images and how they are augmented follow from (seed, epoch, position) alone; `skip` batches are passed over.
+    `rows`: those of each batch that this process holds; only they are read and augmented.
     """
     augments = [augment] * views + list(crops)
     batches = data.batch_indices(len(dataset), batch_size, seed, epoch)
     start = epoch * len(batches)
+    here = batches[skip:, rows]
     if isinstance(dataset, data.Resident):  # the same uint8 images for each view: all happens on the device
-        here = batches[skip:].to(dataset.images.device)
+        here = here.to(dataset.images.device)
         stream = (([dataset.images[indices]] * len(augments), indices) for indices in here)
     else:  # workers decode and crop; each view is a uint8 crop of its own
-        stream = data.loader(dataset, batches[skip:], seed, epoch, augments, workers)
+        stream = data.loader(dataset, here, seed, epoch, augments, workers)
         augments = [without_crop(augment) for augment in augments]
     for position, (images, indices) in enumerate(stream, start + skip):
         generator = torch_generator(device, seed, "augment", position)
         pixels = [view.to(device, non_blocking=True) for view in images]  # uint8 (N, 3, H, W) each
-        yield [augment_view(a, view, generator) for a, view in zip(augments, pixels, strict=True)], indices
+        whole = (generator, batch_size, rows)
+        yield [augment_view(a, view, *whole) for a, view in zip(augments, pixels, strict=True)], indices
 
 
 def without_crop(augment: Augment) -> Augment:

@@ -4,7 +4,8 @@ Example:
     python pretrain/train.py --config pretrain/configs/cifar100_moco.yaml --set method=mixmask seed=1
 
 The run lives in runs/pretrain/<recipe>-<method>-e<epochs>-<hash>-s<seed>/. The same command resumes a run that was
-stopped, and says so when it is finished.
+stopped, and says so when it is finished. Several processes compute what one computes (docs/distributed.md):
+    torchrun --nproc-per-node 4 pretrain/train.py --config pretrain/configs/imagenet_moco.yaml
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixmask import checkpoint, data, knn
+from mixmask import checkpoint, data, distributed, knn
 from mixmask import config as configs
 from mixmask.config import ConfigError, Pretrain, UserError
 from mixmask.frameworks import build_framework
@@ -42,21 +43,28 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
     Raises UserError for bad configs, data and checkpoints, and when the loss is no longer finite.
     """
     check(config)
-    device = pick_device(config.run.device)
-    with Run(directory, config) as run:
-        if run.result is not None:
-            say(f"{run.id} is finished: {summary(run.result)}; nothing to do")
-            return run.result
+    world = distributed.find()
+    configs.check_processes(config, world.size)
+    device = world.device(pick_device(config.run.device))
+    with distributed.start(world, device), distributed.open_run(directory, config) as run:
+        with distributed.first():
+            found = run.result
+        if found is not None:
+            say(f"{run.id} is finished: {summary(found)}; nothing to do")
+            return found
         framework, optimizer = build(config, device)
         train_set, test_set = load_data(config, device)
         check_data(config, framework, train_set)
         run.describe(command)
         steps_per_epoch = len(train_set) // config.batch_size
         state = State(framework, optimizer, steps_per_epoch * config.epochs)
-        resume(run, state)
+        with distributed.first():
+            resume(run, state)
+        distributed.agreed(framework.state_dict(), state.step)
         say(header(run, config, train_set, device, state.step, steps_per_epoch))
         if state.step == 0 and config.knn.every:
             run.log("epoch", -1, epoch=0, **evaluate(framework, train_set, test_set, config, device))
+        own_groups = range(config.mix_groups)[distributed.share(config.mix_groups)]
 
         with Interrupt() as interrupt:
             for epoch in range(state.step // steps_per_epoch, config.epochs):
@@ -66,7 +74,7 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
                 for x1, x2, *crops in clock.waits(views(config, train_set, epoch, done, device)):
                     step = state.step
                     # The paper's iteration: mixtures of x1 (Eq. 1, 2), the weighted sum over anchors (Eq. 4, 6).
-                    rngs = [numpy_generator(config.seed, "mix", step, group) for group in range(config.mix_groups)]
+                    rngs = [numpy_generator(config.seed, "mix", step, group) for group in own_groups]
                     anchors = METHODS[config.method](config, x1, rngs, *crops)
                     rate = learning_rate(config.schedule, config.optimizer.lr, step, steps_per_epoch, config.epochs)
                     set_learning_rate(optimizer, rate)
@@ -75,23 +83,28 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
                         loss, parts, targets = objective(framework, x1, x2, anchors, shuffle)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
+                    distributed.average(framework)
                     optimizer.step()
                     framework.finish(targets, step, state.steps)
                     state.step += 1
 
                     values = {"loss": loss.detach(), **loss_parts(parts), **framework.metrics(targets)}
+                    values = distributed.mean(values)
                     accumulate(state.sums, values)
-                    clock.images += len(x1)
+                    clock.images += config.batch_size
                     if step % config.run.log_every == 0:
-                        numbers = finite({**values, **coefficients(anchors)}, run, step)
+                        numbers = finite({**values, **distributed.mean(coefficients(anchors))}, run, step)
                         run.log("step", step, epoch=epoch + 1, **numbers, lr=rate, timing=clock.timing())
                         progress.step(loss=f"{numbers['loss']:.3f}")
                     else:
                         progress.step()
+                    due = world.rank == 0 and clock.due(config.run.checkpoint_minutes)
+                    stop, due = distributed.anywhere(interrupt.requested, due)
                     within_epoch = state.step % steps_per_epoch > 0  # the end of an epoch is logged before it is saved
-                    if within_epoch and (interrupt.requested or clock.due(config.run.checkpoint_minutes)):
+                    if within_epoch and (stop or due):
                         save(run, config, state)
-                        interrupt.stop_if_requested()
+                        if stop:
+                            raise KeyboardInterrupt
                 progress.close()
 
                 means = {name: total / steps_per_epoch for name, total in state.sums.items()}
@@ -99,15 +112,19 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
                 last = epoch + 1 == config.epochs
                 if last or (config.knn.every and (epoch + 1) % config.knn.every == 0):
                     means.update(evaluate(framework, train_set, test_set, config, device))
-                run.log("epoch", step, epoch=epoch + 1, **means, lr=rate, timing=timing)
+                same = distributed.agreed(framework.state_dict(), state.step)
+                run.log("epoch", step, epoch=epoch + 1, **means, lr=rate, **same, timing=timing)
                 say(epoch_line(epoch + 1, config.epochs, means, rate, timing))
                 state.sums.clear()
-                if last or (epoch + 1) % config.run.checkpoint_every == 0 or interrupt.requested:
+                (stop,) = distributed.anywhere(interrupt.requested)
+                if last or (epoch + 1) % config.run.checkpoint_every == 0 or stop:
                     save(run, config, state)
-                if not last:
-                    interrupt.stop_if_requested()
-        run.finish(result(run, config, state.steps, device))
-        say(f"{run.id} is finished: {summary(run.result)}")
+                if stop and not last:
+                    raise KeyboardInterrupt
+        if world.rank == 0:
+            run.finish(result(run, config, state.steps, device))
+            say(f"{run.id} is finished: {summary(run.result)}")
+        distributed.barrier()
         return run.result
 
 
@@ -158,7 +175,8 @@ def load_data(config: Pretrain, device: torch.device) -> tuple[Any, Any]:
     sets = []
     for split in ("train", "test"):
         options = (config.run.download, config.allow_partial_data)
-        dataset = data.load(config.dataset, config.run.data_root, split, *options)
+        with distributed.first():
+            dataset = data.load(config.dataset, config.run.data_root, split, *options)
         sets.append(dataset.to(device) if isinstance(dataset, data.Resident) else dataset)
         if dataset.note:
             say(f"note: {dataset.note}")
@@ -180,9 +198,9 @@ def check_data(config: Pretrain, framework: nn.Module, train_set: Any) -> None:
 
 
 def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The framework, initialised from the seed, and its optimiser."""
+    """The framework, initialised from the seed, and its optimiser; of several processes each builds the same."""
     seed_globals(config.seed, "init")
-    framework = build_framework(config).to(device).train()
+    framework = build_framework(distributed.own_part(config)).to(device).train()
     if config.run.channels_last:
         framework = framework.to(memory_format=torch.channels_last)
     return framework, build_optimizer(config.optimizer, framework.parameters(), framework.constant_rate())
@@ -204,10 +222,15 @@ def resume(run: Run, state: State) -> None:
 
 
 def save(run: Run, config: Pretrain, state: State) -> None:
-    """Write the state and the log to disk. Raises UserError, and saves nothing, where a number is not finite."""
+    """Write the state and the log to disk. Raises UserError, and saves nothing, where a number is not finite.
+
+    All processes hold the same state; the first writes it.
+    """
     model = state.framework.state_dict()
     norm = nn.utils.get_total_norm([value for value in model.values() if value.is_floating_point()])
     finite({**state.sums, "the norm of weights and buffers": norm}, run, state.step - 1)
+    if distributed.rank() > 0:
+        return
     run.sync()
     checkpoint.save(
         run.checkpoint,
@@ -228,9 +251,10 @@ def save(run: Run, config: Pretrain, state: State) -> None:
 
 
 def views(config: Pretrain, train_set: Any, epoch: int, skip: int, device: torch.device) -> Iterator[list[Tensor]]:
-    """The epoch's batches after the first `skip`: x1, x2 (N, 3, S, S), and MSCN's extra crops."""
+    """This process's rows of the epoch's batches after the first `skip`: x1, x2 (N, 3, S, S), MSCN's extra crops."""
     sizes = (config.batch_size, config.seed, epoch, 2, device, config.run.workers)
-    for batch, _ in train_batches(train_set, config.augment, *sizes, skip=skip, crops=extra_crops(config)):
+    part = {"skip": skip, "crops": extra_crops(config), "rows": distributed.share(config.batch_size)}
+    for batch, _ in train_batches(train_set, config.augment, *sizes, **part):
         yield [x.contiguous(memory_format=torch.channels_last) for x in batch] if config.run.channels_last else batch
 
 
@@ -261,8 +285,10 @@ def finite(values: dict[str, Tensor], run: Run, step: int) -> dict[str, float]:
 
 
 def evaluate(framework: nn.Module, train_set: Any, test_set: Any, config: Pretrain, device: torch.device) -> dict:
-    """k-NN accuracy of the encoder as it is now."""
-    return knn.evaluate(framework.encoder, train_set, test_set, config.augment, config.knn, device, config.run.workers)
+    """k-NN accuracy of the encoder as it is now; the first process measures it, and the others wait."""
+    options = (config.augment, config.knn, device, config.run.workers)
+    with distributed.first():
+        return {} if distributed.rank() else knn.evaluate(framework.encoder, train_set, test_set, *options)
 
 
 class Clock:
@@ -333,7 +359,7 @@ def summary(result: dict[str, Any]) -> str:
 
 def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, step: int, steps_per_epoch: int) -> str:
     """What is about to happen, with the numbers that are really used."""
-    b, o = config.backbone, config.optimizer
+    b, o, processes = config.backbone, config.optimizer, distributed.size()
     lines = [
         f"{run.id}" + (f" (resumed at epoch {step / steps_per_epoch:.2f})" if step else ""),
         f"  {config.framework}, {config.method}; {b.arch}, {b.stem} stem, width {b.width}, "
@@ -342,6 +368,7 @@ def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, ste
         f"views of {config.augment.size} px",
         f"  total batch {config.batch_size} in {config.mix_groups} mix group(s), {steps_per_epoch} steps an epoch, "
         f"{config.epochs} epochs; {o.name}, lr {o.lr:g} (used as it is), weight decay {o.weight_decay:g}",
+        *([f"  {processes} processes of {config.batch_size // processes} images each"] if processes > 1 else []),
         f"  {device}, {config.precision}, {torch.get_num_threads()} CPU threads; log in {run.directory / 'log.jsonl'}",
         *(f"  note: {text}" for text in cautions(config.schedule, steps_per_epoch, config.epochs)),
     ]

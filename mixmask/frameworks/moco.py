@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mixmask.backbones import Encoder, ResNet
 from mixmask.config import ConfigError, within
+from mixmask.distributed import gather, share
 from mixmask.frameworks.heads import unit
 
 
@@ -87,11 +88,14 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def keys(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Keys (N, dim) of unit length. Rows are shuffled before the key encoder and put back after it, so that a key's
-        BatchNorm group is not its query's (shuffle-BN, He et al. Section 3.3)."""
+        BatchNorm group is not its query's (shuffle-BN, He et al. Section 3.3). Of several processes, each embeds its
+        share of the shuffled rows of all of them."""
         if not self.settings.shuffle_bn:
             return unit(self.key_encoder(images))
-        order = torch.randperm(len(images), generator=generator, device=images.device)
-        return unit(self.key_encoder(images[order]))[torch.argsort(order)]
+        images = gather(images)
+        order, own = torch.randperm(len(images), generator=generator, device=images.device), share(len(images))
+        shuffled = gather(unit(self.key_encoder(images[order[own]])))
+        return shuffled[torch.argsort(order)[own]]
 
     @torch.no_grad()
     def move_key_encoder(self) -> None:
@@ -101,8 +105,9 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def finish(self, targets: Targets, step: int, steps: int) -> None:
-        """Enqueue the keys of both views, once both directions have used the queue as it was."""
-        self.enqueue(targets.k2 if targets.k1 is None else torch.cat([targets.k1, targets.k2]))
+        """Enqueue all processes' keys of both views, once both directions have used the queue as it was."""
+        views = [targets.k2] if targets.k1 is None else [targets.k1, targets.k2]
+        self.enqueue(torch.cat([gather(keys) for keys in views]))
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:

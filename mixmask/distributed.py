@@ -1,0 +1,284 @@
+"""Several processes that compute what one computes: how they find each other, and what they exchange.
+
+Each process holds equal, contiguous rows of every batch. It draws what its rows would draw in a single process, and
+normalises and mixes within groups that it holds whole; gradients are averaged after the backward pass. Without a
+process group every function here gives back what it was given, so that one process runs the same code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from mixmask import progress
+from mixmask.config import ConfigError, Pretrain, UserError
+from mixmask.runs import Run
+
+PATIENCE = timedelta(hours=1)  # for a process that downloads or evaluates; one that ends is noticed at once
+
+
+class LostProcess(UserError):
+    """Another process of the group ended, or was never there; the text says which exchange failed."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process: `rank` among `size` processes, `local_rank` among those of this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    address: str = ""  # where the processes meet: "env://", "tcp://HOST:PORT"
+
+    def device(self, device: torch.device) -> torch.device:
+        """A GPU of its own for each process of a machine. Raises ConfigError where there are too few, or one is named.
+
+        SLURM may show each process one GPU only: that is its own.
+        """
+        if device.type != "cuda" or self.size == 1:
+            return device
+        if device.index is not None:
+            raise ConfigError(f"run.device: {device} for each of {self.size} processes; expected auto, cuda or cpu")
+        gpus = torch.cuda.device_count()
+        bound = gpus == 1 and self.address != "env://"
+        if self.local_rank >= gpus and not bound:
+            raise ConfigError(f"run.device: process {self.local_rank + 1} of this machine, which has {gpus} GPU(s)")
+        return torch.device("cuda", 0 if bound else self.local_rank)
+
+
+# ------------------------------------------------------------------------------------------ finding each other
+
+
+def find(environ: Mapping[str, str] = os.environ) -> World:
+    """This process as torchrun or SLURM started it; a world of one outside of both.
+
+    Under SLURM only the tasks of one `srun` (submitit starts its tasks so) belong together: a batch script, or a shell
+    inside an allocation, is a single process. Raises ConfigError for variables that make no sense.
+    """
+    try:
+        if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
+            rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+            world = World(rank, size, int(environ.get("LOCAL_RANK", rank)), "env://")
+        elif "SLURM_STEP_ID" in environ:
+            size = int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", 1))
+            world = World(int(environ["SLURM_PROCID"]), size, int(environ["SLURM_LOCALID"]), _slurm_address(environ))
+        else:
+            return World()
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"the process group's environment variables are incomplete or wrong: {error!r}") from None
+    if not 0 <= world.rank < world.size:
+        raise ConfigError(f"the process group's environment variables: rank {world.rank} of {world.size} processes")
+    return world if world.size > 1 else World()
+
+
+def _slurm_address(environ: Mapping[str, str]) -> str:
+    """The step's first node, and a port that follows from the job, its step and its restarts (or MASTER_PORT)."""
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
+    job, step = int(environ["SLURM_JOB_ID"]), int(environ["SLURM_STEP_ID"])
+    restarts = int(environ.get("SLURM_RESTART_COUNT", 0))
+    port = environ.get("MASTER_PORT") or 15_000 + (job + 4001 * step + 997 * restarts) % 16_000
+    return f"tcp://{environ.get('MASTER_ADDR') or first_host(nodes)}:{port}"
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a SLURM node list: `n[07-12,20]-gpu,m1` -> `n07-gpu`."""
+    prefix, ranges, suffix = re.match(r"([^\[,]*)(?:\[([^\]]*)\])?([^,]*)", nodes).groups()
+    return prefix + re.split("[-,]", ranges or "")[0] + suffix
+
+
+@contextlib.contextmanager
+def start(world: World, device: torch.device) -> Iterator[None]:
+    """The processes' group (NCCL between GPUs, Gloo between CPUs); nothing for one process. Only rank 0 speaks.
+
+    Raises LostProcess where they do not all come. After an error the group is left to the end of the process: closing
+    it in order would wait for those that are gone.
+    """
+    if world.size == 1:
+        yield
+        return
+    if world.rank:
+        progress.mute()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    options = {"init_method": world.address, "rank": world.rank, "world_size": world.size, "timeout": PATIENCE}
+    with _contact(f"{world.size} processes do not find each other at {world.address}"):
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
+        barrier()
+    yield
+    barrier()
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _contact(failure: str = "another process of this run has ended") -> Iterator[None]:
+    """Exchanges inside: what PyTorch raises when a connection breaks becomes a LostProcess."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise LostProcess(f"{failure}, and says itself why ({reason}); the last checkpoint is intact") from None
+
+
+# ---------------------------------------------------------------------------------------------- who holds what
+
+
+def rank() -> int:
+    """Of this process; 0 without a group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """Processes in the group; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(n: int) -> slice:
+    """Those of n rows (images, groups) that this process holds. Raises ValueError where they cannot be shared."""
+    if n % size():
+        raise ValueError(f"{n} rows cannot be shared equally by {size()} processes")
+    each = n // size()
+    return slice(rank() * each, (rank() + 1) * each)
+
+
+def own_part(recipe: Pretrain) -> Pretrain:
+    """The recipe for the rows that this process holds: its share of the batch and of the groups."""
+    backbone = replace(recipe.backbone, bn_groups=recipe.backbone.bn_groups // size())
+    part = {"batch_size": recipe.batch_size // size(), "mix_groups": recipe.mix_groups // size()}
+    return replace(recipe, backbone=backbone, **part)
+
+
+def open_run(directory: str | Path, config: Any) -> Run:
+    """The run directory, which the first process holds and writes to; the others only read."""
+    return (Follower if rank() else Run)(directory, config)
+
+
+class Follower(Run):
+    """The run directory for a process that writes nothing."""
+
+    def __init__(self, directory: str | Path, config: Any):
+        self.directory, self.config = Path(directory), config
+
+    def describe(self, command: list[str] | None = None) -> None: ...
+
+    def rewind(self, step: int) -> None: ...
+
+    def log(self, kind: str, step: int, **values: Any) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def finish(self, result: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+# -------------------------------------------------------------------------------------------------- exchanges
+
+
+@torch.no_grad()
+def gather(x: Tensor) -> Tensor:
+    """The rows (n, ...) of all processes in the order of their ranks, (size * n, ...); without gradient."""
+    if size() == 1:
+        return x
+    rows = x.new_empty(size() * len(x), *x.shape[1:])
+    with _contact():
+        dist.all_gather_into_tensor(rows, x.contiguous())
+    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return rows.contiguous(memory_format=torch.channels_last) if channels_last else rows
+
+
+@torch.no_grad()
+def average(model: nn.Module) -> None:
+    """Gradients and BatchNorm's running statistics become their means over the processes, in one exchange.
+
+    A process's loss is the mean over its rows, so the mean of the gradients is the gradient of the mean over all rows.
+    A running statistic is linear in the batch's statistics, so its mean is that of one process with all groups; taken
+    in every step, it does not depend on when a checkpoint is written. Every process ends with the same bits.
+    """
+    if size() == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    statistics = [s for m in model.modules() if getattr(m, "running_mean", None) is not None for s in _running(m)]
+    tensors = gradients + statistics
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    _sum(flat).div_(size())
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view(tensor.shape))
+
+
+def _running(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    return norm.running_mean, norm.running_var
+
+
+def mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each scalar's mean over the processes, in float64."""
+    if size() == 1 or not values:
+        return dict(values)
+    total = _sum(torch.stack([value.double() for value in values.values()]))
+    return dict(zip(values, total.div_(size()).unbind(), strict=True))
+
+
+def _sum(x: Tensor) -> Tensor:
+    with _contact():
+        dist.all_reduce(x)
+    return x
+
+
+def anywhere(*flags: bool) -> list[bool]:
+    """Each flag, true on every process as soon as one of them says so. Exchanged between the CPUs: no GPU waits."""
+    if size() == 1:
+        return list(flags)
+    votes = torch.tensor(flags, dtype=torch.int32)
+    with _contact():
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return [bool(vote) for vote in votes]
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    anywhere(False)
+
+
+@contextlib.contextmanager
+def first() -> Iterator[None]:
+    """Rank 0 goes through the block before the others, who find what it has downloaded, written or refused."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
+# --------------------------------------------------------------------------------------------------- agreement
+
+
+def checksum(state: Mapping[str, Tensor], start: int = 0) -> int:
+    """CRC-32 of every bit of a state dict."""
+    for tensor in state.values():
+        start = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), start)
+    return start
+
+
+def agreed(state: Mapping[str, Tensor], step: int) -> dict[str, Any]:
+    """For the log: how many processes, and the checksum of the weights, statistics and queue that all of them hold.
+
+    Empty for one process. Raises UserError where one holds other bits, or is at another step.
+    """
+    if size() == 1:
+        return {}
+    own = checksum(state, step)
+    found = gather(torch.tensor([own])).tolist()
+    if len(set(found)) > 1:
+        sums = ", ".join(f"{value:08x}" for value in found)
+        raise UserError(f"step {step}: the processes differ (checksums {sums}); do all see the same run directory?")
+    return {"processes": size(), "checksum": f"{own:08x}"}
