@@ -288,6 +288,31 @@ class Convert:
     run: Execution = Execution()
 
 
+@dataclass(frozen=True)
+class Detection:
+    """Transfer to object detection (`detection/train.py`; Section 4.5, Table 7).
+
+    `detectron2` is a section in Detectron2's own words: its keys, nested as in its config files.
+    """
+
+    recipe: str
+    task: Literal["voc", "coco"]
+    seed: int = within(0)
+    group: int = within(1)  # images in a row that are all wide or all upright: those of one GPU in Detectron2
+    detectron2: Mapping[str, Any]
+    data: Literal["full", "photos"] = "full"  # photos: small trees in the same form, made of embedded photographs
+    checkpoint: str = ""  # the identity of the weights, filled in by detection/train.py
+    eval_every: int = field(default=0, metadata={"low": 0, "hashed": False})  # iterations; 0: only after the last
+    allow_partial_data: bool = False  # accept other numbers of images than VOC's and COCO's: not the paper's data
+    run: Execution = Execution()
+
+    def __post_init__(self) -> None:
+        own = {"MODEL.DEVICE": "run.device", "MODEL.WEIGHTS": "--weights", "DATALOADER.NUM_WORKERS": "run.workers"}
+        own |= {"SEED": "seed", "OUTPUT_DIR": "--run-dir", "DATASETS.TRAIN": "task", "DATASETS.TEST": "task"}
+        for key in own.keys() & flatten(self.detectron2).keys():
+            raise ConfigError(f"detectron2.{key}: is given by {own[key]}")
+
+
 # ------------------------------------------------------------------------------------- from mapping to dataclass
 
 T = TypeVar("T")
