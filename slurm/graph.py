@@ -28,11 +28,13 @@ class Cluster:
     partition: str
     account: str
     constraint: str
+    nodes: int = within(1)
     gpus: int = within(0)
     cpus: int = within(1)
     memory_gb: int = within(1)
-    hours: float = within(0.1)
+    hours: float = within(0.01)
     warning_seconds: int = within(0)
+    parallel: int = within(0)
 
 
 @dataclass(frozen=True)
