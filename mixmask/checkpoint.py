@@ -7,6 +7,7 @@ the archive's members do not cover its directory, where a flipped bit can exchan
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import random
@@ -26,7 +27,7 @@ from mixmask.backbones import Encoder
 from mixmask.config import ConfigError, Pretrain, UserError
 from mixmask.frameworks import build_framework
 from mixmask.progress import say
-from mixmask.runs import previous_checkpoint
+from mixmask.runs import Run, previous_checkpoint, write_atomically
 
 FORMAT = 1
 MARK = b"sha256:"  # the comment's beginning; the digest follows, and ends the file
@@ -95,6 +96,17 @@ def _sha256(file: BinaryIO, length: int) -> str:
         digest.update(chunk)
         length -= len(chunk)
     return digest.hexdigest()
+
+
+def post_mortem(run: Run, report: Mapping[str, Any], state: Mapping[str, Any]) -> str:
+    """Save why a run stopped as nonfinite.json, and its state as nonfinite.pt; says where they are, or why not."""
+    path = run.directory / "nonfinite.json"
+    try:
+        write_atomically(path, json.dumps(report, indent=1) + "\n")
+        save(path.with_suffix(".pt"), state)
+    except UserError as error:
+        return str(error)
+    return f"batch and state are in {path} and {path.with_suffix('.pt').name}"
 
 
 def load_last(path: Path) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ stopped, and says so when it is finished. Several processes compute what one com
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -66,7 +67,7 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
             run.log("epoch", -1, epoch=0, **evaluate(framework, train_set, test_set, config, device))
         own_groups = range(config.mix_groups)[distributed.share(config.mix_groups)]
 
-        with Interrupt() as interrupt:
+        with Interrupt() as interrupt, explained(run, config, state, len(train_set)):
             for epoch in range(state.step // steps_per_epoch, config.epochs):
                 done = state.step % steps_per_epoch
                 progress = Progress(steps_per_epoch, f"epoch {epoch + 1}/{config.epochs}", done)
@@ -90,10 +91,10 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
 
                     values = {"loss": loss.detach(), **loss_parts(parts), **framework.metrics(targets)}
                     values = distributed.mean(values)
-                    accumulate(state.sums, values)
+                    accumulate(state, values)
                     clock.images += config.batch_size
                     if step % config.run.log_every == 0:
-                        numbers = finite({**values, **distributed.mean(coefficients(anchors))}, run, step)
+                        numbers = finite({**values, **distributed.mean(coefficients(anchors))}, step)
                         run.log("step", step, epoch=epoch + 1, **numbers, lr=rate, timing=clock.timing())
                         progress.step(loss=f"{numbers['loss']:.3f}")
                     else:
@@ -108,7 +109,7 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
                 progress.close()
 
                 means = {name: total / steps_per_epoch for name, total in state.sums.items()}
-                means, timing = finite(means, run, step), clock.timing()
+                means, timing = finite(means, step), clock.timing()
                 last = epoch + 1 == config.epochs
                 if last or (config.knn.every and (epoch + 1) % config.knn.every == 0):
                     means.update(evaluate(framework, train_set, test_set, config, device))
@@ -116,6 +117,7 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
                 run.log("epoch", step, epoch=epoch + 1, **means, lr=rate, **same, timing=timing)
                 say(epoch_line(epoch + 1, config.epochs, means, rate, timing))
                 state.sums.clear()
+                state.losses.clear()
                 (stop,) = distributed.anywhere(interrupt.requested)
                 if last or (epoch + 1) % config.run.checkpoint_every == 0 or stop:
                     save(run, config, state)
@@ -137,6 +139,15 @@ class State:
     steps: int  # of the whole run
     step: int = 0  # iterations done
     sums: dict[str, Tensor] = field(default_factory=dict)  # of this epoch's values
+    losses: list[Tensor] = field(default_factory=list)  # of this epoch's iterations, or of those since the run resumed
+
+
+class NonFinite(UserError):
+    """The value called `name` is `number` in iteration `step`."""
+
+    def __init__(self, name: str, number: float, step: int):
+        super().__init__(f"{name} is {number} at step {step}")
+        self.name, self.number, self.step = name, number, step
 
 
 # ----------------------------------------------------------------------------------------------------- before
@@ -207,11 +218,11 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
 
 
 def resume(run: Run, state: State) -> None:
-    """Fill `state` from the last checkpoint, where there is one; log lines after it are dropped."""
-    if not run.checkpoint.exists():
+    """Fill `state` from the last whole checkpoint, where there is one; log lines after it are dropped."""
+    saved = checkpoint.load_last(run.checkpoint)
+    if saved is None:
         run.rewind(-1)
         return
-    saved = checkpoint.load(run.checkpoint)
     checkpoint.load_weights(state.framework, saved["model"], run.checkpoint)
     state.optimizer.load_state_dict(saved["optimizer"])
     checkpoint.restore_random_states(saved["random"])
@@ -222,29 +233,31 @@ def resume(run: Run, state: State) -> None:
 
 
 def save(run: Run, config: Pretrain, state: State) -> None:
-    """Write the state and the log to disk. Raises UserError, and saves nothing, where a number is not finite.
+    """Write the state and the log to disk. Raises NonFinite, and saves nothing, where a number is not finite.
 
     All processes hold the same state; the first writes it.
     """
     model = state.framework.state_dict()
     norm = nn.utils.get_total_norm([value for value in model.values() if value.is_floating_point()])
-    finite({**state.sums, "the norm of weights and buffers": norm}, run, state.step - 1)
+    finite({**state.sums, "the norm of weights and buffers": norm}, state.step - 1)
     if distributed.rank() > 0:
         return
     run.sync()
-    checkpoint.save(
-        run.checkpoint,
-        {
-            "run": run.id,
-            "config": configs.to_dict(config),
-            "step": state.step,
-            "steps": state.steps,
-            "sums": state.sums,
-            "model": model,
-            "optimizer": state.optimizer.state_dict(),
-            "random": checkpoint.random_states(),
-        },
-    )
+    checkpoint.save(run.checkpoint, snapshot(run, config, state))
+
+
+def snapshot(run: Run, config: Pretrain, state: State) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    return {
+        "run": run.id,
+        "config": configs.to_dict(config),
+        "step": state.step,
+        "steps": state.steps,
+        "sums": state.sums,
+        "model": state.framework.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "random": checkpoint.random_states(),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- during
@@ -269,19 +282,56 @@ def coefficients(anchors: list[Anchor]) -> dict[str, Tensor]:
     return {f"lambda_{a.name}": a.weight.mean() for a in mixtures}
 
 
-def accumulate(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Add to the epoch's sums, in float64, without waiting for the device."""
+def accumulate(state: State, values: dict[str, Tensor]) -> None:
+    """Add to the epoch's sums, in float64, and keep the loss, without waiting for the device."""
     for name, value in values.items():
-        sums[name] = sums.get(name, 0) + value.double()
+        state.sums[name] = state.sums.get(name, 0) + value.double()
+    state.losses.append(values["loss"])
 
 
-def finite(values: dict[str, Tensor], run: Run, step: int) -> dict[str, float]:
-    """The values as numbers. Raises UserError when one is not finite."""
+def finite(values: dict[str, Tensor], step: int) -> dict[str, float]:
+    """The values as numbers. Raises NonFinite when one is not finite."""
     numbers = {name: float(value) for name, value in values.items()}
     for name, number in numbers.items():
         if not math.isfinite(number):
-            raise UserError(f"{run.id}: {name} is {number} at step {step}; stopped, the last checkpoint is intact")
+            raise NonFinite(name, number, step)
     return numbers
+
+
+@contextlib.contextmanager
+def explained(run: Run, config: Pretrain, state: State, images: int) -> Iterator[None]:
+    """A NonFinite inside becomes nonfinite.json, nonfinite.pt and a UserError that says where they are.
+
+    Losses are looked at every `run.log_every` iterations only, so the first that was not finite is searched for here;
+    the saved state is that of the moment when it was noticed.
+    """
+    try:
+        yield
+    except NonFinite as error:
+        finite_losses = [math.isfinite(loss) for loss in state.losses]
+        step = error.step if all(finite_losses) else state.step - len(finite_losses) + finite_losses.index(False)
+        where = "the first process says why"
+        if distributed.rank() == 0:
+            report = {"run": run.id, **autopsy(config, state, images, step), "noticed": str(error)}
+            where = checkpoint.post_mortem(run, report, snapshot(run, config, state))
+        what = f"{error.name} is {error.number} at step {step}"
+        raise UserError(f"{run.id}: {what}; stopped, {where}, the last checkpoint is intact") from None
+
+
+def autopsy(config: Pretrain, state: State, images: int, step: int) -> dict[str, Any]:
+    """The iteration whose loss is not finite, and the indices of its images and of those of the iteration before."""
+    steps_per_epoch = state.steps // config.epochs
+    epoch, first = step // steps_per_epoch, step - step % steps_per_epoch
+    batches = data.batch_indices(images, config.batch_size, config.seed, epoch)
+    gradients = [p.grad for p in state.framework.parameters() if p.grad is not None]
+    return {
+        "step": step,
+        "epoch": epoch + 1,
+        "lr": learning_rate(config.schedule, config.optimizer.lr, step, steps_per_epoch, config.epochs),
+        "sums": {name: str(float(total)) for name, total in state.sums.items()},  # text: JSON has no NaN
+        "gradient_norm": str(float(nn.utils.get_total_norm(gradients))),
+        "indices": {i: batches[i - first].tolist() for i in range(max(first, step - 1), step + 1)},
+    }
 
 
 def evaluate(framework: nn.Module, train_set: Any, test_set: Any, config: Pretrain, device: torch.device) -> dict:
