@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import json
 import math
@@ -104,17 +105,31 @@ def _checked(result: Any, path: Path) -> dict[str, Any]:
 
 
 def read_log(directory: str | Path) -> list[dict[str, Any]]:
-    """The lines of log.jsonl; a last line that a crash cut short is left out."""
+    """The lines of log.jsonl, or of log.jsonl.gz (results/); a last line that a crash cut short is left out.
+
+    Raises UserError where the file cannot be read, and for a line that is not JSON.
+    """
     path = Path(directory) / "log.jsonl"
     if not path.exists():
-        return []
+        path = path.with_name("log.jsonl.gz")
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+    for number, text in enumerate(_text(path).split("\n")[:-1], 1):
         try:
             lines.append(json.loads(text))
         except ValueError:
             raise UserError(f"{path}, line {number}: not valid JSON; delete the line to go on without it") from None
     return lines
+
+
+def _text(path: Path) -> str:
+    """The text of a file, unpacked where its name ends in .gz; nothing where there is no such file."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
+    except (OSError, EOFError) as error:  # a packed file that is cut short ends too early
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def previous_checkpoint(path: Path) -> Path:
