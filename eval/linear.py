@@ -78,10 +78,10 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
                     interrupt.stop_if_requested()  # this epoch is made again; the ones before are saved
                 progress.close()
                 mean_loss = torch.stack(losses).double().mean().item()
-                if not math.isfinite(mean_loss):
-                    raise UserError(
-                        f"{run.id}: the loss is {mean_loss} in epoch {epoch + 1}; stopped, nothing saved of it"
-                    )
+                if what := not_finite(mean_loss, classifier):
+                    where = autopsy(run, config, classifier, optimizer, losses, epoch, len(train_set))
+                    what = f"{run.id}: {what} in epoch {epoch + 1}"
+                    raise UserError(f"{what}; stopped, {where}, the last checkpoint is intact")
                 values = {"loss": mean_loss, "test_top1": test(classifier, test_features, test_set.labels), "lr": rate}
                 run.log("epoch", epoch, epoch=epoch + 1, **values, timing={"seconds": round(watch.lap(), 3)})
                 say(epoch_line(epoch + 1, config.epochs, values))
@@ -156,11 +156,11 @@ def test(classifier: nn.Module, features: Tensor, labels: Tensor) -> float:
 
 
 def resume(run: Run, classifier: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Epochs done; loads the last checkpoint where there is one."""
-    if not run.checkpoint.exists():
+    """Epochs done; loads the last whole checkpoint where there is one."""
+    state = checkpoint.load_last(run.checkpoint)
+    if state is None:
         run.rewind(-1)
         return 0
-    state = checkpoint.load(run.checkpoint)
     checkpoint.load_weights(classifier, state["model"], run.checkpoint)
     optimizer.load_state_dict(state["optimizer"])
     run.rewind(state["epoch"])
@@ -169,8 +169,45 @@ def resume(run: Run, classifier: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 def save(run: Run, config: Linear, classifier: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
     run.sync()
+    checkpoint.save(run.checkpoint, snapshot(run, config, classifier, optimizer, epoch))
+
+
+def snapshot(
+    run: Run, config: Linear, classifier: nn.Module, optimizer: torch.optim.Optimizer, epoch: int
+) -> dict[str, Any]:
+    """What a checkpoint holds."""
     state = {"run": run.id, "config": configs.to_dict(config), "epoch": epoch}
-    checkpoint.save(run.checkpoint, {**state, "model": classifier.state_dict(), "optimizer": optimizer.state_dict()})
+    return {**state, "model": classifier.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def not_finite(mean_loss: float, classifier: nn.Module) -> str:
+    """What is not finite after an epoch, in words; "" where all is."""
+    norm = nn.utils.get_total_norm([parameter.detach() for parameter in classifier.parameters()]).item()
+    numbers = {"the loss": mean_loss, "the norm of the weights": norm}
+    return next((f"{name} is {number}" for name, number in numbers.items() if not math.isfinite(number)), "")
+
+
+def autopsy(
+    run: Run,
+    config: Linear,
+    classifier: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    losses: list[Tensor],
+    epoch: int,
+    images: int,
+) -> str:
+    """Save the first step of the epoch whose loss is not finite, its images' indices, and the state; says where."""
+    position = [math.isfinite(loss) for loss in [*losses[:-1], math.nan]].index(False)  # the last one: by its update
+    batches = data.batch_indices(images, config.batch_size, config.seed, epoch)
+    step = epoch * len(batches) + position
+    report = {
+        "run": run.id,
+        "step": step,
+        "epoch": epoch + 1,
+        "lr": learning_rate(config.schedule, config.optimizer.lr, step, len(batches), config.epochs),
+        "indices": {epoch * len(batches) + i: batches[i].tolist() for i in range(max(0, position - 1), position + 1)},
+    }
+    return checkpoint.post_mortem(run, report, snapshot(run, config, classifier, optimizer, epoch))
 
 
 def result(run: Run, config: Linear, device: torch.device) -> dict[str, Any]:

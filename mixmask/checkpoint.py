@@ -102,7 +102,7 @@ def post_mortem(run: Run, report: Mapping[str, Any], state: Mapping[str, Any]) -
     """Save why a run stopped as nonfinite.json, and its state as nonfinite.pt; says where they are, or why not."""
     path = run.directory / "nonfinite.json"
     try:
-        write_atomically(path, json.dumps(report, indent=1) + "\n")
+        write_atomically(path, json.dumps(report) + "\n")
         save(path.with_suffix(".pt"), state)
     except UserError as error:
         return str(error)
