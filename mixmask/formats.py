@@ -89,6 +89,7 @@ LAYOUTS = (
             "online_encoder.projector.": "head",
             "online_predictor.": "predictor",
             "target_encoder.": "target network",
+            "net.": "copy of the backbone",
         },
     ),
     Layout(
@@ -98,11 +99,34 @@ LAYOUTS = (
     ),
     Layout("simsiam", "encoder.", {"encoder.fc.": "head", "predictor.": "predictor"}),
     Layout(
+        "byol",  # one that also holds backbone and projector as a sequence
+        "backbone.",
+        {
+            "backbone.fc.": "classifier",
+            "projector.": "head",
+            "online_encoder.": "copy of backbone and head",
+            "online_predictor.": "predictor",
+            "target_encoder.": "target network",
+        },
+        needs="target_encoder.",
+    ),
+    Layout(
+        "simsiam",
+        "backbone.",
+        {
+            "backbone.fc.": "classifier",
+            "projector.": "head",
+            "encoder.": "copy of backbone and head",
+            "predictor.": "predictor",
+        },
+        needs="predictor.",
+    ),
+    Layout(
         "barlowtwins",
         "backbone.",
         {"backbone.fc.": "classifier", "projector.": "head", "bn.": "normalisation of the loss"},
     ),
-    Layout("swav", "", {"projection_head.": "head", "prototypes": "prototypes"}, needs="pro"),
+    Layout("swav", "", {"projection_head.": "head", "prototypes": "prototypes"}, needs="pro"),  # either of the two
     Layout("torchvision", "", {"fc.": "classifier"}),  # timm's ResNets too, and Barlow Twins' resnet50.pth
 )
 
@@ -294,8 +318,9 @@ def _check_keys(weights: Mapping[str, Tensor], arch: str, path: Path, prefix: st
     missing, extra = expected - weights.keys(), weights.keys() - expected
     if missing or extra:
         found = len(expected & weights.keys())
+        where = f" under '{prefix}'" if prefix else ""
         raise FormatError(
-            f"{path} holds no whole {arch} under '{prefix}': {found} of {len(expected)} keys"
+            f"{path} holds no whole {arch}{where}: {found} of {len(expected)} keys"
             + (f"; missing {_some(missing)}" if missing else "")
             + (f"; unexpected {_some(extra)}" if extra else "")
         )
