@@ -116,6 +116,19 @@ def _yaml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def needed(jobs: Iterable[Job]) -> set[Path]:
+    """Directories of the runs still to be made: the last one of each cell, and those that it needs.
+
+    A pre-training whose directory was deleted is not made again for the sake of evaluations that are finished.
+    """
+    jobs = list(jobs)
+    inner = {(parent, cell) for job in jobs for parent in job.parents for cell in job.cells}
+    left = [job for job in jobs if job.state != "finished"]
+    last = {job.directory for job in left if any((job.directory, cell) not in inner for cell in job.cells)}
+    ancestors = {parent for job in left if job.directory in last for parent in job.parents}
+    return last | {job.directory for job in left if job.directory in ancestors}
+
+
 def make_folder(folder: Path) -> None:
     """Create `folder`. Raises UserError where that is not possible."""
     try:

@@ -6,7 +6,9 @@ examples:
   python slurm/launch.py table4 --preset smoke --executor local    everything in minutes, on this machine
   python slurm/launch.py 'table4/*/mixmask/200' --set epochs=100 linear.epochs=50 cluster.partition=gpu
   python slurm/launch.py 'table5/cifar100/*' figure5 --dry-run     any tables, figures and cells together
-  python slurm/launch.py status table4                             what is finished, unfinished, not started
+  python slurm/launch.py table4 --dry-run --executor slurm         the batch scripts, too
+  python slurm/launch.py status table4                             what is finished, running, waiting, failed
+  python slurm/launch.py cancel table4                             end its jobs; what was saved is kept
 
 Finished runs are skipped, unfinished ones go on, equal ones are shared: launching again is always safe.
 """
@@ -16,41 +18,51 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): no traceback of Ctrl-C during the imports
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mixmask.config import UserError, main_guard  # noqa: E402
-from mixmask.runs import read_result  # noqa: E402
 from paper.cells import WITHOUT_RUNS, Cell, select  # noqa: E402
 from paper.presets import Budget, budget, not_built, presets  # noqa: E402
-from slurm import cost, graph, local, submit  # noqa: E402
+from slurm import cost, graph, local, squeue, status, submit  # noqa: E402
 from slurm.graph import Job  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse, build the graph, then print it or hand it to an executor."""
+    """Parse, build the graph, then print it, hand it to an executor, or see to what has been launched."""
     options = _parse(arguments)
-    status = options.targets[:1] == ["status"]
-    targets = options.targets[status:]
+    verb = options.targets[0] if options.targets[:1] in (["status"], ["cancel"]) else ""
+    targets = options.targets[bool(verb) :]
+    if verb == "cancel" and not targets:
+        raise UserError("cancel: expected a target, such as table4, or all")
     cells = select(targets)
     chosen = budget(options.preset, options.set)
     runs_dir = _enter_repository(Path(options.runs_dir))
+    launching = not (verb or options.dry_run)
+    executor = _executor(options.executor, chosen) if launching and cells else ""
+    if executor == "slurm":
+        runs_dir = runs_dir.resolve()  # its jobs run elsewhere: in a copy of the code
     jobs = graph.jobs(cells, chosen, runs_dir)
     for target in set(targets) & set(WITHOUT_RUNS):
         print(f"{target} needs no runs: {WITHOUT_RUNS[target]}")
     if not cells:
         return
-    if status:
-        print_status(cells, jobs)
+    if verb == "status":
+        status.print_status(cells, jobs, runs_dir)
+    elif verb == "cancel":
+        status.cancel(jobs, runs_dir)
     elif options.dry_run:
-        print_graph(cells, jobs, chosen, targets)
+        print_graph(cells, jobs, chosen, targets, runs_dir if options.executor == "slurm" else None)
     else:
-        executor = _executor(options.executor, chosen)
         print_header(cells, jobs, chosen, targets)
         execute(jobs, executor, runs_dir)
         print_next(cells, jobs, runs_dir, options)
@@ -90,9 +102,9 @@ def _enter_repository(runs_dir: Path) -> Path:
 
 def _executor(name: str, chosen: Budget) -> str:
     """`auto` is SLURM where there is one; without it the smoke preset runs here, and the paper's budget asks first."""
-    if name == "local" or (name == "auto" and chosen.preset.name == "smoke" and not submit.available()):
+    if name == "local" or (name == "auto" and chosen.preset.name == "smoke" and not squeue.available()):
         return "local"
-    if submit.available():
+    if squeue.available():
         return "slurm"
     raise UserError(
         "no SLURM was found (no sbatch on PATH, or no controller that answers): type --executor local to run on this "
@@ -114,7 +126,8 @@ def execute(jobs: list[Job], executor: str, runs_dir: Path) -> None:
 def print_header(cells: list[Cell], jobs: list[Job], chosen: Budget, targets: list[str]) -> None:
     """What was asked, and how many runs it takes."""
     stages = ", ".join(f"{number} {stage}" for stage, number in Counter(job.stage for job in jobs).items())
-    states = ", ".join(f"{number} {state}" for state, number in Counter(job.state for job in jobs).items())
+    wanted = graph.needed(jobs)
+    states = ", ".join(f"{number} {state}" for state, number in Counter(_state(job, wanted) for job in jobs).items())
     print(f"target  {' '.join(targets) or 'all'}")
     print(f"preset  {chosen.label}: {chosen.preset.about}")
     print(f"cells   {len(cells)}")
@@ -122,6 +135,10 @@ def print_header(cells: list[Cell], jobs: list[Job], chosen: Budget, targets: li
     for note in _notes(cells, jobs):
         print(f"note    {note}")
     print(flush=True)
+
+
+def _state(job: Job, wanted: set[Path]) -> str:
+    return job.state if job.state == "finished" or job.directory in wanted else "not needed"
 
 
 def _notes(cells: list[Cell], jobs: list[Job]) -> list[str]:
@@ -144,15 +161,19 @@ def _some(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]} ({len(names)})"
 
 
-def print_graph(cells: list[Cell], jobs: list[Job], chosen: Budget, targets: list[str]) -> None:
-    """Every job, its command alone on a line, and the cost."""
+def print_graph(
+    cells: list[Cell], jobs: list[Job], chosen: Budget, targets: list[str], batch: Path | None = None
+) -> None:
+    """Every job, its command alone on a line, and the cost; with a runs directory `batch` each batch script, too."""
     print_header(cells, jobs, chosen, targets)
+    wanted = graph.needed(jobs)
     for number, job in enumerate(jobs, 1):
-        asked = job.resources
-        print(f"[{number}/{len(jobs)}] {job.stage} {job.id}: {job.state}")
+        print(f"[{number}/{len(jobs)}] {job.stage} {job.id}: {_state(job, wanted)}")
         print(f"  parents    {', '.join(map(str, job.parents)) or 'none'}")
-        print(f"  resources  {asked.gpus} GPU, {asked.cpus} CPUs, {asked.memory_gb} GB; {_duration(job)}")
+        print(f"  resources  {_resources(job)}; {_duration(job)}")
         print(f"  cells      {', '.join(job.cells)}")
+        if batch:
+            print("".join(f"  {line}".rstrip() + "\n" for line in submit.batch_text(job, batch).splitlines()), end="")
         print(job.shell)
         print()
     print_costs(cells, jobs)
@@ -166,7 +187,8 @@ def print_costs(cells: list[Cell], jobs: list[Job]) -> None:
         own = [job for job in jobs if any(cell.split("/")[0] == target for cell in job.cells)]
         number = sum(cell.target == target for cell in cells)
         print(f"{target:<8} {number:>5} {len(own):>5}  {_cost(own):.1f}")
-    left = [job for job in jobs if job.state != "finished"]
+    wanted = graph.needed(jobs)
+    left = [job for job in jobs if job.directory in wanted]
     print(f"{'total':<8} {len(cells):>5} {len(jobs):>5}  {_cost(jobs):.1f}, each run counted once", end="")
     print(f"; {_cost(left):.1f} left to run in {len(left)} jobs")
     print(cost.ASSUMPTION if gpu else f"estimate: two CPU cores at an assumed {cost.CPU_TERAFLOPS} TFLOP/s")
@@ -177,29 +199,24 @@ def _cost(jobs: list[Job]) -> float:
     return sum(job.hours if job.resources.gpus else 60 * job.hours for job in jobs)
 
 
+def _resources(job: Job) -> str:
+    """Of the whole job, and how it is shared out where there is more than one process."""
+    asked, where = job.resources, submit.layout(job)
+    processes = where.nodes * where.tasks
+    text = f"{processes if asked.gpus else 0} GPU, {processes * asked.cpus} CPUs, {processes * asked.memory_gb} GB"
+    return text if processes == 1 else f"{text} ({where.nodes} nodes x {where.tasks} processes)"
+
+
 def _duration(job: Job) -> str:
     if job.resources.gpus:
         return f"about {job.gpu_hours:.1f} GPU-hours, in jobs of up to {job.resources.hours:g} h"
     return f"about {60 * job.hours:.1f} min on the CPU"
 
 
-def print_status(cells: list[Cell], jobs: list[Job]) -> None:
-    """Per cell, each of its runs: the value, unfinished, or not started."""
-    for cell in cells:
-        print(cell.id)
-        for job in jobs:
-            if cell.id in job.cells:
-                result = read_result(job.directory)
-                value = "" if result is None else local.headline(result["metrics"])
-                print(f"  {job.state:<10} {job.directory}{value}")
-
-
 def print_next(cells: list[Cell], jobs: list[Job], runs_dir: Path, options: argparse.Namespace) -> None:
     """Where the results are, and what turns them into tables and figures."""
-    left = sum(job.state != "finished" for job in jobs)
-    waiting = (
-        f" ({left} of {len(jobs)} runs to come: squeue --me, and each job's log in {runs_dir}/slurm)" if left else ""
-    )
+    left = len(graph.needed(jobs))
+    waiting = f" ({left} of {len(jobs)} runs to come; how they are: {_status(options)})" if left else ""
     print(f"\nresults are in {runs_dir}{waiting}; what to make of them:")
     tail = ["--runs-dir", str(runs_dir)] if str(runs_dir) != "runs" else []
     tail += ["--preset", options.preset, "--set", *options.set] if options.set else []
@@ -210,5 +227,14 @@ def print_next(cells: list[Cell], jobs: list[Job], runs_dir: Path, options: argp
             print(shlex.join(["python", f"paper/make_{kind}s.py", *names, *tail]))
 
 
+def _status(options: argparse.Namespace) -> str:
+    """The command that says what has become of this launch."""
+    words = ["python", "slurm/launch.py", "status", *options.targets, "--preset", options.preset]
+    words += ["--runs-dir", options.runs_dir] if options.runs_dir != "runs" else []
+    return shlex.join(words + (["--set", *options.set] if options.set else []))
+
+
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     main_guard(main)

@@ -23,20 +23,23 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from mixmask.config import UserError
-from mixmask.runs import read_result
+from mixmask.runs import is_busy, read_result
 from paper.cells import ROOT
-from slurm.graph import Job, make_folder
+from slurm.graph import Job, make_folder, needed
+from slurm.status import headline
 
 PRELOADED = ("torch", "torchvision")  # imported once, for all jobs
+INTERRUPTED = 130  # exit status of a job that saved and ended because it was told to
 STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 def launch(jobs: list[Job]) -> None:
-    """Run what is not finished. Raises UserError, naming what failed and where its log is.
+    """Run what is needed and not finished. Raises UserError, naming what failed and where its log is.
 
-    Ctrl-C lets the running job save, and exits with status 130.
+    Ctrl-C lets the running job save, and exits with status 130; so does a job that was told to stop by itself.
     """
-    todo = [job for job in jobs if job.state != "finished"]
+    wanted = needed(jobs)
+    todo = [job for job in jobs if job.directory in wanted]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are finished already")
     if not todo:
@@ -59,11 +62,16 @@ def _run_in_order(todo: list[Job]) -> dict[Path, str]:
     for number, job in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {job.stage} {job.id} ({', '.join(job.cells)})", flush=True)
         missing = [parent for parent in job.parents if parent in failed]
-        failure = f"skipped: it needs {missing[0]}" if missing else _run(job)
+        failure = f"skipped: it needs {missing[0]}" if missing else _busy(job) or _run(job)
         if failure:
             failed[job.directory] = failure
             print(f"[{number}/{len(todo)}] {failure}", flush=True)
     return failed
+
+
+def _busy(job: Job) -> str:
+    """Whether somebody else, such as another launch, works on it: in words, or nothing."""
+    return "left to the other process that is working on it" if is_busy(job.directory) else ""
 
 
 def _prepare(cpus: int) -> None:
@@ -98,9 +106,11 @@ def _run(job: Job) -> str:
         os.close(reader)
     process.join()
     result = read_result(job.directory)
+    if process.exitcode == INTERRUPTED:
+        raise KeyboardInterrupt
     if process.exitcode or result is None:
-        return f"failed (exit status {process.exitcode}); its output is in {log}"
-    print(f"    {time.monotonic() - start:.0f} s{headline(result['metrics'])}", flush=True)
+        return _busy(job) or f"failed (exit status {process.exitcode}); its output is in {log}"
+    print(f"    {time.monotonic() - start:.0f} s, {headline(result['metrics'])}", flush=True)
     return ""
 
 
@@ -180,11 +190,3 @@ def _signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def headline(metrics: dict[str, float]) -> str:
-    """The metric a reader looks for: the last epoch's accuracy, else the loss."""
-    last = [name for name in metrics if name.endswith("_last")]
-    return (
-        "".join(f", {name} {metrics[name]:.1f} %" for name in last) or f", loss {metrics.get('loss', float('nan')):.3f}"
-    )

@@ -1,0 +1,124 @@
+"""What SLURM says about the jobs of a runs directory: which live, how others ended. No torch here.
+
+A live job is recognised by its comment: its run's directory; of a job array, the file that lists the directories of its
+tasks. What has ended, and is no longer known to the controller, is looked up in runs/slurm/jobs.jsonl and in sacct.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixmask.config import UserError
+
+AGAIN = 2.0  # seconds until a second look: between two of its states a job may be in none
+ENDING = 30.0  # seconds to wait for jobs that are ending: some of them are about to be requeued
+
+
+@dataclass(frozen=True)
+class Live:
+    """A job that waits or runs."""
+
+    job: str  # 12, or 12_3 in an array
+    state: str  # SLURM's word: PENDING, RUNNING, ...
+    reason: str  # why it waits, or where it runs
+
+
+def available() -> bool:
+    """Whether SLURM is here: sbatch on PATH and a controller that answers."""
+    if not shutil.which("sbatch"):
+        return False
+    try:
+        answer = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return answer.returncode == 0 and " UP" in answer.stdout
+
+
+def live_jobs() -> dict[str, Live]:
+    """Run directory -> job, of this user's jobs that wait, run or are ending. Raises UserError."""
+    found = {}
+    answer = _ask("squeue", "--noheader", "--me", "--array", "--format=%i|%T|%R|%k")
+    for line in answer.splitlines():
+        job, state, reason, comment = (word.strip() for word in line.split("|", 3))
+        directory = _directory(job, comment)
+        if directory:
+            found[directory] = Live(job, state, reason.strip("()"))
+    return found
+
+
+def settled_jobs() -> dict[str, Live]:
+    """`live_jobs` once none is about to end (or after half a minute: a node may be slow to say so)."""
+    end = time.monotonic() + ENDING
+    while True:
+        live = live_jobs()
+        if time.monotonic() > end or not any(job.state == "COMPLETING" for job in live.values()):
+            return live
+        time.sleep(0.5)
+
+
+def _directory(job: str, comment: str) -> str:
+    """The run directory of a job with this comment; empty for a job of another kind."""
+    if not comment.endswith(".json"):
+        return comment
+    task = job.partition("_")[2]
+    directories = _tasks(comment)
+    return directories[int(task)] if task.isdigit() and int(task) < len(directories) else ""
+
+
+@functools.cache
+def _tasks(path: str) -> list[str]:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # an array of somebody else, or of a runs directory that is gone
+        return []
+
+
+def ended_as(jobs: Iterable[str]) -> dict[str, str]:
+    """Job -> how accounting says it ended (FAILED, TIMEOUT, ...); without accounting, nothing."""
+    wanted = sorted(set(jobs))
+    if not wanted or not shutil.which("sacct"):
+        return {}
+    words = ["sacct", "--noheader", "--parsable2", "--allocations", "--array", "--format=JobID,State", "--jobs"]
+    answer = subprocess.run([*words, ",".join(wanted)], capture_output=True, text=True)
+    states = dict(line.split("|") for line in answer.stdout.splitlines() if line.count("|") == 1)
+    return {job: state.split()[0] for job, state in states.items() if state}  # "CANCELLED by 0"
+
+
+def records(runs_dir: Path) -> dict[str, dict[str, Any]]:
+    """Run directory -> the record of its last submission."""
+    path = runs_dir / "slurm" / "jobs.jsonl"
+    if not path.exists():
+        return {}
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return {line["directory"]: line for line in lines}
+
+
+def record(runs_dir: Path, **values: Any) -> None:
+    """Note a submission; for people and for `status`: no launch depends on it."""
+    with open(runs_dir / "slurm" / "jobs.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def log_path(runs_dir: Path, job: str) -> Path:
+    """What the job's first task has printed."""
+    return runs_dir / "slurm" / job / f"{job}_0_log.out"
+
+
+def cancel(jobs: Iterable[str]) -> None:
+    """Raises UserError where SLURM refuses."""
+    _ask("scancel", *jobs)
+
+
+def _ask(*words: str) -> str:
+    answer = subprocess.run(words, capture_output=True, text=True)
+    if answer.returncode:
+        raise UserError(f"{words[0]} failed: {' '.join(answer.stderr.split())}")
+    return answer.stdout
