@@ -549,11 +549,20 @@ def check_processes(config: Any, processes: int) -> None:
 
 
 def main_guard(main: Callable[[], Any]) -> None:
-    """Run a script's main; a UserError becomes one line on stderr and exit status 1, Ctrl-C status 130."""
+    """Run a script's main; a UserError becomes one line on stderr and exit status 1, Ctrl-C status 130.
+
+    So does the end of a process that decodes images, which PyTorch reports wherever the program happens to be.
+    """
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = "out of memory, or of space in /dev/shm (fewer: --set run.workers=2)?"
+        print(f"error: {str(error).split('. ')[0]}: {reason} The last checkpoint is intact", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted: all up to the last checkpoint is kept; the same command continues", file=sys.stderr)

@@ -13,6 +13,8 @@ import hashlib
 import logging
 import math
 import os
+import signal
+import tarfile
 import tempfile
 import uuid
 import zlib
@@ -26,7 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR100
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, download_url
 from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -155,13 +157,28 @@ def _download_cifar100(parent: Path) -> None:
     """Download beside the destination and move the folder in one step, so that a cut connection leaves nothing."""
     try:
         with tempfile.TemporaryDirectory(dir=parent, prefix=".cifar100-") as scratch:
-            CIFAR100(scratch, download=True)
+            download_url(CIFAR100.url, scratch, CIFAR100.filename, CIFAR100.tgz_md5)
+            unpack(Path(scratch) / CIFAR100.filename, Path(scratch))
             _move_folder(Path(scratch) / CIFAR100.base_folder, parent / CIFAR100.base_folder)
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"CIFAR-100 is not under {parent} and its download failed ({_one_line(error)}); "
             f"unpack cifar-100-python.tar.gz into {parent} by hand"
         ) from None
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """A tar archive of files and folders. Raises DataError, and unpacks nothing, for a link or one that leaves."""
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                inside = (folder / member.name).resolve().is_relative_to(folder.resolve())
+                if not inside or not (member.isfile() or member.isdir()):
+                    kind = "is a link or a device" if inside else "leaves the folder that it is unpacked into"
+                    raise DataError(f"{archive} is refused, nothing is unpacked: its member '{member.name}' {kind}")
+            tar.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    except tarfile.TarError as error:
+        raise DataError(f"{archive} is cut off or no tar archive ({_one_line(error)})") from None
 
 
 def _move_folder(source: Path, target: Path) -> None:
@@ -599,6 +616,12 @@ def _collate(items: list) -> list | DataError:
     return errors[0] if errors else torch.utils.data.default_collate(items)
 
 
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and SLURM signal every process of a job: a worker goes on until its training loop is done with it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _iterate(
     read: RandomCrops | CentreCrop, batches: Iterable[Sequence[int]], workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -607,6 +630,7 @@ def _iterate(
         batch_sampler=[torch.as_tensor(batch).tolist() for batch in batches],
         num_workers=workers,
         collate_fn=_collate,
+        worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
         generator=torch.Generator(),  # of its own: the loader draws a number, which must not touch the run's state

@@ -123,7 +123,7 @@ def test_cifar100_failed_download_leaves_nothing(tmp_path, monkeypatch):
     def refuse(*args, **options):
         raise OSError("no route\nto host")
 
-    monkeypatch.setattr(data.CIFAR100, "download", refuse)
+    monkeypatch.setattr(data, "download_url", refuse)
     with pytest.raises(DataError, match=r"download failed \(no route to host\); unpack .* by hand"):
         data.load("cifar100", tmp_path, "train")
     assert not list(tmp_path.iterdir())
