@@ -32,9 +32,15 @@ def say(text: str) -> None:
     if _muted:
         return
     if _terminal():
-        tqdm.write(text)
+        tqdm.write(printable(text))
     else:
-        print(text, flush=True)
+        print(printable(text), flush=True)
+
+
+def printable(text: str) -> str:
+    """`text`, with a question mark for what standard output cannot encode (± where the locale is ASCII only)."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def mute() -> None:
