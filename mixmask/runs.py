@@ -107,25 +107,30 @@ def _checked(result: Any, path: Path) -> dict[str, Any]:
 def read_log(directory: str | Path) -> list[dict[str, Any]]:
     """The lines of log.jsonl, or of log.jsonl.gz (results/); a last line that a crash cut short is left out.
 
-    Raises UserError where the file cannot be read, and for a line that is not JSON.
+    Raises UserError where the file cannot be read, and for a line that is not JSON or has no step.
     """
     path = Path(directory) / "log.jsonl"
     if not path.exists():
         path = path.with_name("log.jsonl.gz")
-    lines = []
-    for number, text in enumerate(_text(path).split("\n")[:-1], 1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            raise UserError(f"{path}, line {number}: not valid JSON; delete the line to go on without it") from None
-    return lines
+    texts = _text(path).split("\n")[:-1]
+    return [_log_line(text, f"{path}, line {number}") for number, text in enumerate(texts, 1)]
+
+
+def _log_line(text: str, where: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        raise UserError(f"{where}: not valid JSON; delete the line to go on without it") from None
+    if not isinstance(line, dict) or "step" not in line:
+        raise UserError(f"{where}: no 'step' in it; delete the line to go on without it")
+    return line
 
 
 def _text(path: Path) -> str:
     """The text of a file, unpacked where its name ends in .gz; nothing where there is no such file."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            return file.read()
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            return file.read().decode(errors="replace")  # a damaged line is named by its number
     except FileNotFoundError:
         return ""
     except (OSError, EOFError) as error:  # a packed file that is cut short ends too early
@@ -191,8 +196,13 @@ class Run:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
-            except OSError:
+            except BlockingIOError:
                 time.sleep(0.05)
+            except OSError as error:  # a file system without locks
+                self._lock.close()
+                raise UserError(
+                    f"cannot lock {self.directory} ({error.strerror}); give a --run-dir elsewhere"
+                ) from None
         self._lock.close()
         raise UserError(f"another process is working on {self.directory}; wait for it, or stop it first")
 
