@@ -1,0 +1,1 @@
+"""From a pre-trained backbone to object detection: conversion, and training with Detectron2."""

@@ -1,0 +1,275 @@
+"""Train a detector on a pre-trained backbone: Faster R-CNN on VOC, Mask R-CNN on COCO (Section 4.5, Table 7).
+
+Example:
+    python detection/convert.py runs/pretrain/RUN/checkpoint.pt backbone.pkl
+    python detection/train.py --config detection/configs/voc.yaml --weights backbone.pkl --set seed=1
+    torchrun --nproc-per-node 8 detection/train.py --config detection/configs/coco.yaml --weights backbone.pkl
+
+Needs Detectron2 (`make detectron2`) and the data sets (docs/detection.md). Weights that do not fit the recipe, and data
+sets that are not whole, are refused before training. The same command resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from detection import datasets, weights  # noqa: E402
+from mixmask import checkpoint, distributed  # noqa: E402
+from mixmask import config as configs  # noqa: E402
+from mixmask.config import ConfigError, Detection, UserError  # noqa: E402
+from mixmask.distributed import Follower  # noqa: E402
+from mixmask.interrupt import Interrupt  # noqa: E402
+from mixmask.optim import pick_device  # noqa: E402
+from mixmask.progress import Progress, say  # noqa: E402
+from mixmask.randomness import seed_globals  # noqa: E402
+from mixmask.runs import Run, previous_checkpoint, read_log, run_directory  # noqa: E402
+
+
+def train(config: Detection, backbone: weights.Weights, directory: Path) -> dict[str, Any]:
+    """Train and test a detector on `backbone`; returns what result.json holds.
+
+    Raises UserError for bad configs, weights and data, and when the loss is no longer finite.
+    """
+    weights.check_recipe(config.detectron2, backbone.note)
+    detectron = detectron2()
+    world = distributed.find()
+    device = world.device(pick_device(config.run.device))
+    datasets.check_batches(config, world.size)
+    cfg = detectron.settings(config, device)
+    check_norm(cfg.MODEL.RESNETS.NORM, device, world.size)
+    with distributed.start(world, device), (Follower if world.rank else Run)(directory, config) as run:
+        with distributed.first():
+            found = run.result
+        if found is not None:
+            say(f"{run.id} is finished: {summary(found)}; nothing to do")
+            return found
+        with distributed.first():
+            *found, notes = datasets.prepare(config, directory)
+        task, model = detectron.task(config, cfg, *found), detectron.build(cfg, config.seed, backbone)
+        state = State(model, *detectron.optimisation(cfg, model))
+        run.describe()
+        with distributed.first():
+            resume(run, state)
+        distributed.agreed(model.state_dict(), state.step)
+        norm = detectron.norm_used(cfg, world.size)
+        say(header(run, task, backbone, norm, notes, state.step))
+        if state.step < cfg.SOLVER.MAX_ITER:
+            learn(run, task, state)
+        metrics = test(run, task, state)
+        if world.rank == 0:
+            save(run, config, state)
+            about = {"norm": norm, "processes": world.size, "notes": notes, "detectron2": detectron.version()}
+            run.finish(result(run, config, backbone, metrics, device) | about)
+            previous_checkpoint(run.checkpoint).unlink(missing_ok=True)  # 270 MB that nothing needs any more
+            say(f"{run.id} is finished: {summary(run.result)}")
+        distributed.barrier()
+        return run.result
+
+
+@dataclasses.dataclass
+class State:
+    """Everything that the next iteration depends on."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    step: int = 0  # iterations done
+
+
+def detectron2() -> Any:
+    """The module that uses Detectron2. Raises UserError where that is not installed."""
+    if importlib.util.find_spec("detectron2") is None:
+        raise UserError("detection needs Detectron2, which is not installed: make detectron2 (docs/detection.md)")
+    from detection import model
+
+    return model
+
+
+def check_norm(norm: str, device: torch.device, processes: int) -> None:
+    """Raises ConfigError for PyTorch's SyncBN between CPUs, which it does not do."""
+    if norm == "SyncBN" and processes > 1 and device.type == "cpu":
+        raise ConfigError("detectron2.MODEL.RESNETS.NORM: SyncBN between processes needs GPUs; expected naiveSyncBN")
+
+
+def learn(run: Run, task: Any, state: State) -> None:
+    """The iterations from `state.step` to the last one, with their log, checkpoints and tests on the way."""
+    config, last = task.config, task.cfg.SOLVER.MAX_ITER
+    detectron = detectron2()
+    batches = detectron.training_batches(task, "train", state.step)
+    progress, clock = Progress(last, "training", state.step), Clock()
+    with Interrupt() as interrupt, detectron.EventStorage(state.step):
+        while state.step < last:
+            step, batch = state.step, clock.wait(batches)
+            seed_globals(config.seed, "detection", step, distributed.rank())  # which anchors and regions are sampled
+            losses = state.model(batch)
+            loss = sum(losses.values())
+            state.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            distributed.average(state.model)
+            rate = state.optimizer.param_groups[0]["lr"]
+            state.optimizer.step()
+            state.scheduler.step()
+            state.step += 1
+
+            clock.images += task.cfg.SOLVER.IMS_PER_BATCH
+            at_end = state.step == last
+            if step % config.run.log_every == 0 or at_end:
+                parts = {name: part.detach() for name, part in losses.items()}
+                values = finite(distributed.mean({"loss": loss.detach(), **parts}), run, step)
+                run.log("step", step, **values, lr=rate, timing=clock.timing())
+                progress.step(loss=f"{values['loss']:.3f}")
+                if step % max(1, last // 20) < config.run.log_every or at_end:
+                    say(f"iteration {state.step}/{last}  loss {values['loss']:.4f}  lr {rate:g}")
+            else:
+                progress.step()
+            due = distributed.rank() == 0 and clock.due(config.run.checkpoint_minutes)
+            stop, due = distributed.anywhere(interrupt.requested, due)
+            if (stop or due or at_end) and distributed.rank() == 0:
+                save(run, config, state)
+            if stop and not at_end:
+                raise KeyboardInterrupt
+            if config.eval_every and state.step % config.eval_every == 0 and not at_end:
+                test(run, task, state)
+    progress.close()
+
+
+def test(run: Run, task: Any, state: State) -> dict[str, float]:
+    """AP of the weights as they are, with BatchNorm's precise statistics; into the log as well."""
+    start, detectron = time.perf_counter(), detectron2()
+    detectron.precise_statistics(state.model, task)
+    metrics = detectron.evaluate(state.model, task)
+    run.log("test", state.step - 1, **metrics, timing={"seconds": round(time.perf_counter() - start, 3)})
+    say(f"iteration {state.step}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+    return metrics
+
+
+def resume(run: Run, state: State) -> None:
+    """Fill `state` from the last checkpoint, where there is one; log lines after it are dropped."""
+    saved = checkpoint.load_last(run.checkpoint)
+    if saved is None:
+        run.rewind(-1)
+        return
+    checkpoint.load_weights(state.model, saved["model"], run.checkpoint)
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.scheduler.load_state_dict(saved["scheduler"])
+    state.step = saved["step"]
+    run.rewind(state.step)
+
+
+def save(run: Run, config: Detection, state: State) -> None:
+    """Write the state and the log to disk. Raises UserError, and saves nothing, where a weight is not finite."""
+    model = state.model.state_dict()
+    norm = nn.utils.get_total_norm([value for value in model.values() if value.is_floating_point()])
+    finite({"the norm of weights and buffers": norm}, run, state.step - 1)
+    run.sync()
+    optimisation = {"optimizer": state.optimizer.state_dict(), "scheduler": state.scheduler.state_dict()}
+    about = {"run": run.id, "config": configs.to_dict(config), "step": state.step}
+    checkpoint.save(run.checkpoint, {**about, "model": model, **optimisation})
+
+
+def finite(values: dict[str, Tensor], run: Run, step: int) -> dict[str, float]:
+    """The values as numbers. Raises UserError when one is not finite."""
+    numbers = {name: float(value) for name, value in values.items()}
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise UserError(f"{run.id}: {name} is {number} at step {step}; stopped, the last checkpoint is intact")
+    return numbers
+
+
+class Clock:
+    """Images, seconds, and seconds spent waiting for data since the last log line."""
+
+    def __init__(self) -> None:
+        self.last_due = time.perf_counter()
+        self.start()
+
+    def start(self) -> None:
+        self.images, self.waited, self.started = 0, 0.0, time.perf_counter()
+
+    def wait(self, batches: Any) -> list:
+        before = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - before
+        return batch
+
+    def timing(self) -> dict[str, float]:
+        """seconds, images_per_second and data_wait (a share, 0 to 1) since the last call."""
+        seconds = time.perf_counter() - self.started
+        numbers = {"images_per_second": round(self.images / seconds, 2), "data_wait": round(self.waited / seconds, 4)}
+        self.start()
+        return {"seconds": round(seconds, 3), **numbers}
+
+    def due(self, minutes: float) -> bool:
+        """Whether so many minutes have passed since the start or since this last said yes."""
+        if time.perf_counter() - self.last_due <= 60 * minutes:
+            return False
+        self.last_due = time.perf_counter()
+        return True
+
+
+def result(
+    run: Run, config: Detection, backbone: weights.Weights, metrics: dict[str, float], device: torch.device
+) -> dict[str, Any]:
+    """What result.json holds: the metrics of the last iteration, in percent, and whose weights it began with."""
+    run.sync()
+    seconds = sum(line["timing"]["seconds"] for line in read_log(run.directory))
+    return {
+        "run": run.id,
+        "checkpoint": config.checkpoint,
+        "metrics": {name: value for name, value in metrics.items() if name != "detections"},
+        "detections": metrics["detections"],
+        "iterations": config.detectron2["SOLVER"]["MAX_ITER"],
+        "seed": config.seed,
+        "weights": {"sha256": backbone.note["sha256"], "tensors": len(backbone.tensors), "dropped": backbone.dropped},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "timing": {"seconds": round(seconds, 1)},
+    }
+
+
+def summary(result: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in result["metrics"].items())
+
+
+def header(run: Run, task: Any, backbone: weights.Weights, norm: str, notes: list[str], step: int) -> str:
+    solver, dropped = task.cfg.SOLVER, ", ".join(f"{what} {count}" for what, count in backbone.dropped.items())
+    return (
+        f"{run.id}" + (f" (resumed after iteration {step})" if step else "") + "\n"
+        f"  weights of {task.config.checkpoint}: {len(backbone.tensors)} tensors set, dropped: {dropped or 'none'}; "
+        f"at random: {', '.join(weights.NEW)}\n"
+        f"  {task.config.task}: {len(task.images)} training images; total batch {solver.IMS_PER_BATCH}, "
+        f"{solver.MAX_ITER} iterations, lr {solver.BASE_LR:g} (used as it is); {norm}"
+        + "".join(f"\n  note: {note}" for note in notes)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="detection/configs/voc.yaml or coco.yaml")
+    parser.add_argument("--weights", required=True, type=Path, help="a .pkl that detection/convert.py wrote")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="replace keys of the recipe"
+    )
+    parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/detection/<name of the run>")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
+    args = parser.parse_args()
+    config = configs.load(args.config, configs.parse_overrides(args.set), Detection)
+    backbone = weights.read(args.weights)
+    config = dataclasses.replace(config, checkpoint=backbone.note["identity"])
+    train(config, backbone, args.run_dir or run_directory(args.runs_dir, "detection", config))
+
+
+if __name__ == "__main__":
+    configs.main_guard(main)
