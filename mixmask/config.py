@@ -313,6 +313,9 @@ class Detection:
             raise ConfigError(f"detectron2.{key}: is given by {own[key]}")
 
 
+Config = Pretrain | KNNEval | Linear | Finetune | Convert | Detection  # of a stage
+
+
 # ------------------------------------------------------------------------------------- from mapping to dataclass
 
 T = TypeVar("T")

@@ -39,8 +39,10 @@ class Cell:
     origin: Literal["own", "cited", "unclear"] = "own"  # where the published value comes from
     source: str = ""  # of a value that is not the paper's own
     recipe: str = ""  # pretrain/configs/<recipe>.yaml; empty: the method is not implemented here
+    checkpoint: str = ""  # paper/checkpoints.yaml: a public one that can take the pre-training's place
     overrides: Mapping[str, Any] = field(default_factory=dict)  # dotted keys of that recipe
-    seeds: int  # 0, 1, ... seeds - 1
+    seeds: int  # of the pre-training: 0, 1, ... seeds - 1
+    repeats: int = 1  # of the evaluation, for each pre-training
     metric: str  # full name, protocol included, in the result of the last stage
     evaluation: str = ""  # <stage>/<its recipe>; empty: the metric is the pre-training's own
     note: str = ""  # what a reader of our number must know

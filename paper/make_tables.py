@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,30 @@ sys.path.insert(0, str(ROOT))
 import pandas as pd  # noqa: E402
 
 from mixmask.config import ConfigError, UserError, main_guard  # noqa: E402
-from mixmask.runs import read_result, write_atomically  # noqa: E402
+from mixmask.runs import ResultError, read_result, write_atomically  # noqa: E402
 from paper import settings  # noqa: E402
 from paper.cells import Cell, Heading, Table, select, tables  # noqa: E402
 from paper.markup import Footnotes, Sheet, latex, markdown  # noqa: E402
-from paper.presets import Budget, budget, directory, metric, not_built, presets, steps  # noqa: E402
+from paper.presets import Budget, budget, chains, directory, metric, missing_file, notes, presets  # noqa: E402
 
 NONE = "–"  # nothing is published
 NO_RUN = "no run yet"
+UNREADABLE = "unreadable result"
 NOT_IMPLEMENTED = "not implemented"
+PUBLIC_ONLY = "public checkpoint, no run yet"
 NOT_COMPARABLE = "not comparable"
 NOISE = 2  # standard deviations of ours within which a difference counts as noise
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the runs, write the three files of each table, print the Markdown."""
+    """Read the runs, write the three files of each table, print the Markdown.
+
+    Raises UserError, when all is written, where a result could not be read: its cell says so.
+    """
     options = _parse(arguments)
     chosen = [options.preset] if options.preset else list(presets())
     budgets = [budget(name, options.set) for name in chosen]
+    unreadable: dict[str, None] = {}  # each reason once
     for name in _names(options.targets):
         if name in settings.names():
             frame = settings.collect(name)
@@ -49,10 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             frame = collect(tables()[name], budgets, Path(options.runs_dir))
             sheet, csv = numbers(tables()[name], frame), numbers_csv(frame)
+            unreadable |= dict.fromkeys(frame.loc[frame["state"] == UNREADABLE, "note"])
         print(markdown(sheet))
         for path in write(sheet, csv, Path(options.out)):
             print(f"written: {path}")
         print()
+    if unreadable:
+        raise UserError("; ".join(unreadable))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -87,29 +96,37 @@ def _names(targets: Sequence[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- reading
 
 
-def collect(table: Table, budgets: Iterable[Budget], runs_dir: Path) -> pd.DataFrame:
+def collect(table: Table, budgets: Sequence[Budget], runs_dir: Path) -> pd.DataFrame:
     """One row a cell: the published value, and ours from the first of `budgets` that has runs.
 
     ours_mean, ours_std (over seeds, n - 1 in the denominator; empty for one seed), n, preset, difference (empty
     where the preset is not the paper's) and verdict, metric (of ours, where there is a run), epochs (of our
-    pre-training), runs.
+    pre-training), runs; state, where there is no number of ours.
     """
-    rows = []
-    for cell in table.cells:
+    return pd.DataFrame([{**_published(cell), **_ours(cell, budgets, runs_dir)} for cell in table.cells])
+
+
+def _ours(cell: Cell, budgets: Sequence[Budget], runs_dir: Path) -> dict[str, Any]:
+    """A result that cannot be read leaves its own cell empty, with the reason, and no other."""
+    try:
         ours = next((runs for runs in (_runs(cell, b, runs_dir) for b in budgets) if len(runs)), None)
-        rows.append({**_published(cell), **(_nothing() if ours is None else _summary(cell, ours))})
-    return pd.DataFrame(rows)
+    except ResultError as error:
+        return {**_nothing(), "state": UNREADABLE, "note": str(error)}
+    if ours is not None:
+        return _summary(cell, ours)
+    waiting = PUBLIC_ONLY if cell.checkpoint else NOT_IMPLEMENTED
+    return {**_nothing(), "state": waiting if missing_file(cell, budgets[0]) else NO_RUN}
 
 
 def _runs(cell: Cell, budget: Budget, runs_dir: Path) -> pd.DataFrame:
     """The finished runs of `cell`, one row a seed."""
     rows = []
-    for seed in budget.seeds(cell) if cell.recipe and not not_built(cell) else []:
-        chain = steps(cell, seed, budget)
+    for chain in chains(cell, budget):
         where, name = directory(runs_dir, chain[-1]), metric(cell, chain)
         result = read_result(where)
         if result is not None:
-            run = {"run": where.name, "epochs": chain[0].config.epochs, "budget": budget}
+            epochs = chain[0].config.epochs if chain[0].stage == "pretrain" else None
+            run = {"run": where.name, "epochs": epochs, "budget": budget, "labels": result.get("labels", "")}
             rows.append({"value": _metric(result, name, where), "metric": name, **run})
     return pd.DataFrame(rows)
 
@@ -118,12 +135,13 @@ def _metric(result: dict[str, Any], name: str, where: Path) -> float:
     try:
         return float(result["metrics"][name])
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{where / 'result.json'}: no metric '{name}'; move the run away to run it again") from None
+        reason = f"no metric '{name}'; move the run away to run it again"
+        raise ResultError(f"{where / 'result.json'}: {reason}") from None
 
 
 def _published(cell: Cell) -> dict[str, Any]:
     keys = ("row", "column", "published", "origin", "source", "metric", "note")
-    values = {"cell": cell.id, **{key: getattr(cell, key) for key in keys}, "implemented": bool(cell.recipe)}
+    values = {"cell": cell.id, **{key: getattr(cell, key) for key in keys}, "state": ""}
     return values if cell.published is not None else {**values, "origin": ""}
 
 
@@ -142,6 +160,7 @@ def _summary(cell: Cell, runs: pd.DataFrame) -> dict[str, Any]:
         "preset": budget.label,
         "difference": difference,
         "verdict": verdict(difference, std) if cell.published is not None else "",
+        "note": "; ".join(filter(None, [notes(cell, budget), *runs["labels"].unique()])),
         "metric": runs["metric"].iloc[0],
         "epochs": runs["epochs"].iloc[0],
         "runs": " ".join(runs["run"]),
@@ -217,7 +236,7 @@ def _triple(cell: pd.Series | None, notes: Footnotes) -> tuple[str, str, str]:
     origin = "" if cell["origin"] in ("own", "") else f"published value {cell['origin']}: {cell['source']}"
     published = f"{cell['published']:.1f}" + notes.marks([origin]) if pd.notna(cell["published"]) else NONE
     if not cell["n"]:
-        return published, NO_RUN if cell["implemented"] else NOT_IMPLEMENTED, ""
+        return published, cell["state"], ""
     spread = f" ± {cell['ours_std']:.1f}" if cell["n"] > 1 else ""
     ours = f"{cell['ours_mean']:.1f}{spread} ({cell['preset']}, n = {cell['n']})"
     compared = f"{cell['difference']:+.1f} ({cell['verdict']})" if pd.notna(cell["difference"]) else cell["verdict"]

@@ -1,6 +1,8 @@
 """A cell under a preset and the user's --set -> the stages to run, each as a validated config. No torch here.
 
-The order in which values are laid over a recipe: the cell's overrides, the preset's, the user's.
+The order in which values are laid over a recipe: the cell's overrides, the preset's, the user's. A cell's stages are a
+chain, each reading what the one before has made: pretrain -> linear, pretrain -> finetune, pretrain -> convert ->
+detection. A public checkpoint (paper/checkpoints.yaml) takes the pre-training's place where the user names its file.
 """
 
 from __future__ import annotations
@@ -16,26 +18,35 @@ from typing import Any
 from mixmask import config as configs
 from mixmask.config import ConfigError, build, flatten, nearest, read_yaml
 from mixmask.metrics import pretraining_metric
-from mixmask.runs import run_id
+from mixmask.runs import file_identity, run_id
 from paper.cells import ROOT, Cell
-
-# Where a run's number cannot change: overriding these leaves a paper-budget run one.
-NEUTRAL = ("run.", "linear.run.", "cluster.", "knn.every")
+from paper.checkpoints import public_checkpoints
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: the script that runs it, the folder of its recipes, the class of its configs."""
+    """A stage: the script that runs it, where its recipes are, the class of its configs, what it reads and makes."""
 
     script: str
-    recipes: str
+    recipes: str  # empty: it has none
     config: type
+    after: str = ""  # the stage whose product it reads
+    takes: str = "--checkpoint"  # the option that names this product; empty: the first argument, before its own product
+    gives: str = "checkpoint.pt"  # its own product, in its run directory
 
 
 STAGES = {
     "pretrain": Stage("pretrain/train.py", "pretrain/configs", configs.Pretrain),
-    "linear": Stage("eval/linear.py", "eval/configs", configs.Linear),
+    "linear": Stage("eval/linear.py", "eval/configs", configs.Linear, after="pretrain"),
+    "finetune": Stage("eval/finetune.py", "eval/configs", configs.Finetune, after="pretrain"),
+    "convert": Stage("detection/convert.py", "", configs.Convert, "pretrain", takes="", gives="backbone.pkl"),
+    "detection": Stage("detection/train.py", "detection/configs", configs.Detection, "convert", takes="--weights"),
 }
+
+CONVERT = {"recipe": "convert", "target": "detectron2"}  # the config of the stage without recipes
+
+# Where a run's number cannot change: overriding these leaves a paper-budget run one.
+NEUTRAL = ("run.", *(f"{stage}.run." for stage in STAGES), "cluster.", "checkpoints.", "knn.every")
 
 
 @dataclass(frozen=True)
@@ -60,14 +71,20 @@ class Preset:
     values: Mapping[str, Mapping[str, Any]]  # by stage/recipe
     cluster: Mapping[str, Any]
 
-    def shortened(self, recipe: str, epochs: int) -> int:
+    def shortened(self, target: str, recipe: str, epochs: int) -> int:
         """Pre-training epochs of `recipe` in place of the paper's `epochs`."""
-        return next(rule for pattern, rule in self.epochs.items() if fnmatch.fnmatchcase(recipe, pattern))(epochs)
+        return next(rule for pattern, rule in self.epochs.items() if _fits(pattern, target, recipe))(epochs)
 
-    def over(self, stage: str, recipe: str) -> dict[str, Any]:
+    def over(self, target: str, stage: str, recipe: str) -> dict[str, Any]:
         """What the preset lays over `recipe`: the values of every pattern that fits, the later over the earlier."""
-        fitting = (v for pattern, v in self.values.items() if fnmatch.fnmatchcase(f"{stage}/{recipe}", pattern))
+        fitting = (v for pattern, v in self.values.items() if _fits(pattern, target, f"{stage}/{recipe}"))
         return {key: value for values in fitting for key, value in values.items()}
+
+
+def _fits(pattern: str, target: str, name: str) -> bool:
+    """Whether `name` fits the pattern, which may begin with the only tables and figures that it is for: `table6:`."""
+    targets, colon, rest = pattern.rpartition(":")
+    return fnmatch.fnmatchcase(name, rest) and (not colon or fnmatch.fnmatchcase(target, targets))
 
 
 @dataclass(frozen=True)
@@ -105,10 +122,11 @@ class Step:
     """One run that a cell needs: the resolved config, and how to say it on a command line."""
 
     stage: str
-    recipe: str  # path, relative to the repository
+    recipe: str  # path, relative to the repository; empty: the stage has none
     overrides: Mapping[str, Any]  # where the config differs from the recipe
-    config: configs.Pretrain | configs.Linear
+    config: configs.Config
     notes: tuple[str, ...] = ()
+    source: str = ""  # the public checkpoint that it reads, where no run comes before it
 
 
 @functools.cache
@@ -129,12 +147,23 @@ def budget(preset: str, settings: Iterable[str] = ()) -> Budget:
     by_stage: dict[str, dict[str, Any]] = {}
     for key, value in configs.parse_overrides(settings).items():
         stage, _, rest = key.partition(".")
-        if stage not in (*STAGES, "cluster") or not rest:
+        if stage not in (*STAGES, "cluster", "checkpoints") or not rest:
             stage, rest = "pretrain", key
         if stage != "pretrain" and rest in ("seed", "checkpoint"):
             raise ConfigError(f"--set {key}: an evaluation takes it from its pre-training; set the pre-training's seed")
+        if stage == "checkpoints":
+            value = _existing(rest, value)
         by_stage.setdefault(stage, {})[rest] = value
     return Budget(presets()[preset], by_stage)
+
+
+def _existing(name: str, path: Any) -> str:
+    """The file of the public checkpoint `name`. Raises ConfigError for an unknown name, and where there is no file."""
+    if name not in public_checkpoints():
+        raise ConfigError(f"--set checkpoints.{name}: unknown{nearest(name, public_checkpoints())}")
+    if not isinstance(path, str) or not Path(path).is_file():
+        raise ConfigError(f"--set checkpoints.{name}: no such file: {path} ({public_checkpoints()[name].hint})")
+    return path
 
 
 def _prefixed(settings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Any]]:
@@ -145,27 +174,74 @@ def _prefixed(settings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Any]
     ]
 
 
-def steps(cell: Cell, seed: int, budget: Budget) -> tuple[Step, ...]:
-    """The pre-training of `cell`, and the evaluation that gives its metric. Raises ConfigError for a wrong key.
+def chains(cell: Cell, budget: Budget) -> list[tuple[Step, ...]]:
+    """The chains of runs that measure `cell`, one a value: of each pre-training seed, each repeat of the last stage."""
+    repeats = min(cell.repeats, budget.preset.seeds)
+    wanted = ((seed, seed * repeats + repeat) for seed in budget.seeds(cell) for repeat in range(repeats))
+    return [chain for seed, last in wanted if (chain := steps(cell, seed, budget, last))]
 
-    Nothing for a method that is not implemented; the pre-training alone where the evaluation's stage is not built.
+
+def steps(cell: Cell, seed: int, budget: Budget, last_seed: int | None = None) -> tuple[Step, ...]:
+    """One chain: the pre-training of `cell`, and what leads from it to the metric. Raises ConfigError for a wrong key.
+
+    last_seed: of the evaluation, where it is not the pre-training's. Nothing where there is neither a recipe nor a
+    public checkpoint at hand.
     """
-    if not cell.recipe:
+    source = public_file(cell, budget)
+    if source is None and not cell.recipe:
         return ()
-    pretraining = _pretraining(cell, seed, budget)
-    if not cell.evaluation or not_built(cell):
-        return (pretraining,)
+    pretraining = _pretraining(cell, seed, budget) if source is None else None
+    whose = run_id(pretraining.config) if pretraining else file_identity(source)
+    last_seed = seed if last_seed is None else last_seed
+    chain = [
+        _evaluation(cell, stage, name, last_seed if name else seed, whose, budget) for stage, name in _evaluations(cell)
+    ]
+    if pretraining:
+        return pretraining, *chain
+    return dataclasses.replace(chain[0], source=str(source)), *chain[1:]
+
+
+def public_file(cell: Cell, budget: Budget) -> Path | None:
+    """The public checkpoint that takes the place of the pre-training of `cell`, where the user has named its file."""
+    path = budget.settings.get("checkpoints", {}).get(cell.checkpoint)
+    return None if path is None else Path(path)
+
+
+def missing_file(cell: Cell, budget: Budget) -> str:
+    """What keeps `cell` from being measured: it has no recipe, and its public checkpoint has not been named."""
+    if cell.recipe or public_file(cell, budget):
+        return ""
+    if not cell.checkpoint:
+        return "this method is not implemented here, its published value is all there is"
+    return f"no pre-training of ours; --set checkpoints.{cell.checkpoint}=PATH measures the public checkpoint: " + (
+        public_checkpoints()[cell.checkpoint].hint
+    )
+
+
+def notes(cell: Cell, budget: Budget) -> str:
+    """What a reader of our number must know."""
+    public = public_checkpoints()[cell.checkpoint].note if public_file(cell, budget) else ""
+    return "; ".join(filter(None, [cell.note, public]))
+
+
+def _evaluations(cell: Cell) -> list[tuple[str, str]]:
+    """(stage, recipe) of all that comes after the pre-training; a stage in between has no recipe."""
     stage, _, name = cell.evaluation.partition("/")
-    overrides = {**budget.preset.over(stage, name), **budget.settings.get(stage, {}), "seed": seed}
-    evaluation = _step(stage, name, overrides)
-    config = dataclasses.replace(evaluation.config, checkpoint=run_id(pretraining.config))
-    return pretraining, dataclasses.replace(evaluation, config=config)
+    found: list[tuple[str, str]] = []
+    while stage and stage != "pretrain":
+        if stage not in STAGES:
+            raise ConfigError(f"{cell.id}: evaluation: unknown stage '{stage}'{nearest(stage, STAGES)}")
+        found.insert(0, (stage, "" if found else name))
+        stage = STAGES[stage].after
+    return found
 
 
-def not_built(cell: Cell) -> str:
-    """The stage that would give the metric of `cell`, where there is no such stage yet; else nothing."""
-    stage = cell.evaluation.partition("/")[0]
-    return "" if stage in ("", *STAGES) else stage
+def _evaluation(cell: Cell, stage: str, name: str, seed: int, whose: str, budget: Budget) -> Step:
+    if not name:
+        return Step(stage, "", {}, build(STAGES[stage].config, {**CONVERT, "seed": seed, "checkpoint": whose}))
+    overrides = {**budget.preset.over(cell.target, stage, name), **budget.settings.get(stage, {}), "seed": seed}
+    step = _step(stage, name, overrides)
+    return dataclasses.replace(step, config=dataclasses.replace(step.config, checkpoint=whose))
 
 
 def metric(cell: Cell, chain: tuple[Step, ...]) -> str:
@@ -179,8 +255,8 @@ def metric(cell: Cell, chain: tuple[Step, ...]) -> str:
 
 def _pretraining(cell: Cell, seed: int, budget: Budget) -> Step:
     values, preset = _recipe("pretrain", cell.recipe), budget.preset
-    epochs = preset.shortened(cell.recipe, cell.overrides.get("epochs", values["epochs"]))
-    overrides = {**cell.overrides, "epochs": epochs, **preset.over("pretrain", cell.recipe)}
+    epochs = preset.shortened(cell.target, cell.recipe, cell.overrides.get("epochs", values["epochs"]))
+    overrides = {**cell.overrides, "epochs": epochs, **preset.over(cell.target, "pretrain", cell.recipe)}
     notes = _clamp_grid(values, overrides)
     return _step("pretrain", cell.recipe, {**overrides, **budget.settings.get("pretrain", {}), "seed": seed}, notes)
 

@@ -3,14 +3,19 @@
 The forward pass is counted convolution by convolution (2 FLOP per multiply-add; ResNet-18 at 32x32: 1.11 GFLOP,
 ResNet-50 at 224x224: 8.2 GFLOP); a pass with gradient costs three forward passes. The rates are those of published
 training on one A100 in mixed precision: ResNet-50 at 224, 2,025 images/s supervised (bandwidth-bound), 49 TFLOP/s;
-ResNet-18 at 32, 77 TFLOP/s. For fp32 recipes half of them is assumed, and 0.05 TFLOP/s for two CPU cores.
+ResNet-18 at 32, 77 TFLOP/s. For fp32 recipes half of them is assumed, and 0.05 TFLOP/s for two CPU cores. Detection
+is taken from Detectron2's model zoo: R50-C4 needs 0.55 to 0.58 s an iteration of 16 images on 8 V100, and an A100 is
+taken as two of them.
 """
 
 from __future__ import annotations
 
 import functools
 
-from mixmask.config import Backbone, Linear, Pretrain
+from mixmask.config import Backbone, Config, Convert, Detection, Finetune, Linear, Pretrain
+
+DETECTION = 0.57 * 8 / 16 / 2 / 3600  # hours an image of a training iteration, on one A100
+CONVERSION = 0.01  # hours, anywhere
 
 ASSUMPTION = (
     "estimate: counted FLOPs on one A100 at an assumed 49 (ResNet-50) or 77 (ResNet-18) TFLOP/s in bf16, "
@@ -21,6 +26,7 @@ CPU_TERAFLOPS = 0.05
 
 IMAGES = {"cifar100": (50_000, 10_000), "tiny_imagenet": (100_000, 10_000), "imagenet": (1_281_167, 50_000)}
 PHOTOS = (2_000, 800)  # and other small sets: training, test
+RESNET50 = Backbone("resnet50", "imagenet", 64, 1)  # public checkpoints
 
 # Passes through the encoder per training image and step: (with gradient, forward only).
 CLEAN = {"moco": (1, 1), "simclr": (2, 0), "byol": (2, 2), "simsiam": (2, 0)}
@@ -68,19 +74,39 @@ def added_passes(config: Pretrain) -> float:
     return ADDED.get(config.method, 1)
 
 
-def linear_pflop(config: Linear, pretraining: Pretrain) -> float:
+def linear_pflop(config: Linear, backbone: Backbone) -> float:
     """PFLOP of a linear probe: forward passes only, of all images; every epoch's views, or once where cached."""
     passes = 1 if config.features == "cached" else config.epochs
-    return (
-        sum(IMAGES.get(config.dataset, PHOTOS))
-        * passes
-        * forward_gflop(pretraining.backbone, config.augment.size)
-        / 1e6
-    )
+    images = sum(IMAGES.get(config.dataset, PHOTOS))
+    return images * passes * forward_gflop(backbone, config.augment.size) / 1e6
 
 
-def hours(config: Pretrain | Linear, pretraining: Pretrain, gpus: int) -> float:
-    """Expected hours on one A100; on two CPU cores where `gpus` is 0."""
-    pflop = pretrain_pflop(config) if isinstance(config, Pretrain) else linear_pflop(config, pretraining)
-    rate = TERAFLOPS[pretraining.backbone.arch] / (1 if pretraining.precision == "bf16" else 2)
-    return pflop * 1e3 / (rate if gpus else CPU_TERAFLOPS) / 3600
+def finetune_pflop(config: Finetune, backbone: Backbone) -> float:
+    """PFLOP of a fine-tuning: the labelled images with gradient, the test images without, every epoch."""
+    train, test = IMAGES.get(config.dataset, PHOTOS)
+    passes = config.epochs * (3 * train * config.labels / 100 + test)
+    return passes * forward_gflop(backbone, config.augment.size) / 1e6
+
+
+def hours(config: Config, origin: Config, gpus: int) -> float:
+    """Expected hours on one A100; on two CPU cores where `gpus` is 0. `origin`: the first run of its chain."""
+    if isinstance(config, Convert):
+        return CONVERSION
+    if isinstance(config, Detection):
+        return detection_hours(config)
+    backbone = origin.backbone if isinstance(origin, Pretrain) else RESNET50
+    half = isinstance(origin, Pretrain) and origin.precision == "bf16"
+    rate = TERAFLOPS[backbone.arch] / (1 if half else 2)
+    return _pflop(config, backbone) * 1e3 / (rate if gpus else CPU_TERAFLOPS) / 3600
+
+
+def detection_hours(config: Detection) -> float:
+    """Expected hours on one A100; the small trials of the smoke preset take as long on the CPU."""
+    solver = config.detectron2["SOLVER"]
+    return solver["MAX_ITER"] * solver["IMS_PER_BATCH"] * DETECTION
+
+
+def _pflop(config: Config, backbone: Backbone) -> float:
+    if isinstance(config, Pretrain):
+        return pretrain_pflop(config)
+    return finetune_pflop(config, backbone) if isinstance(config, Finetune) else linear_pflop(config, backbone)

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixmask.config import Linear, Pretrain, UserError, build, read_yaml, within
+from mixmask import config as configs
+from mixmask.config import UserError, build, read_yaml, within
 from mixmask.runs import read_result
 from paper.cells import ROOT, Cell
-from paper.presets import STAGES, Budget, Step, directory, steps
+from paper.presets import STAGES, Budget, Step, chains, directory
 from slurm.cost import hours
 
 
@@ -42,7 +43,7 @@ class Job:
     """One run of one stage."""
 
     stage: str
-    config: Pretrain | Linear
+    config: configs.Config
     directory: Path  # the key
     command: tuple[str, ...]  # what a person would type, `python` first
     parents: tuple[Path, ...]  # directories of the runs it needs
@@ -83,27 +84,32 @@ def jobs(cells: Iterable[Cell], budget: Budget, runs_dir: Path) -> list[Job]:
     resources = cluster(budget)
     graph: dict[Path, Job] = {}
     for cell in cells:
-        for seed in budget.seeds(cell):
-            chain: list[Job] = []
-            for step in steps(cell, seed, budget):
-                chain.append(_job(step, cell, chain, resources, runs_dir))
-            for job in chain:
-                graph[job.directory] = _shared(graph.get(job.directory), job)
+        for chain in chains(cell, budget):
+            parent = None
+            for step in chain:
+                parent = _job(step, cell, chain[0].config, parent, resources, runs_dir)
+                graph[parent.directory] = _shared(graph.get(parent.directory), parent)
     return list(graph.values())
 
 
-def _job(step: Step, cell: Cell, chain: list[Job], resources: Cluster, runs_dir: Path) -> Job:
-    parents = tuple(job.directory for job in chain)
-    pretraining = chain[0].config if chain else step.config
+def _job(step: Step, cell: Cell, origin: configs.Config, parent: Job | None, resources: Cluster, runs_dir: Path) -> Job:
     where = directory(runs_dir, step)
-    words = ["python", STAGES[step.stage].script]
-    words += ["--checkpoint", str(parents[0] / "checkpoint.pt")] if parents else []
-    words += ["--config", step.recipe]
+    words = ("python", STAGES[step.stage].script, *_arguments(step, parent, where), "--run-dir", str(where))
+    parents = (parent.directory,) if parent else ()
+    expected = hours(step.config, origin, resources.gpus)
+    return Job(step.stage, step.config, where, words, parents, resources, expected, (cell.id,), step.notes)
+
+
+def _arguments(step: Step, parent: Job | None, where: Path) -> list[str]:
+    """What the stage reads, its recipe, and what differs from it."""
+    stage = STAGES[step.stage]
+    source = str(parent.directory / STAGES[parent.stage].gives) if parent else step.source
+    words = [stage.takes, source] if stage.takes else [source, str(where / stage.gives)]
+    words = words if source else []
+    words += ["--config", step.recipe] if step.recipe else []
     if step.overrides:
         words += ["--set", *(f"{key}={_yaml(value)}" for key, value in step.overrides.items())]
-    words += ["--run-dir", str(where)]
-    expected = hours(step.config, pretraining, resources.gpus)
-    return Job(step.stage, step.config, where, tuple(words), parents, resources, expected, (cell.id,), step.notes)
+    return words
 
 
 def _shared(known: Job | None, job: Job) -> Job:
@@ -123,10 +129,14 @@ def needed(jobs: Iterable[Job]) -> set[Path]:
     """
     jobs = list(jobs)
     inner = {(parent, cell) for job in jobs for parent in job.parents for cell in job.cells}
-    left = [job for job in jobs if job.state != "finished"]
-    last = {job.directory for job in left if any((job.directory, cell) not in inner for cell in job.cells)}
-    ancestors = {parent for job in left if job.directory in last for parent in job.parents}
-    return last | {job.directory for job in left if job.directory in ancestors}
+    wanted: set[Path] = set()
+    parents: set[Path] = set()  # of those
+    for job in reversed(jobs):  # children before their parents
+        last = any((job.directory, cell) not in inner for cell in job.cells)
+        if job.state != "finished" and (last or job.directory in parents):
+            wanted.add(job.directory)
+            parents.update(job.parents)
+    return wanted
 
 
 def make_folder(folder: Path) -> None:

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from mixmask.config import UserError, main_guard  # noqa: E402
 from paper.cells import WITHOUT_RUNS, Cell, select  # noqa: E402
-from paper.presets import Budget, budget, not_built, presets  # noqa: E402
+from paper.presets import Budget, budget, missing_file, notes, presets  # noqa: E402
 from slurm import cost, graph, local, squeue, status, submit  # noqa: E402
 from slurm.graph import Job  # noqa: E402
 
@@ -132,7 +132,7 @@ def print_header(cells: list[Cell], jobs: list[Job], chosen: Budget, targets: li
     print(f"preset  {chosen.label}: {chosen.preset.about}")
     print(f"cells   {len(cells)}")
     print(f"runs    {len(jobs)} distinct ({stages}): {states}")
-    for note in _notes(cells, jobs):
+    for note in _notes(cells, jobs, chosen):
         print(f"note    {note}")
     print(flush=True)
 
@@ -141,20 +141,13 @@ def _state(job: Job, wanted: set[Path]) -> str:
     return job.state if job.state == "finished" or job.directory in wanted else "not needed"
 
 
-def _notes(cells: list[Cell], jobs: list[Job]) -> list[str]:
-    notes: dict[str, list[str]] = {}
-    of_cells = [(cell.id, text) for cell in cells for text in (cell.note, _limit(cell)) if text]
+def _notes(cells: list[Cell], jobs: list[Job], chosen: Budget) -> list[str]:
+    """What a reader of the cells must know, and what keeps some from being launched."""
+    found: dict[str, list[str]] = {}
+    of_cells = [(cell.id, text) for cell in cells for text in (notes(cell, chosen), missing_file(cell, chosen)) if text]
     for name, text in of_cells + [(job.id, note) for job in jobs for note in job.notes]:
-        notes.setdefault(text, []).append(name)
-    return [f"{_some(names)}: {text}" for text, names in notes.items()]
-
-
-def _limit(cell: Cell) -> str:
-    """What of `cell` cannot be launched."""
-    if not cell.recipe:
-        return "this method is not implemented here, its published value is all there is"
-    stage = not_built(cell)
-    return f"the stage '{stage}' is not built yet: the pre-training is launched, nothing after it" if stage else ""
+        found.setdefault(text, []).append(name)
+    return [f"{_some(names)}: {text}" for text, names in found.items()]
 
 
 def _some(names: list[str]) -> str:

@@ -1,6 +1,7 @@
 """paper/cells: every number of Tables 1 to 7 and every curve of Figures 5 to 7, and the runs that they share."""
 
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from mixmask.config import ConfigError
 from mixmask.methods import METHODS
 from mixmask.objective import objective
 from mixmask.randomness import numpy_generator, torch_generator
+from mixmask.runs import file_sha256
 from paper import cells as cells_module
 from paper.cells import select, tables
-from paper.presets import budget, metric, not_built, steps
+from paper.presets import STAGES, budget, chains, metric, missing_file, steps
 from pretrain.train import build
 from slurm import graph
 
@@ -121,21 +123,66 @@ def test_same_is_the_reverse_permutation_and_different_a_random_one():
 def test_every_cell_resolves_under_every_preset_and_names_the_metric_that_the_papers_budget_measures():
     cells = select([])
     assert len({cell.id for cell in cells}) == len(cells)
+    lengths = {"": 1, "linear": 2, "finetune": 2, "detection": 3}
     for cell in cells:
-        evaluated = bool(cell.evaluation) and not not_built(cell)
         for preset in ("paper", "smoke"):
-            assert len(steps(cell, 0, budget(preset))) == (1 + evaluated if cell.recipe else 0)
-        if cell.recipe and not not_built(cell):
+            chain = steps(cell, 0, budget(preset))
+            assert len(chain) == (lengths[cell.evaluation.partition("/")[0]] if cell.recipe else 0)
+            assert [STAGES[step.stage].after for step in chain] == ["", *(step.stage for step in chain)][: len(chain)]
+        if cell.recipe:
             assert metric(cell, steps(cell, 0, budget("paper"))) == cell.metric
 
 
+def test_voc_is_trained_five_times_from_one_pretraining_and_coco_once():
+    runs = {cell.column: chains(cell, budget("paper")) for cell in select(["table7/moco/mixmask/*"])}
+    assert [len(runs[column]) for column in ("VOC detection: AP", "COCO detection: AP")] == [5, 1]
+    voc = runs["VOC detection: AP"]
+    assert [chain[-1].config.seed for chain in voc] == [0, 1, 2, 3, 4]
+    assert all(chain[:2] == voc[0][:2] for chain in voc)
+
+
+def test_a_public_checkpoint_takes_the_place_of_the_pretraining_and_its_number_says_so(tmp_path):
+    file = tmp_path / "swav_800ep_pretrain.pth.tar"
+    file.write_bytes(b"weights")
+    (cell,) = select(["table7/swav/coco/mask_AP"])
+    given = budget("paper", [f"checkpoints.swav={file}"])
+    assert "swav_800ep_pretrain.pth.tar, from https://github.com/" in missing_file(cell, budget("paper"))
+    assert not missing_file(cell, given) and given.replicates
+    ((convert, detect),) = chains(cell, given)
+    assert (convert.stage, convert.source, detect.stage, detect.source) == ("convert", str(file), "detection", "")
+    assert convert.config.checkpoint == detect.config.checkpoint == f"swav_800ep_pretrain.pth@{file_sha256(file)[:8]}"
+
+
+def test_the_public_moco_v2_replaces_only_the_row_that_names_it(tmp_path):
+    file = tmp_path / "moco_v2_800ep_pretrain.pth.tar"
+    file.write_bytes(b"weights")
+    given = budget("paper", [f"checkpoints.moco_v2={file}"])
+    vanilla, mixmask = (
+        steps(select([f"table6/imagenet/moco/{m}/1percent"])[0], 0, given) for m in ("vanilla", "mixmask")
+    )
+    assert [step.stage for step in vanilla] == ["finetune"]
+    assert [step.stage for step in mixmask] == ["pretrain", "finetune"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("checkpoints.swav=/absent", "no such file: /absent (expected swav_800ep_pretrain.pth.tar, from"),
+        ("checkpoints.swaw=/absent", "--set checkpoints.swaw: unknown; did you mean 'swav'?"),
+    ],
+)
+def test_a_public_checkpoint_that_is_not_there_is_named(setting, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        budget("paper", [setting])
+
+
 def smoke_configs():
-    """One for each recipe and method of any cell."""
+    """One for each recipe, method and backbone of any cell."""
     configs = [job.config for job in jobs("all", "smoke") if job.stage == "pretrain"]
-    return list({(config.recipe, config.method): config for config in configs}.values())
+    return list({(config.recipe, config.method, config.backbone): config for config in configs}.values())
 
 
-@pytest.mark.parametrize("config", smoke_configs(), ids=lambda config: f"{config.recipe}-{config.method}")
+@pytest.mark.parametrize("config", smoke_configs(), ids=lambda c: f"{c.recipe}-{c.method}-{c.backbone.arch}")
 def test_every_recipe_and_method_builds_its_model_and_takes_a_step_at_smoke_size(config):
     device = torch.device("cpu")
     framework, optimizer = build(config, device)

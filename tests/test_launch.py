@@ -175,11 +175,11 @@ def test_runs_that_tables_share_are_counted_once_in_the_total(tmp_path, capsys):
     assert table1 == table5 == ["1", "2", total[2].rstrip(",")] and total[:2] == ["2", "2"]
 
 
-def test_what_cannot_be_launched_is_said_in_a_line_and_the_pretraining_that_it_needs_is(tmp_path, capsys):
+def test_what_cannot_be_launched_is_said_in_a_line_with_the_file_that_it_needs(tmp_path, capsys):
     launch.main(["table6", "--dry-run", "--runs-dir", str(tmp_path)])
     shown = capsys.readouterr().out
-    assert "the stage 'finetune' is not built yet" in shown and "this method is not implemented here" in shown
-    assert shown.count("python pretrain/train.py") == 3 and "3 distinct (3 pretrain)" in shown
+    assert "no pre-training of ours; --set checkpoints.swav=PATH" in shown
+    assert shown.count("python pretrain/train.py") == 3 and "10 distinct (3 pretrain, 7 finetune)" in shown
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from paper.presets import budget, directory, metric, steps
 
 ROOT = Path(__file__).resolve().parents[1]
 MIXMASK = "table4/imagenet/moco/mixmask/200"
+VANILLA = "table4/imagenet/moco/vanilla/200"
 
 
 def finish(runs_dir, cell_id, value, preset="paper", settings=(), seed=0):
@@ -138,11 +139,20 @@ def test_table1_is_laid_out_as_the_papers(tmp_path):
     assert r"48$\times$48 & published & -- & -- & 68.8 \\" in texts["tex"]
 
 
-def test_table6_and_7_print_what_is_published_also_of_methods_that_are_not_implemented(tmp_path):
+def test_table6_and_7_print_what_is_published_also_where_only_a_public_checkpoint_can_be_measured(tmp_path):
     texts, frame = make(tmp_path, table="table6")
-    assert texts["md"].count("not implemented") == 4 and texts["md"].count("no run yet") == 7
+    assert texts["md"].count("public checkpoint, no run yet") == 4 and texts["md"].count(" no run yet") == 4 + 7
     assert frame.loc["table6/imagenet/swav/1percent", ["published", "origin"]].tolist() == ["53.9", "cited"]
-    assert make(tmp_path, table="table7")[0]["md"].count("not implemented") == 18
+    assert make(tmp_path, table="table7")[0]["md"].count("public checkpoint, no run yet") == 18
+
+
+def test_which_images_were_labelled_stands_beside_a_fine_tuned_number(tmp_path):
+    name = finish(tmp_path / "runs", "table6/imagenet/moco/mixmask/1percent", 50.0)
+    where = tmp_path / "runs" / "finetune" / name / "result.json"
+    where.write_text(json.dumps({"metrics": {"finetune_last": 50.0}, "labels": "balanced subset"}))
+    texts, frame = make(tmp_path, table="table6")
+    assert frame.loc["table6/imagenet/moco/mixmask/1percent", "note"] == "balanced subset"
+    assert "balanced subset" in texts["md"]
 
 
 def test_a_cell_that_the_paper_does_not_print_is_a_dash_and_is_compared_with_nothing(tmp_path):
@@ -166,11 +176,17 @@ def test_a_figure_is_no_table(tmp_path):
         make(tmp_path, table="figure5")
 
 
-def test_a_result_without_the_metric_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "content", ['{"metrics": {"loss": 1.0}}', "{not JSON", '{"metrics": {"linear_sgd_last": null}}']
+)
+def test_a_result_that_cannot_be_read_leaves_its_own_cell_empty_and_is_named_when_all_is_written(tmp_path, content):
+    finish(tmp_path / "runs", VANILLA, 67.0)
     name = finish(tmp_path / "runs", MIXMASK, 1.0)
-    (tmp_path / "runs" / "linear" / name / "result.json").write_text('{"metrics": {"loss": 1.0}}')
-    with pytest.raises(UserError, match=f"{name}/result.json: no metric 'linear_sgd_last'"):
+    (tmp_path / "runs" / "linear" / name / "result.json").write_text(content)
+    with pytest.raises(UserError, match=f"{name}/result.json"):
         make(tmp_path)
+    written = (tmp_path / "out" / "table4.md").read_text()
+    assert written.count("unreadable result") == 1 and "67.0 (paper, n = 1)" in written
 
 
 def test_make_tables_never_imports_torch(tmp_path):

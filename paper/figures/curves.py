@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from mixmask.runs import read_log, read_result
 from paper.cells import Cell, select
 from paper.figures.style import FRAMEWORKS, GREY, METHODS, SMALL
-from paper.presets import Budget, directory, steps
+from paper.presets import Budget, chains, directory
 
 COLUMNS = ["framework", "method", "budget", "seed", "stage", "epochs", "finished", "epoch", "loss", "knn", "top1"]
 UNBROKEN = "\N{NO-BREAK SPACE}"  # a line never ends inside of a name
@@ -52,13 +52,12 @@ def read(target: str, budgets: Iterable[Budget], runs_dir: Path) -> Logs:
 def _read(cells: Sequence[Cell], budget: Budget, runs_dir: Path) -> Logs:
     wanted, rows = {}, []
     for cell in cells:
-        for seed in budget.seeds(cell):
-            chain = steps(cell, seed, budget)
+        for chain in chains(cell, budget):
             config = chain[0].config
             name = config.framework, config.method, config.epochs
             wanted[name] = None
             for step in chain:
-                run = (*name, seed, step.stage, step.config.epochs)
+                run = (*name, config.seed, step.stage, step.config.epochs)
                 rows += [(*run, *line) for line in _epochs(directory(runs_dir, step))]
     return Logs(budget, list(wanted), pd.DataFrame(rows, columns=COLUMNS).drop_duplicates())
 

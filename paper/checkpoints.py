@@ -1,0 +1,31 @@
+"""Other people's public checkpoints, which can take a pre-training's place: paper/checkpoints.yaml. No torch here."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixmask.config import build, read_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class PublicCheckpoint:
+    """Where a checkpoint comes from, and what a number measured from it needs said beside it."""
+
+    file: str
+    page: str
+    note: str
+
+    @property
+    def hint(self) -> str:
+        return f"expected {self.file}, from {self.page}"
+
+
+@functools.cache
+def public_checkpoints() -> dict[str, PublicCheckpoint]:
+    """By the name that `--set checkpoints.NAME=PATH` gives a file."""
+    values = read_yaml(ROOT / "paper" / "checkpoints.yaml")
+    return {name: build(PublicCheckpoint, entry, f"checkpoint {name}") for name, entry in values.items()}
