@@ -82,14 +82,24 @@ def _tasks(path: str) -> list[str]:
 
 
 def ended_as(jobs: Iterable[str]) -> dict[str, str]:
-    """Job -> how accounting says it ended (FAILED, TIMEOUT, ...); without accounting, nothing."""
+    """Job -> how it ended (FAILED, TIMEOUT, ...): as the controller remembers it, or accounting, which may lag."""
     wanted = sorted(set(jobs))
-    if not wanted or not shutil.which("sacct"):
+    if not wanted:
         return {}
-    words = ["sacct", "--noheader", "--parsable2", "--allocations", "--array", "--format=JobID,State", "--jobs"]
+    remembered = _ask("squeue", "--noheader", "--me", "--array", "--states=all", "--format=%i|%T").splitlines()
+    states = _accounted(wanted) | dict(line.strip().split("|") for line in remembered)
+    return {job: states[job] for job in wanted if states.get(job, "PENDING") not in ("PENDING", "RUNNING")}
+
+
+def _accounted(wanted: list[str]) -> dict[str, str]:
+    if not shutil.which("sacct"):
+        return {}
+    words = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State", "--jobs"]
     answer = subprocess.run([*words, ",".join(wanted)], capture_output=True, text=True)
-    states = dict(line.split("|") for line in answer.stdout.splitlines() if line.count("|") == 1)
-    return {job: state.split()[0] for job, state in states.items() if state}  # "CANCELLED by 0"
+    lines = [line.split("|") for line in answer.stdout.splitlines() if line.count("|") == 1]
+    states = {job.partition("[")[0]: state.split()[0] for job, state in lines if state}  # "CANCELLED by 0"
+    never_began = {job: states.get(job.partition("_")[0] + "_") for job in wanted}  # 12_[3-5]: of an array, together
+    return {job: state for job in wanted if (state := states.get(job) or never_began[job])}
 
 
 def records(runs_dir: Path) -> dict[str, dict[str, Any]]:
@@ -113,8 +123,9 @@ def log_path(runs_dir: Path, job: str) -> Path:
 
 
 def cancel(jobs: Iterable[str]) -> None:
-    """Raises UserError where SLURM refuses."""
-    _ask("scancel", *jobs)
+    """End jobs. Raises UserError where SLURM refuses."""
+    if numbers := list(jobs):
+        _ask("scancel", *numbers)
 
 
 def _ask(*words: str) -> str:

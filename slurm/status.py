@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixmask.runs import ResultError, is_busy, read_result
+from mixmask.runs import is_busy, read_result
 from paper.cells import Cell
 from slurm import cost, squeue
 from slurm.graph import Job, needed
@@ -73,10 +73,7 @@ def _look(jobs: list[Job], runs_dir: Path, known: dict[str, dict[str, Any]]) -> 
 
 def _alive(job: Job, live: Live | None) -> Report | None:
     """Finished, waiting or running; None for anything else."""
-    try:
-        result = read_result(job.directory)
-    except ResultError as error:
-        return Report("failed", f"{error}")
+    result = read_result(job.directory)
     if result is not None:
         return Report("finished", headline(result["metrics"]))
     if live is None:

@@ -101,7 +101,7 @@ class Placing:
         time.sleep(squeue.AGAIN)  # a job that is being requeued, a result on its way through a network file system
         orphans = {key: parent for key, parent in self._orphans().items() if key in orphans}
         live = squeue.live_jobs()
-        squeue.cancel([live[key].job for key in orphans if key in live]) if orphans else None
+        squeue.cancel(live[key].job for key in orphans if key in live)
         return {self.new[key].directory: self._reason(parent) for key, parent in orphans.items()}
 
     def _orphans(self) -> dict[str, str]:
