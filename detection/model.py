@@ -44,7 +44,6 @@ from mixmask import distributed
 from mixmask.config import ConfigError, Detection, UserError
 from mixmask.randomness import seed_globals, seed_of
 
-
 warnings.filterwarnings("ignore", "torch.meshgrid")  # Detectron2's anchors; PyTorch means to change its default
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # about a function that Detectron2 calls
 

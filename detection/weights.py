@@ -29,7 +29,10 @@ NEW = (  # what a detector has and a backbone has not: initialised at random
 MISTAKES = (  # pattern of a key -> what it gives away
     (r"^module\.", "the prefix 'module.' (DistributedDataParallel's) is left: Detectron2 would load nothing"),
     (r"^(conv1|bn1|layer\d)\.", "torchvision's names: Detectron2 would load next to nothing"),
-    (r"^\w+\.(.*\.)?(stem|res\d|conv1|bn1|layer\d)\.", "an unknown prefix: Detectron2 would load nothing"),
+    (
+        r"^(?!stem\.|res\d\.)\w+\.(.*\.)?(stem|res\d|conv1|bn1|layer\d)\.",
+        "an unknown prefix: Detectron2 would load nothing",
+    ),
     (r"^res1\.", "stages off by one (torchvision's layer1 is res2): Detectron2 would fill the wrong ones"),
     (r"^stem\.bn1\.", "the stem's BatchNorm is 'stem.bn1' (expected 'stem.conv1.norm'): it would not be loaded"),
     (r"\.downsample\.", "shortcuts are called 'downsample' (expected 'shortcut'): they would not be loaded"),
@@ -106,13 +109,17 @@ def check_names(names: Iterable[str], path: str | Path) -> None:
             f"{path}: {len(unlisted)} keys belong to no ResNet-50, first '{unlisted[0]}'; it holds {found}"
         )
     if missing:
-        parts = dict.fromkeys(_part(name) for name in missing)
-        what = f"{' and '.join(parts)} would stay at random; {len(missing)} missing, first '{missing[0]}'"
+        what = f"{_parts(missing)} would stay at random; {len(missing)} missing, first '{missing[0]}'"
         raise FormatError(f"{path}: {what}; it holds {found}")
 
 
-def _part(name: str) -> str:
-    return next((part for pattern, part in PARTS if re.search(pattern, name)), name.split(".")[0])
+def _parts(missing: list[str]) -> str:
+    """The part of the network that holds all of these tensors, or the parts that hold one each."""
+    for pattern, part in PARTS:
+        if all(re.search(pattern, name) for name in missing):
+            return part
+    first = (next((part for pattern, part in PARTS if re.search(pattern, n)), n.split(".")[0]) for n in missing)
+    return ", ".join(dict.fromkeys(first))
 
 
 def expected_shapes() -> dict[str, torch.Size]:
