@@ -151,7 +151,7 @@ def convert_run(source: Source, path: Path, output: Path, target: str, directory
     seed = source.recipe.seed if source.recipe else 0
     config = Convert(recipe="convert", target=target, seed=seed, checkpoint=source.identity)
     with Run(directory, config) as run:
-        if run.result is not None and output.is_file() and run.result["sha256"] == file_sha256(output):
+        if run.result is not None and output.is_file() and run.result.get("sha256") == file_sha256(output):
             say(f"{run.id} is finished: {output} is whole; nothing to do")
             return
         check_target(source, path, target)

@@ -235,7 +235,9 @@ def _foreign(tensors: dict[str, Tensor], path: Path) -> Source:
         tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
     layout = next((layout for layout in LAYOUTS if _fits(layout, tensors)), None)
     if layout is None:
-        raise FormatError(f"{path} holds no backbone that we know: found {_prefixes(tensors)}; expected {_expected()}")
+        raise FormatError(
+            f"{path} holds no backbone that we know: found {_prefixes(tensors)}; expected {_expected()}, or none"
+        )
     weights, dropped, unlisted = {}, Counter(), []
     for key, value in tensors.items():
         name = _name(layout, key)
@@ -281,6 +283,7 @@ def _assemble(
     _check_keys(weights, arch, path, prefix)
     backbone = Backbone(arch, _stem(weights["conv1.weight"], path), len(weights["conv1.weight"]), 1)
     _check_shapes(weights, backbone, path)
+    weights = {k: weights[k] for k in _shapes(backbone)}  # in one order, whatever the file's
     return Source(name, weights, backbone, dropped, *normalisation, identity="", sha256="", added=added)
 
 
@@ -342,7 +345,7 @@ def _check_values(weights: Mapping[str, Tensor], path: Path) -> None:
             count = int((~torch.isfinite(value)).sum())
             raise FormatError(f"{path}: {count} of the {value.numel()} values of '{key}' are not finite")
         if key.endswith(("running_var", "num_batches_tracked")) and (value < 0).any():
-            raise FormatError(f"{path}: '{key}' has a negative value ({value.min().item():g}); a variance has none")
+            raise FormatError(f"{path}: '{key}' has a negative value ({value.min().item():g}); expected 0 or more")
 
 
 def _word(dtype: torch.dtype) -> str:
@@ -366,7 +369,8 @@ def _prefixes(keys: Any) -> str:
 
 
 def _expected() -> str:
-    return ", ".join(f"'{layout.prefix}' ({layout.format})" for layout in LAYOUTS if layout.prefix) + ", or no prefix"
+    prefixes = dict.fromkeys(layout.prefix for layout in LAYOUTS if layout.prefix)
+    return ", ".join(f"'{p}' ({'/'.join(sorted({x.format for x in LAYOUTS if x.prefix == p}))})" for p in prefixes)
 
 
 # ----------------------------------------------------------------------------------------------- files of torch.save
@@ -403,12 +407,9 @@ def _check_archive(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Of the reader's error; what torch says at length about pickles ends at its first sentence."""
-    return _one_line(error).split(". ")[0] or type(error).__name__
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
+    """The first sentence of an error of somebody's reader; its type where it says nothing."""
+    text = _one_line(error).split(". ")[0]
+    return text if " " in text else type(error).__name__
 
 
 def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
@@ -449,7 +450,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         header = json.loads(content[8 : 8 + size])
         header.pop("__metadata__", None)
         return _cut(header, content[8 + size :])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # RuntimeError: of reshape
         raise FormatError(f"{path} is cut off or damaged, or no safetensors file ({_one_line(error)})") from None
 
 

@@ -17,7 +17,7 @@ from mixmask import config as configs
 from mixmask.backbones import ResNet
 from mixmask.formats import read, read_detectron2
 from mixmask.frameworks import build_framework
-from mixmask.runs import read_result
+from mixmask.runs import file_sha256, read_result
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +170,17 @@ def test_every_public_format_to_torchvision_and_to_timm_and_back(name, cli, tmp_
         assert f"({foreign.TORCH[name][1]};" in out and "used     318 of" in out
         for what, count in foreign.TORCH[name][2].items():
             assert f"{what} {count}" in out
+
+
+def test_output_does_not_depend_on_the_format_or_the_order_of_what_was_read(cli, tmp_path):
+    weights, digests = foreign.backbone(), set()
+    for name in sorted(foreign.TORCH.keys() - {"unmix"}):
+        foreign.write(name, weights, tmp_path / f"{name}.tar")
+        cli(convert.main, tmp_path / f"{name}.tar", tmp_path / f"{name}.safetensors", "--to", "timm")
+        digests.add(file_sha256(tmp_path / f"{name}.safetensors"))
+    foreign.write_safetensors(weights, tmp_path / "reversed.safetensors")
+    cli(convert.main, tmp_path / "reversed.safetensors", tmp_path / "x.safetensors", "--to", "timm")
+    assert digests == {file_sha256(tmp_path / "x.safetensors")}
 
 
 def test_torchvision_loads_what_is_written(weights, moco, cli, tmp_path):

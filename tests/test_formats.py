@@ -154,7 +154,14 @@ def saved(content, path):
 def test_unlisted_prefix_is_refused_with_the_prefixes_that_were_found(weights, tmp_path):
     keys = {**foreign.under("model.trunk.", weights), **foreign.linear("neck.0")}
     path = saved({"state_dict": keys}, tmp_path / "x.pth")
-    refused(path, "no backbone that we know", "'model.trunk.' (318 keys)", "'neck' (2 keys)", "'encoder_q.' (moco)")
+    refused(
+        path,
+        "no backbone that we know",
+        "'model.trunk.' (318 keys)",
+        "'neck' (2 keys)",
+        "'encoder_q.' (moco)",
+        "'backbone.' (barlowtwins/byol/simsiam), or none",
+    )
 
 
 def test_no_key_of_a_resnet(tmp_path):
@@ -317,6 +324,7 @@ def test_checkpoint_of_another_stage_or_of_a_later_format(tiny, tiny_linear, tmp
         ({"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, b"1234"),  # beyond the end
         ({"dtype": "F4", "shape": [1], "data_offsets": [0, 4]}, b"1234"),
         ({"dtype": "F32", "shape": [1]}, b"1234"),
+        ({"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}, b"1234"),
         ([], b""),
     ],
 )
