@@ -27,7 +27,7 @@ from mixmask.backbones import Encoder
 from mixmask.config import ConfigError, Pretrain, UserError
 from mixmask.frameworks import build_framework
 from mixmask.progress import say
-from mixmask.runs import Run, previous_checkpoint, write_atomically
+from mixmask.runs import Run, discard, previous_checkpoint, write_atomically
 
 FORMAT = 1
 MARK = b"sha256:"  # the comment's beginning; the digest follows, and ends the file
@@ -56,7 +56,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
             os.replace(path, previous_checkpoint(path))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer, after a write that failed
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
         reason = getattr(error, "strerror", None) or f"is the disk full? {_one_line(error)}"
         raise CheckpointError(f"cannot write {path}: {reason}; the checkpoint before is intact") from None
 

@@ -35,6 +35,7 @@ from torchvision.transforms.v2 import functional as F
 
 from mixmask.config import Augment, UserError
 from mixmask.randomness import numpy_generator
+from mixmask.runs import discard
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +178,7 @@ def unpack(archive: Path, folder: Path) -> None:
                     kind = "is a link or a device" if inside else "leaves the folder that it is unpacked into"
                     raise DataError(f"{archive} is refused, nothing is unpacked: its member '{member.name}' {kind}")
             tar.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-    except tarfile.TarError as error:
+    except (tarfile.TarError, zlib.error, EOFError) as error:
         raise DataError(f"{archive} is cut off or no tar archive ({_one_line(error)})") from None
 
 
@@ -281,7 +282,7 @@ def _save_cache(cache: Path, content: dict) -> None:
         os.replace(partial, cache)
     except (OSError, RuntimeError) as error:
         log.warning("cannot write %s (%s): the images are decoded anew in every run", cache, _one_line(error))
-        partial.unlink(missing_ok=True)
+        discard(partial)
 
 
 def _listing_hash(paths: Sequence[str]) -> str:

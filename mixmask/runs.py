@@ -164,8 +164,14 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
         raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def discard(path: Path) -> None:
+    """Delete a file that nobody needs, where the disk lets us."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 class Run:
@@ -272,7 +278,7 @@ class Run:
         """Write result.json: from now on the run is finished, and its last checkpoint is enough."""
         self.sync()
         write_atomically(self.directory / "result.json", json.dumps(dict(result), indent=1) + "\n")
-        previous_checkpoint(self.checkpoint).unlink(missing_ok=True)
+        discard(previous_checkpoint(self.checkpoint))
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # a disk that was full already is still full
