@@ -333,6 +333,16 @@ def test_a_node_that_dies_takes_nothing_with_it(cluster, stages, tmp_path):
     assert len(numbers(jobs[0])) == 1
 
 
+@pytest.mark.slow
+def test_a_job_at_its_time_limit_is_warned_and_goes_on_in_the_next(stages, tmp_path):
+    """A limit of one minute, which SLURM looks at every half."""
+    (job,) = stages(1, 600, "cluster.hours=0.0167", "cluster.warning_seconds=30")
+    submit.launch([job], tmp_path / "runs")
+    wait_finished(240, [job])
+    assert value(job) == undisturbed(600) and lines(job, "log") == [str(step) for step in range(1, 601)]
+    assert len(lines(job, "starts")) > 1 and len(numbers(job)) == 1
+
+
 def test_the_cluster_ends_when_the_tests_are_killed(tmp_path):
     """The supervisor's standard input closes with the process that holds its other end."""
     code = (
