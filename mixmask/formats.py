@@ -406,6 +406,10 @@ def _check_archive(path: Path) -> None:
         raise FormatError(f"{path} is damaged: the checksum of {damaged} is wrong")
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
+
+
 def _reason(error: Exception) -> str:
     """The first sentence of an error of somebody's reader; its type where it says nothing."""
     text = _one_line(error).split(". ")[0]
