@@ -179,11 +179,11 @@ def build_groups(config: Finetune, model: Encoder) -> torch.optim.Optimizer:
 
 
 def resume(run: Run, state: State) -> None:
-    """Fill `state` from the last checkpoint, where there is one; log lines after it are dropped."""
-    if not run.checkpoint.exists():
+    """Fill `state` from the last whole checkpoint, where there is one; log lines after it are dropped."""
+    saved = checkpoint.load_last(run.checkpoint)
+    if saved is None:
         run.rewind(-1)
         return
-    saved = checkpoint.load(run.checkpoint)
     missing = [name for name in ("model", "optimizer", "step", "total") if name not in saved]
     if missing:
         raise checkpoint.CheckpointError(
