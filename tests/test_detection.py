@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 import yaml
 
 from detection import convert, datasets, photos, train, weights
@@ -50,7 +51,11 @@ SMALL = [
     "detectron2.TEST.PRECISE_BN.NUM_ITER=1",
     "detectron2.TEST.DETECTIONS_PER_IMAGE=4",
 ]
-WITHOUT = "Detectron2 is not installed (make detectron2)"
+
+
+def needs_detectron2(test):
+    absent = importlib.util.find_spec("detectron2") is None
+    return pytest.mark.detectron2(pytest.mark.skipif(absent, reason="needs Detectron2 (make detectron2)")(test))
 
 
 def recipe(task: str, *items: str) -> Detection:
@@ -87,6 +92,11 @@ def pkl(checkpoint) -> Path:
 
 
 @pytest.fixture(scope="module")
+def backbone(pkl) -> weights.Weights:
+    return weights.read(pkl)
+
+
+@pytest.fixture(scope="module")
 def good(pkl) -> Detectron2File:
     return formats.read_detectron2(pkl)
 
@@ -94,11 +104,11 @@ def good(pkl) -> Detectron2File:
 # ------------------------------------------------------------------- the mistakes of which Detectron2 says nothing
 
 
-def test_whole_file_sets_318_tensors_of_the_detector(pkl):
-    found = weights.read(pkl)
-    assert len(found.tensors) == 318 and sum(not n.endswith("num_batches_tracked") for n in found.tensors) == 265
-    assert sum(n.startswith("roi_heads.res5.") for n in found.tensors) == 60
-    assert found.note["mean"] == [0.485, 0.456, 0.406] and not found.dropped
+def test_whole_file_sets_318_tensors_of_the_detector(backbone):
+    names = backbone.tensors.keys()
+    assert len(names) == 318 and sum(not name.endswith("num_batches_tracked") for name in names) == 265
+    assert sum(name.startswith("roi_heads.res5.") for name in names) == 60
+    assert backbone.note["mean"] == [0.485, 0.456, 0.406] and not backbone.dropped
 
 
 def renamed(change):
@@ -196,15 +206,15 @@ def test_file_without_its_note_is_refused(pkl, tmp_path):
         ("MODEL.RESNETS.DEPTH=101", "DEPTH: expected 50"),
     ],
 )
-def test_recipe_that_does_not_fit_the_weights_is_refused(item, message, pkl, tmp_path):
+def test_recipe_that_does_not_fit_the_weights_is_refused(item, message, backbone, tmp_path):
     config = recipe("voc", f"detectron2.{item}")
     with pytest.raises(ConfigError, match=message):
-        train.train(config, weights.read(pkl), tmp_path / "run")
+        train.train(config, backbone, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_key_that_the_recipe_lacks_counts_as_detectron2s_default(pkl):
-    note, config = weights.read(pkl).note, recipe("voc")
+def test_key_that_the_recipe_lacks_counts_as_detectron2s_default(backbone):
+    note, config = backbone.note, recipe("voc")
     for section, key in (("INPUT", "FORMAT"), ("MODEL", "PIXEL_MEAN"), ("MODEL", "PIXEL_STD")):
         values = configs.to_dict(config)["detectron2"]
         del values[section][key]
@@ -344,19 +354,17 @@ def test_batches_that_cannot_be_divided_are_refused():
 
 
 @pytest.fixture(scope="module")
-def detector(pkl):
+def detector(backbone):
     """VOC's detector with the weights in it, and its settings."""
-    pytest.importorskip("detectron2", reason=WITHOUT)
     from detection import model
 
     config = recipe("voc", *SMALL)
     cfg = model.settings(config, torch.device("cpu"))
-    return model.build(cfg, 0, weights.read(pkl)), cfg
+    return model.build(cfg, 0, backbone), cfg
 
 
-@pytest.mark.detectron2
+@needs_detectron2
 def test_features_at_res4_are_torchvisions_bit_for_bit(detector, resnet):
-    torchvision = pytest.importorskip("torchvision")
     theirs = torchvision.models.resnet50()
     theirs.load_state_dict({**theirs.state_dict(), **resnet.state_dict()})
     stages = torch.nn.Sequential(*list(theirs.eval().children())[:-3])  # to layer3
@@ -367,7 +375,7 @@ def test_features_at_res4_are_torchvisions_bit_for_bit(detector, resnet):
     backbone.train()
 
 
-@pytest.mark.detectron2
+@needs_detectron2
 def test_318_of_333_tensors_are_set_and_only_the_new_parts_are_not(detector, resnet):
     own = detector[0].state_dict()
     source = {formats.detectron2_name(name): value for name, value in resnet.state_dict().items()}
@@ -376,7 +384,7 @@ def test_318_of_333_tensors_are_set_and_only_the_new_parts_are_not(detector, res
     assert all(torch.equal(own[weights.detector_name(name)], value) for name, value in source.items())
 
 
-@pytest.mark.detectron2
+@needs_detectron2
 def test_detectron2s_own_checkpointer_loads_the_same(detector, pkl):
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.modeling import build_model
@@ -388,7 +396,7 @@ def test_detectron2s_own_checkpointer_loads_the_same(detector, pkl):
     assert all(torch.equal(v, own[n]) for n, v in other.state_dict().items() if not n.startswith(weights.NEW))
 
 
-@pytest.mark.detectron2
+@needs_detectron2
 def test_pixels_are_normalised_as_in_the_pretraining(detector):
     image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
     found = detector[0].preprocess_image([{"image": image}]).tensor[0]
@@ -396,7 +404,7 @@ def test_pixels_are_normalised_as_in_the_pretraining(detector):
     torch.testing.assert_close(found, (image / 255 - mean) / std, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.detectron2
+@needs_detectron2
 def test_recipe_with_a_key_or_type_that_detectron2_does_not_know_is_refused(detector):
     from detection import model
 
@@ -435,7 +443,7 @@ class Oracle(torch.nn.Module):
         return outputs
 
 
-@pytest.mark.detectron2
+@needs_detectron2
 @pytest.mark.parametrize("task", ["voc", "coco"])
 def test_evaluators_give_100_for_perfect_detections_and_0_for_none(task, trees, detector):
     from detection import model
@@ -450,8 +458,7 @@ def test_evaluators_give_100_for_perfect_detections_and_0_for_none(task, trees, 
     assert set(model.table7({"detections": 0}, task).values()) == {0.0}
 
 
-def run(task: str, pkl: Path, directory: Path, *items: str) -> dict:
-    backbone = weights.read(pkl)
+def run(task: str, backbone: weights.Weights, directory: Path, *items: str) -> dict:
     config = dataclasses.replace(recipe(task, *SMALL, *items), checkpoint=backbone.note["identity"])
     return train.train(config, backbone, directory)
 
@@ -461,15 +468,14 @@ def lines(directory: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def whole(pkl, tmp_path_factory) -> Path:
+def whole(backbone, tmp_path_factory) -> Path:
     """An undisturbed run on VOC photographs."""
-    pytest.importorskip("detectron2", reason=WITHOUT)
     directory = tmp_path_factory.mktemp("runs") / "whole"
-    run("voc", pkl, directory)
+    run("voc", backbone, directory)
     return directory
 
 
-@pytest.mark.detectron2
+@needs_detectron2
 def test_run_logs_its_losses_and_its_result(whole):
     steps, result = lines(whole)[:-1], json.loads((whole / "result.json").read_text())
     assert [line["step"] for line in steps] == [0, 1]
@@ -482,8 +488,8 @@ def test_run_logs_its_losses_and_its_result(whole):
     assert result["detectron2"]["version"] == "0.6"
 
 
-@pytest.mark.detectron2
-def test_killed_run_goes_on_to_the_same_numbers(whole, pkl, tmp_path, capsys):
+@needs_detectron2
+def test_killed_run_goes_on_to_the_same_numbers(whole, pkl, backbone, tmp_path, capsys):
     """Killed without warning after the checkpoint of the first iteration."""
     words = ["detection/train.py", "--config", RECIPES["voc"], "--weights", pkl, "--run-dir", tmp_path / "run"]
     words += ["--set", *SMALL, "run.checkpoint_minutes=0"]
@@ -493,14 +499,15 @@ def test_killed_run_goes_on_to_the_same_numbers(whole, pkl, tmp_path, capsys):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "run" / "result.json").exists()
-    run("voc", pkl, tmp_path / "run")
+    run("voc", backbone, tmp_path / "run")
     assert "(resumed after iteration " in capsys.readouterr().out
     assert lines(tmp_path / "run") == lines(whole)
 
 
-@pytest.mark.detectron2
-def test_coco_run_has_boxes_and_masks(pkl, tmp_path):
-    result = run("coco", pkl, tmp_path / "run", "detectron2.SOLVER.MAX_ITER=1", "detectron2.SOLVER.STEPS=[]")
+@needs_detectron2
+def test_coco_run_has_boxes_and_masks(backbone, tmp_path):
+    once = ("detectron2.SOLVER.MAX_ITER=1", "detectron2.SOLVER.STEPS=[]")
+    result = run("coco", backbone, tmp_path / "run", *once)
     assert result["metrics"].keys() == {f"{kind}_{ap}" for kind in ("box", "mask") for ap in ("AP", "AP50", "AP75")}
     assert "loss_mask" in lines(tmp_path / "run")[0]
-    assert run("coco", pkl, tmp_path / "run", "detectron2.SOLVER.MAX_ITER=1", "detectron2.SOLVER.STEPS=[]") == result
+    assert run("coco", backbone, tmp_path / "run", *once) == result  # finished: nothing is done again
