@@ -1,0 +1,213 @@
+"""Write the report: one page that holds every table and figure, and what is behind each number.
+
+examples:
+  python paper/make_report.py                                   from runs/ and results/ into paper/output/report.html
+  python paper/make_report.py --runs-dir /scratch/runs --out report.html
+  python paper/make_report.py --preset paper --set epochs=100   the runs launched with the same --set
+
+The page is a single file that needs no network. #table4/imagenet/moco/mixmask/200 opens a number, #?q=byol+outside
+searches. Figures 1 to 4 and 8 are those of docs/images; the others are drawn from the run logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import base64
+import html
+import importlib
+import io
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pandas as pd  # noqa: E402
+
+from mixmask.config import UserError, main_guard  # noqa: E402
+from mixmask.runs import commit, write_atomically  # noqa: E402
+from paper import settings  # noqa: E402
+from paper.cells import tables  # noqa: E402
+from paper.make_figures import CURVES, FIGURES  # noqa: E402
+from paper.make_tables import UNREADABLE, collect  # noqa: E402
+from paper.presets import Budget, budget, presets  # noqa: E402
+from paper.report import numbers, prose  # noqa: E402
+from paper.report.records import Runs, record  # noqa: E402
+
+PIECES = ROOT / "paper" / "report"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table or a figure on the page."""
+
+    name: str  # table4
+    title: str
+    body: str
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the runs, write the page.
+
+    Raises UserError, when it is written, where a result could not be read: its number says so.
+    """
+    options = _parse(arguments)
+    chosen = [options.preset] if options.preset else list(presets())
+    budgets, folders = [budget(name, options.set) for name in chosen], [Path(folder) for folder in options.runs_dir]
+    out, frames = Path(options.out), {name: collected(name, budgets, folders) for name in tables()}
+    text = page(frames, budgets, folders)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    write_atomically(out, text)
+    print(f"written: {out} ({len(text.encode()) / 1e6:.1f} MB)")
+    reasons = dict.fromkeys(cell["note"] for f in frames.values() for _, cell in f[f["state"] == UNREADABLE].iterrows())
+    if reasons:
+        raise UserError("; ".join(reasons))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    about, _, examples = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python paper/make_report.py",
+        description=about,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    folders = {"nargs": "+", "default": ["runs", "results"], "metavar": "DIR"}
+    parser.add_argument("--runs-dir", **folders, help="where the runs are, the first first (default: runs results)")
+    parser.add_argument("--out", default="paper/output/report.html", metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--preset", help=f"only the runs of this preset: {', '.join(presets())}")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as given to slurm/launch.py"
+    )
+    return parser.parse_args(arguments)
+
+
+def page(frames: dict[str, pd.DataFrame], budgets: Sequence[Budget], folders: Sequence[Path]) -> str:
+    """The whole page, of the cells of every table and figure."""
+    runs = Runs.find(folders)
+    parts = [*_tables(frames, runs), *_figures(frames, runs, budgets, folders)]
+    ledger = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8").partition("\n")[2]
+    return Template((PIECES / "page.html").read_text(encoding="utf-8")).substitute(
+        style=(PIECES / "style.css").read_text(encoding="utf-8"),
+        script=(PIECES / "script.js").read_text(encoding="utf-8"),
+        origin=_origin(folders),
+        contents=_contents(parts),
+        summary=_summary(frames),
+        sections="\n".join(_section(part) for part in parts),
+        fidelity=prose.to_html(ledger, item="fidelity", top=2),
+        runs=_runs(frames.values(), runs),
+    )
+
+
+def collected(name: str, budgets: Sequence[Budget], folders: Sequence[Path]) -> pd.DataFrame:
+    """A table's cells; each from the first folder that has runs of the paper's budget, else from the first with any."""
+    frames = [collect(tables()[name], budgets, folder) for folder in folders]
+    cells = zip(*(frame.to_dict("records") for frame in frames), strict=True)
+    return pd.DataFrame([max(found, key=lambda cell: (cell["preset"] == "paper", cell["n"] > 0)) for found in cells])
+
+
+# ----------------------------------------------------------------------------------------------------- the parts
+
+
+def _tables(frames: dict[str, pd.DataFrame], runs: Runs) -> Iterator[Section]:
+    for name, frame in frames.items():
+        if name.startswith("table"):
+            yield Section(name, tables()[name].title, numbers.table(tables()[name], frame, runs))
+    for name in settings.names():
+        sheet = settings.sheet(name, settings.collect(name))
+        yield Section(name, sheet.title, numbers.sheet(sheet))
+
+
+def _figures(
+    frames: dict[str, pd.DataFrame], runs: Runs, budgets: Sequence[Budget], folders: Sequence[Path]
+) -> Iterator[Section]:
+    for name in FIGURES:
+        title = _first_line(ROOT / "paper" / "figures" / f"{name}.py")
+        if name in CURVES:
+            picture = _image("svg+xml", _drawn(name, budgets, _folder(name, frames, folders)), title)
+            yield Section(name, title, picture + numbers.table(tables()[name], frames[name], runs))
+        else:
+            picture = _image("png", (ROOT / "docs" / "images" / f"{name}.png").read_bytes(), title)
+            made = f"<figcaption>By the code that trains: <code>python paper/make_figures.py {name}</code></figcaption>"
+            yield Section(name, title, picture + made)
+
+
+def _first_line(path: Path) -> str:
+    """What a figure shows, from its file, which is not imported: some need torch."""
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).partition("\n")[0].rstrip(".")
+
+
+def _folder(name: str, frames: dict[str, pd.DataFrame], folders: Sequence[Path]) -> Path:
+    """The folder that most of a figure's numbers come from: a figure is drawn from one."""
+    names = " ".join(frames[name]["runs"]).split()
+    return max(folders, key=lambda folder: sum(bool(list(folder.glob(f"*/{run}"))) for run in names))
+
+
+def _drawn(name: str, budgets: Sequence[Budget], folder: Path) -> bytes:
+    """A figure of run logs, as SVG."""
+    from matplotlib import pyplot as plt
+
+    from paper.figures import style
+
+    style.use()
+    figure, file = importlib.import_module(f"paper.figures.{name}").draw(budgets, folder), io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return file.getvalue()
+
+
+def _image(kind: str, data: bytes, text: str) -> str:
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return f'<figure><div class="scroll" tabindex="0"><img src="{source}" alt="{html.escape(text)}"></div></figure>\n'
+
+
+# -------------------------------------------------------------------------------------------------- their frame
+
+
+def _section(part: Section) -> str:
+    return f'<section id="{part.name}" class="part"><h2>{html.escape(part.title)}</h2>\n{part.body}</section>'
+
+
+def _contents(parts: Iterable[Section]) -> str:
+    names = [(part.name, part.title.partition(":")[0]) for part in parts]
+    names = [("summary", "Summary"), *names, ("fidelity", "Fidelity"), ("runs", "Runs")]
+    return "\n".join(f'<a href="#{name}">{title}</a>' for name, title in names)
+
+
+def _summary(frames: dict[str, pd.DataFrame]) -> str:
+    """How many of the published numbers are in each state; each state is a search."""
+    counts = numbers.count(frame for name, frame in frames.items() if name.startswith("table"))
+    items = [
+        f'<li class="{key}"><b>{counts[key]}</b> <a class="badge" href="#?q={words.replace(" ", "%20")}">{words}</a> '
+        f"<small>{html.escape(numbers.MEANING[key])}</small></li>"
+        for key, words in numbers.STATES.items()
+    ]
+    return f"<p>{counts.total()} numbers in Tables 1 to 7:</p>\n<ul class=states>{''.join(items)}</ul>"
+
+
+def _origin(folders: Sequence[Path]) -> str:
+    head = commit()["commit"]
+    made = f" at commit <code>{head[:10]}</code>" if head else ""
+    return f"Made by <code>paper/make_report.py</code>{made} from {', '.join(html.escape(str(f)) for f in folders)}."
+
+
+def _runs(frames: Iterable[pd.DataFrame], runs: Runs) -> str:
+    """Each run that a number comes from, once; then those that are not finished."""
+    names = dict.fromkeys(
+        name for frame in frames for cell in frame["runs"] for run in cell.split() for name in runs.chain(run)
+    )
+    records = [record(name, runs.directories[name]) for name in names if name in runs.directories]
+    open_ones = "".join(f"<li>{html.escape(name)}: {last}</li>" for name, last in runs.unfinished())
+    unfinished = f"<h3>Not finished</h3><ul>{open_ones}</ul>" if open_ones else ""
+    return ("\n".join(records) or "<p>None is finished.</p>") + unfinished
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,51 @@
+"""A run's log -> small curves, as SVG inside of the page."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 300, 110, 44, 16, 16  # of the picture and of what surrounds its curve
+POINTS = 150  # more are thinned out: no eye tells the difference at this size
+DRAWN = ("loss", "knn_", "test_", "top1", "box_AP", "mask_AP", "AP")  # how the names of the quantities drawn begin
+
+
+def curves(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One SVG for the loss, one for each accuracy that the epochs' lines hold."""
+    epochs = [line for line in lines if line.get("kind") != "step"]
+    return [draw(name, points) for name, points in _quantities(epochs) if len(points) > 1]
+
+
+def _quantities(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+    names = dict.fromkeys(key for line in lines for key, value in line.items() if isinstance(value, int | float))
+    for name in names:
+        if name == "loss" or name.startswith(DRAWN[1:]):
+            yield name, [(line.get("epoch", line["step"]), line[name]) for line in lines if name in line]
+
+
+def draw(name: str, points: Sequence[tuple[float, float]]) -> str:
+    """The curve between its least and its greatest value, which stand at the axis; its name and last value above."""
+    thin = list(points[:: max(1, len(points) // POINTS)])
+    thin += [] if thin[-1] == points[-1] else [points[-1]]
+    xs, ys = zip(*points, strict=True)
+    path = " ".join(f"{_place(x, xs, LEFT, WIDTH - 4):.1f},{_place(y, ys, HEIGHT - BOTTOM, TOP):.1f}" for x, y in thin)
+    low, high = min(ys), max(ys)
+    title = f"{name}: {ys[-1]:.4g} at {xs[-1]:g}"
+    texts = [
+        (LEFT, 10, "start", title),
+        (LEFT - 4, TOP + 6, "end", f"{high:.4g}"),
+        (LEFT - 4, HEIGHT - BOTTOM, "end", f"{low:.4g}"),
+        (LEFT, HEIGHT - 3, "start", f"{min(xs):g}"),
+        (WIDTH - 4, HEIGHT - 3, "end", f"{max(xs):g}"),
+    ]
+    labels = "".join(f'<text x="{x}" y="{y}" text-anchor="{a}">{html.escape(t)}</text>' for x, y, a, t in texts)
+    frame = f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - 4}" class="axis"/>'
+    box = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" class="curve"'
+    return f'<svg {box} aria-label="{html.escape(title)}">{frame}<polyline points="{path}"/>{labels}</svg>'
+
+
+def _place(value: float, values: Sequence[float], start: float, end: float) -> float:
+    """Where `value` stands between `start` and `end`; in the middle where all values are equal."""
+    low, high = min(values), max(values)
+    return (start + end) / 2 if low == high else start + (end - start) * (value - low) / (high - low)
