@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from test_train import assert_same_run, log, state
 
+from eval import knn as knn_script
 from eval import linear
 from eval.linear import probe
 from mixmask import checkpoint, data
@@ -127,6 +128,20 @@ def test_probe_goes_on_from_the_checkpoint_before(
     probe(tiny_linear(), undisturbed / "checkpoint.pt", tmp_path)
     assert "going on from the one before" in capsys.readouterr().out
     assert_same_probe(tmp_path, probed)
+
+
+def test_knn_killed_before_its_result_is_made_again(cli, undisturbed, tmp_path, monkeypatch):
+    """It has no state of its own: what counts is that there is a whole result, or none."""
+    words = ["--checkpoint", undisturbed / "checkpoint.pt", "--run-dir", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        patch.setattr(sys, "argv", ["knn.py", *map(str, words)])
+        assert forked(knn_script.main) == -signal.SIGKILL
+    assert not (tmp_path / "run/result.json").exists()
+    assert cli(knn_script.main, *words)[0] == 0
+    online = json.loads((undisturbed / "result.json").read_text())["metrics"]
+    found = json.loads((tmp_path / "run/result.json").read_text())["metrics"]
+    assert found == {name: online[name] for name in found} and found
 
 
 def assert_same_probe(directory: Path, undisturbed: Path) -> None:
