@@ -6,6 +6,7 @@ tasks. What has ended, and is no longer known to the controller, is looked up in
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
@@ -54,12 +55,12 @@ def live_jobs() -> dict[str, Live]:
     return found
 
 
-def settled_jobs() -> dict[str, Live]:
-    """`live_jobs` once none is about to end (or after half a minute: a node may be slow to say so)."""
+def settled_jobs(directories: set[str]) -> dict[str, Live]:
+    """`live_jobs` once none of these is about to end (or after half a minute: a node may be slow to say so)."""
     end = time.monotonic() + ENDING
     while True:
         live = live_jobs()
-        if time.monotonic() > end or not any(job.state == "COMPLETING" for job in live.values()):
+        if time.monotonic() > end or all(live[d].state != "COMPLETING" for d in live.keys() & directories):
             return live
         time.sleep(0.5)
 
@@ -107,14 +108,22 @@ def records(runs_dir: Path) -> dict[str, dict[str, Any]]:
     path = runs_dir / "slurm" / "jobs.jsonl"
     if not path.exists():
         return {}
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    return {line["directory"]: line for line in lines}
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError, KeyError):  # a line that was cut off
+            values = json.loads(line)
+            found[values["directory"]] = values
+    return found
 
 
 def record(runs_dir: Path, **values: Any) -> None:
     """Note a submission; for people and for `status`: no launch depends on it."""
-    with open(runs_dir / "slurm" / "jobs.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+    path = runs_dir / "slurm" / "jobs.jsonl"
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def log_path(runs_dir: Path, job: str) -> Path:

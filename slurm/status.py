@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -25,14 +26,14 @@ from slurm.squeue import Live
 
 AGAIN = "launch again: it goes on from its last checkpoint"
 ADVICE = {
-    "FAILED": "mend what the log says, then launch again",
+    "FAILED": f"mend what the log says, if it does; {AGAIN}",
     "TIMEOUT": f"it did not save in time; {AGAIN}, or with a longer cluster.warning_seconds",
     "OUT_OF_MEMORY": f"{AGAIN}, with a larger cluster.memory_gb",
     "CANCELLED": AGAIN,
 }
 TAIL = 65_536  # bytes at the end of a log that are read
 SHOWN = 3  # lines of a log that are shown
-NOISE = ("srun: ", "slurmstepd: ", "submitit ", "interrupted: ")
+NOISE = re.compile(r"srun: (?!error)|slurmstepd: |submitit |interrupted: ")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Report:
 
     state: str
     text: str = ""
+    ended: str = ""  # how its job ended, in SLURM's word
 
 
 def reports(jobs: list[Job], runs_dir: Path) -> dict[Path, Report]:
@@ -87,15 +89,15 @@ def _ended(number: str, state: str, runs_dir: Path) -> Report:
     """A job that is over and has left no result."""
     log = squeue.log_path(runs_dir, number)
     advice = ADVICE.get(state, AGAIN)
-    return Report("failed", f"job {number} {state}; {advice}{_quote(log)}")
+    return Report("failed", f"job {number} {state}; {advice}{_quote(log)}", ended=state)
 
 
 def _stopped(job: Job) -> Report:
     """Nobody works on it, and no job has."""
     log = job.directory / "output.log"
     lines = last_lines(log)
-    if lines and lines[-1].startswith("error: "):
-        return Report("failed", f"mend what the log says, then launch again{_quote(log)}")
+    if lines and re.match(r"error: |[\w.]*(Error|Exception)\b", lines[-1]):
+        return Report("failed", f"{ADVICE['FAILED']}{_quote(log)}")
     if job.state == "unfinished":
         return Report("stopped", f"{AGAIN}{progress(job)}")
     return Report("not started")
@@ -104,8 +106,7 @@ def _stopped(job: Job) -> Report:
 def _blamed(report: Report, job: Job, found: dict[Path, Report]) -> Report:
     """The report of a run that cannot start, with the parent that failed."""
     failed = [parent for parent in job.parents if parent in found and found[parent].state == "failed"]
-    cancelled = report.state == "failed" and "CANCELLED" in report.text
-    if failed and (cancelled or report.state == "not started"):
+    if failed and (report.ended == "CANCELLED" or report.state == "not started"):
         return Report("not started", f"it needs {failed[0]}, which failed")
     return report
 
@@ -169,7 +170,7 @@ def _tail(path: Path) -> list[str]:
 def last_lines(path: Path) -> list[str]:
     """The last lines of a job's log that say something."""
     lines = [line.rpartition("\r")[2].rstrip() for line in _tail(path)]
-    return [line for line in lines if line.strip() and not line.startswith(NOISE)][-SHOWN:]
+    return [line for line in lines if line.strip() and not NOISE.match(line)][-SHOWN:]
 
 
 def _quote(log: Path) -> str:
@@ -195,7 +196,7 @@ def print_status(cells: list[Cell], jobs: list[Job], runs_dir: Path) -> None:
         for job in jobs:
             if cell.id in job.cells:
                 report = found[job.directory]
-                print(f"  {report.state:<11}{job.directory}" + (f": {report.text}" if report.text else ""))
+                print(f"  {report.state:<12}{job.directory}" + (f": {report.text}" if report.text else ""))
     states = ", ".join(f"{number} {state}" for state, number in Counter(r.state for r in found.values()).items())
     whole = [c for c in cells if all(found[j.directory].state in ("finished", "not needed") for j in _of(c, jobs))]
     print(f"\n{len(jobs)} runs: {states}; {len(whole)} of {len(cells)} cells are complete")
@@ -223,7 +224,7 @@ def cancel(jobs: list[Job], runs_dir: Path) -> None:
             os.kill(process, signal.SIGINT)
         which = f"asked process {processes[0]} to save and stop" if processes else "running on another machine"
         print(f"{which}: {directory}")
-    print(f"{len(numbers)} jobs cancelled, {len(here)} runs without SLURM; all up to the last checkpoints is kept")
+    print(f"{len(numbers)} jobs cancelled, {len(here)} runs without SLURM; all up to each last checkpoint is kept")
 
 
 def holders(directory: Path) -> Iterator[int]:

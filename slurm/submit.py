@@ -32,7 +32,7 @@ TIMEOUTS = 10_000  # how often submitit requeues a job at its time limit: as oft
 def launch(jobs: list[Job], runs_dir: Path) -> None:
     """Submit what is needed and neither finished nor live. Raises UserError where SLURM refuses, or parents fail."""
     with _one_launcher(runs_dir):
-        placing = Placing(jobs, runs_dir)
+        placing = Placing(jobs, runs_dir, squeue.settled_jobs({_key(job.directory) for job in jobs}))
         for job in jobs:
             placing.say(job, placing.leave(job))
         for group in _groups(placing.todo):
@@ -49,7 +49,7 @@ class Placing:
 
     jobs: list[Job]
     runs_dir: Path
-    live: dict[str, Live] = field(default_factory=squeue.settled_jobs)
+    live: dict[str, Live]
     todo: list[Job] = field(default_factory=list)  # to be submitted, parents first
     new: dict[str, Job] = field(default_factory=dict)  # submitted by this launch
     elsewhere: set[str] = field(default_factory=set)  # a process that is no job works on it, or on its parent
@@ -57,6 +57,7 @@ class Placing:
 
     def __post_init__(self) -> None:
         self.needed = needed(self.jobs)
+        self.number = {job.directory: number for number, job in enumerate(self.jobs, 1)}
 
     def leave(self, job: Job) -> str:
         """Why `job` is not submitted, in words; where nothing, it is to do."""
@@ -116,7 +117,7 @@ class Placing:
 
     def say(self, job: Job, state: str) -> None:
         if state:
-            number = f"[{self.jobs.index(job) + 1}/{len(self.jobs)}]"
+            number = f"[{self.number[job.directory]}/{len(self.jobs)}]"
             print(f"{number} {job.stage} {job.id} ({', '.join(job.cells)}): {state}", flush=True)
 
 
@@ -155,7 +156,8 @@ def _groups(todo: list[Job]) -> Iterator[list[Job]]:
     for job in free:
         alike.setdefault((job.resources, layout(job)), []).append(job)
     yield from alike.values()
-    yield from ([job] for job in todo if job not in free)
+    together = {job.directory for job in free}
+    yield from ([job] for job in todo if job.directory not in together)
 
 
 def parameters(job: Job, waited: list[str], snapshot: Path) -> dict[str, Any]:
@@ -236,6 +238,8 @@ def _submit(group: list[Job], waited: list[str], runs_dir: Path, snapshot: Path)
         return [submitted.job_id for submitted in executor.submit_array([command(job) for job in group])]
     except submitit.core.utils.FailedJobError as error:
         raise UserError(f"SLURM refused {group[0].id}: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
 
 
 def batch_text(job: Job, runs_dir: Path) -> str:

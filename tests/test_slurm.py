@@ -154,7 +154,7 @@ def test_a_job_that_slurm_warns_saves_and_is_requeued(real):
     wait(20, lambda: f"requeueing job {number}" in log.read_text(), "the job requeues itself")
     assert (pretraining.directory / "checkpoint.pt").exists() and pretraining.state == "unfinished"
     shown = subprocess.run(command(real[1], "status"), cwd=ROOT, capture_output=True, text=True).stdout
-    assert f"waiting    {pretraining.directory}: job {number}" in shown or "running" in shown
+    assert f"waiting     {pretraining.directory}: job {number}" in shown or "running" in shown
     assert "2 runs: " in shown and "0 of 1 cells are complete" in shown
 
 
