@@ -74,28 +74,28 @@ def finetune(config: Finetune, source: Source, directory: Path) -> dict[str, Any
                     state.optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     state.optimizer.step()
-                    state.total += loss.detach()
+                    state.losses.append(loss.detach())
                     state.step += 1
                     progress.step()
                     minutes = (time.monotonic() - saved) / 60
                     within_epoch = state.step % steps_per_epoch > 0  # the end of an epoch is logged before it is saved
                     if within_epoch and (interrupt.requested or minutes > config.run.checkpoint_minutes):
-                        save(run, config, state)
+                        save(run, config, state, len(train_set))
                         saved = time.monotonic()
                         interrupt.stop_if_requested()
                 progress.close()
-                check_finite(run, state)
+                check_finite(run, config, state, len(train_set))
                 values = {
-                    "loss": state.total.item() / steps_per_epoch,
+                    "loss": torch.stack(state.losses).double().mean().item(),
                     "test_top1": test(model, test_set, augment, config, device),
                     **rates,
                 }
                 run.log("epoch", state.step - 1, epoch=epoch + 1, **values, timing={"seconds": round(watch.lap(), 3)})
                 say(epoch_line(epoch + 1, config.epochs, values))
-                state.total.zero_()
+                state.losses.clear()
                 last = epoch + 1 == config.epochs
                 if last or (epoch + 1) % config.run.checkpoint_every == 0 or interrupt.requested:
-                    save(run, config, state)
+                    save(run, config, state, len(train_set))
                 if not last:
                     interrupt.stop_if_requested()
         run.finish(result(run, config, source, labelled, device))
@@ -111,11 +111,7 @@ class State:
     optimizer: torch.optim.Optimizer
     steps: int  # of the whole run
     step: int = 0  # iterations done
-    total: Tensor = field(init=False)  # float64, on the device: sum of this epoch's losses
-
-    def __post_init__(self) -> None:
-        device = next(self.model.parameters()).device
-        self.total = torch.zeros((), dtype=torch.float64, device=device)
+    losses: list[Tensor] = field(default_factory=list)  # of this epoch
 
 
 # ----------------------------------------------------------------------------------------------------- before
@@ -184,14 +180,14 @@ def resume(run: Run, state: State) -> None:
     if saved is None:
         run.rewind(-1)
         return
-    missing = [name for name in ("model", "optimizer", "step", "total") if name not in saved]
+    missing = [name for name in ("model", "optimizer", "step", "losses") if name not in saved]
     if missing:
         raise checkpoint.CheckpointError(
             f"{run.checkpoint} is not a checkpoint of fine-tuning: no '{missing[0]}' in it"
         )
     checkpoint.load_weights(state.model, saved["model"], run.checkpoint)
     state.optimizer.load_state_dict(saved["optimizer"])
-    state.total.copy_(saved["total"])
+    state.losses = list(saved["losses"].to(next(state.model.parameters()).device))
     state.step = saved["step"]
     run.rewind(state.step)
 
@@ -224,24 +220,38 @@ def test(model: Encoder, test_set: Any, augment: Augment, config: Finetune, devi
     return accuracy(scores.argmax(dim=1), test_set.labels)
 
 
-def check_finite(run: Run, state: State) -> None:
-    """Raises UserError where this epoch's losses, the weights or the running statistics are not all finite."""
+def check_finite(run: Run, config: Finetune, state: State, images: int) -> None:
+    """Raises UserError where a loss of this epoch, a weight or a running statistic is not finite; says when it began.
+
+    The state and the indices of the images, of the first such iteration and the one before, are saved beside.
+    """
     values = [value for value in state.model.state_dict().values() if value.is_floating_point()]
-    for what, number in (("loss", state.total), ("norm of the weights", nn.utils.get_total_norm(values))):
-        if not math.isfinite(number):
-            raise UserError(
-                f"{run.id}: the {what} is {float(number)} before step {state.step}; stopped, the last checkpoint is "
-                "intact"
-            )
+    norm, loss = nn.utils.get_total_norm(values).item(), torch.stack(state.losses).double().mean().item()
+    numbers = {"the loss": loss, "the norm of the weights": norm}
+    what = next((f"{name} is {number}" for name, number in numbers.items() if not math.isfinite(number)), "")
+    if not what:
+        return
+    done = state.step - len(state.losses)  # before this epoch
+    step = done + [math.isfinite(loss) for loss in [*state.losses[:-1], math.nan]].index(False)  # or by its update
+    batches = data.batch_indices(images, config.batch_size, config.seed, done // (images // config.batch_size))
+    indices = {i: batches[i - done].tolist() for i in range(max(done, step - 1), step + 1)}
+    where = checkpoint.post_mortem(run, {"run": run.id, "step": step, "indices": indices}, snapshot(run, config, state))
+    raise UserError(f"{run.id}: {what} at step {step}; stopped, {where}, the last checkpoint is intact")
 
 
-def save(run: Run, config: Finetune, state: State) -> None:
+def save(run: Run, config: Finetune, state: State, images: int) -> None:
     """Write the state and the log to disk. Raises UserError, and saves nothing, where a number is not finite."""
-    check_finite(run, state)
+    if state.losses:  # else the epoch's end has been checked
+        check_finite(run, config, state, images)
     run.sync()
+    checkpoint.save(run.checkpoint, snapshot(run, config, state))
+
+
+def snapshot(run: Run, config: Finetune, state: State) -> dict[str, Any]:
+    """What a checkpoint holds."""
     content = {"run": run.id, "config": configs.to_dict(config), "step": state.step, "steps": state.steps}
-    content |= {"total": state.total, "model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
-    checkpoint.save(run.checkpoint, content)
+    losses = torch.stack(state.losses) if state.losses else torch.zeros(0)
+    return {**content, "losses": losses, "model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
 
 
 # ------------------------------------------------------------------------------------------------------ after

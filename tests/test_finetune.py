@@ -133,7 +133,7 @@ def test_recipes_are_complete_and_named_after_their_file(dataset, percent):
 
 def test_two_steps_are_those_of_a_plain_loop(source, tmp_path, monkeypatch):
     """SGD with momentum and no decay, written out: the backbone and the classifier each at its rate."""
-    monkeypatch.setattr(script, "save", lambda run, config, state: saved.append(state.model.state_dict()))
+    monkeypatch.setattr(script, "save", lambda run, config, state, images: saved.append(state.model.state_dict()))
     saved = []
     config = recipe("epochs=1", "batch_size=24", "optimizer.weight_decay=0.01")
     finetune(config, source, tmp_path)
@@ -252,10 +252,16 @@ def test_sigterm_saves_within_the_epoch_and_the_rest_follows(source, tmp_path, u
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_loss_that_is_not_finite_stops_the_run(source, tmp_path):
-    with pytest.raises(UserError, match=r"the (loss|norm of the weights) is (nan|inf) before step 3; stopped"):
-        finetune(recipe("optimizer.lr=1e38", "backbone_lr=1e38"), source, tmp_path)
+@pytest.mark.parametrize(("items", "step"), [(["backbone_lr=1e38"], 1), (["backbone_lr=1e38", "batch_size=48"], 0)])
+def test_what_is_not_finite_stops_the_run_and_names_the_iteration(source, tmp_path, items, step):
+    """A loss, or with one iteration an epoch the weights that it leaves; the images are named."""
+    with pytest.raises(UserError, match=rf"the (loss|norm of the weights) is (nan|inf) at step {step}; stopped, batch"):
+        finetune(recipe("optimizer.lr=1e38", *items), source, tmp_path)
     assert not (tmp_path / "result.json").exists() and not (tmp_path / "checkpoint.pt").exists()
+    report = json.loads((tmp_path / "nonfinite.json").read_text())
+    config = recipe(*items)
+    expected = data.batch_indices(48, config.batch_size, 0, 0)
+    assert report["step"] == step and report["indices"][str(step)] == expected[step].tolist()
 
 
 def test_finished_run_says_so_and_changes_nothing(pretrained, recipe_file, cli, tmp_path):
