@@ -1,0 +1,174 @@
+"""Compare a run with a reference: which settings differ, and the first epoch at which their curves part.
+
+examples:
+  python paper/compare.py runs/pretrain/RUN results/pretrain/REFERENCE
+  python paper/compare.py runs/pretrain/RUN results/pretrain/REFERENCE --tolerance 0.01 --out curves.png
+
+Two values part when they differ by more than the tolerance times the greater of the two. The curves are overlaid in a
+PNG. The exit status is 0 where they agree over all the epochs that both have, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from mixmask.config import UserError, flatten, main_guard, read_yaml  # noqa: E402
+from mixmask.runs import read_log  # noqa: E402
+
+ACCURACIES = ("knn_", "test_", "box_AP", "mask_AP")  # how the names of what is drawn beside the loss begin
+
+Curve = dict[int, float]  # epoch -> value
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the curves of two runs say."""
+
+    text: str
+    same: bool
+    parting: int | None = None  # the first epoch at which a curve parts
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print what differs and where, draw the curves; status 1 where they part."""
+    options = _parse(arguments)
+    run, reference = Path(options.run), Path(options.reference)
+    for directory in (run, reference):
+        if not (directory / "config.yaml").exists():
+            raise UserError(f"{directory} is no run directory: it has no config.yaml")
+    print("\n".join(settings(read_yaml(run / "config.yaml"), read_yaml(reference / "config.yaml"))))
+    ours, theirs = read_log(run), read_log(reference)
+    found = verdict(ours, theirs, options.tolerance)
+    print(found.text)
+    draw(curves(ours), curves(theirs), found.parting, Path(options.out))
+    print(f"written: {options.out}")
+    if not found.same:
+        raise SystemExit(1)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    about, _, examples = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python paper/compare.py",
+        description=about,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="a run directory")
+    parser.add_argument("reference", metavar="REFERENCE", help="another, of the same stage")
+    parser.add_argument("--tolerance", type=float, default=0.05, metavar="X", help="relative (default: %(default)s)")
+    parser.add_argument("--out", default="paper/output/compare.png", metavar="FILE", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    if options.tolerance < 0:
+        parser.error(f"--tolerance: expected a number from 0 on, found {options.tolerance:g}")
+    return options
+
+
+# ------------------------------------------------------------------------------------------------------ settings
+
+
+def settings(run: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
+    """A line for each key that differs; what only says where and how a run is carried out (`run.*`) is left out."""
+    ours, theirs = flatten(run), flatten(reference)
+    keys = [key for key in dict.fromkeys([*ours, *theirs]) if not key.startswith("run.")]
+    differing = [key for key in keys if ours.get(key, "absent") != theirs.get(key, "absent")]
+    if not differing:
+        return ["config: the same"]
+    lines = [f"  {key}: {ours.get(key, 'absent')} (reference: {theirs.get(key, 'absent')})" for key in differing]
+    return [f"config: {len(differing)} key{'s differ' if differing[1:] else ' differs'}", *lines]
+
+
+# -------------------------------------------------------------------------------------------------------- curves
+
+
+def verdict(run: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]], tolerance: float) -> Verdict:
+    """Equal bit by bit, equal within the tolerance, or the epoch at which they part, over the epochs that both have.
+
+    Raises UserError where the logs have no curve in common.
+    """
+    ours, theirs = curves(run), curves(reference)
+    pairs = {
+        (epoch, name): (ours[name][epoch], theirs[name][epoch])
+        for name in ours
+        for epoch in ours[name].keys() & theirs.get(name, {}).keys()
+    }
+    if not pairs:
+        raise UserError("the two logs have no curve in common: expected two runs of one stage with a logged epoch each")
+    first, last = min(epoch for epoch, _ in pairs), max(epoch for epoch, _ in pairs)
+    span = f"over epochs {first} to {last} (the run has {_last(ours)}, the reference {_last(theirs)})"
+    if _numbers(run, last) == _numbers(reference, last):
+        return Verdict(f"curves: equal bit by bit {span}", True)
+    parts = sorted((place for place, pair in pairs.items() if distance(*pair) > tolerance), key=lambda place: place[0])
+    if not parts:
+        largest = max(distance(*pair) for pair in pairs.values())
+        return Verdict(f"curves: equal within {largest:.2g} {span}; tolerance {tolerance:g}", True)
+    (epoch, name), most = parts[0], max(distance(*pairs[place]) for place in parts)
+    values = "{:.6g} against {:.6g}".format(*pairs[epoch, name])
+    text = f"curves: part at epoch {epoch}: {name} is {values}, {distance(*pairs[epoch, name]):.2g} apart"
+    return Verdict(f"{text}; tolerance {tolerance:g}, at most {most:.2g} {span}", False, epoch)
+
+
+def curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
+    """Loss and accuracies by epoch, from the lines of the epochs."""
+    found: dict[str, Curve] = {}
+    for line in lines:
+        for name, value in line.items():
+            drawn = name == "loss" or name.startswith(ACCURACIES)
+            if drawn and line["kind"] == "epoch" and isinstance(value, int | float):
+                found.setdefault(name, {})[line["epoch"]] = value
+    return found
+
+
+def distance(a: float, b: float) -> float:
+    """|a - b| over the greater of |a| and |b|; 0 for equal values."""
+    return 0.0 if a == b else abs(a - b) / max(abs(a), abs(b))
+
+
+def _numbers(lines: Sequence[Mapping[str, Any]], last: int) -> list[dict[str, Any]]:
+    """All that was logged up to the epoch `last`, but for timings."""
+    names = [line for line in lines if line.get("epoch", 0) <= last]
+    return [{key: value for key, value in line.items() if key != "timing"} for line in names]
+
+
+def _last(found: Mapping[str, Curve]) -> str:
+    return f"epoch {max(max(curve) for curve in found.values())}" if found else "none"
+
+
+def draw(run: Mapping[str, Curve], reference: Mapping[str, Curve], parting: int | None, out: Path) -> None:
+    """A panel for each curve that either has: the reference broad and pale, the run over it; a line where they part."""
+    from matplotlib import pyplot as plt
+
+    from paper.figures import style
+
+    style.use()
+    names = list(dict.fromkeys([*run, *reference]))
+    figure, row = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.6), layout="constrained", squeeze=False)
+    for axes, name in zip(row[0], names, strict=True):
+        for label, found, look in (
+            ("reference", reference, {"color": style.SECOND, "linewidth": 3.5}),
+            ("run", run, {"color": style.FIRST, "linewidth": 1.2, "marker": ".", "markersize": 3}),
+        ):
+            points = sorted(found.get(name, {}).items())
+            axes.plot([x for x, _ in points], [y for _, y in points], label=label, **look)
+        if parting is not None:
+            axes.axvline(parting, color=style.ACCENT, linestyle=":", label=f"they part at epoch {parting}")
+        axes.set(title=name, xlabel="epoch")
+    figure.legend(*row[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,79 @@
+"""paper/compare.py: whether a run's curves are those of a reference, from which epoch on they are not, and why."""
+
+import json
+
+import pytest
+
+from paper import compare
+
+
+def epoch(number, loss, **values):
+    return {"kind": "epoch", "step": 10 * number, "epoch": number, "loss": loss, "timing": {"seconds": loss}, **values}
+
+
+def run(where, lines, **config):
+    where.mkdir(parents=True)
+    values = {"recipe": "r", "seed": 0, "mask": {"grid": 2}, "run": {"workers": len(str(where))}, **config}
+    (where / "config.yaml").write_text(json.dumps(values))
+    (where / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return where
+
+
+@pytest.fixture
+def compared(tmp_path, cli):
+    """`compared(lines, reference lines, config of the run)` -> status, output, error."""
+
+    def compare_(lines, reference, *words, **config):
+        ours, theirs = run(tmp_path / "a", lines, **config), run(tmp_path / "reference", reference)
+        return cli(compare.main, ours, theirs, "--out", tmp_path / "out" / "c.png", *words)
+
+    return compare_
+
+
+def test_equal_runs_are_equal_bit_by_bit_whatever_their_timings_and_workers(compared, tmp_path):
+    lines = [epoch(1, 2.5, knn_k5=30.0), epoch(2, 2.25, knn_k5=31.0)]
+    slower = [{**line, "timing": {"seconds": 99.0}} for line in lines]
+    status, out, _ = compared(lines, slower)
+    assert status == 0 and "config: the same" in out and "equal bit by bit over epochs 1 to 2" in out
+    assert (tmp_path / "out" / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_step_that_differs_ends_the_equality_of_bits_and_nothing_else(compared):
+    steps = [{"kind": "step", "step": 3, "epoch": 1, "loss": value} for value in (7.0, 7.5)]
+    status, out, _ = compared([steps[0], epoch(1, 2.0)], [steps[1], epoch(1, 2.0)])
+    assert status == 0 and "equal within 0 over epochs 1 to 1" in out
+
+
+def test_the_first_epoch_at_which_any_curve_parts_is_named_with_both_values(compared):
+    ours = [epoch(1, 10.0, knn_k5=30.0), epoch(2, 10.0, knn_k5=30.0), epoch(3, 10.0, knn_k5=60.0)]
+    theirs = [epoch(1, 10.4, knn_k5=30.0), epoch(2, 10.4, knn_k5=33.0), epoch(3, 20.0, knn_k5=30.0)]
+    status, out, _ = compared(ours, theirs)
+    assert status == 1 and "part at epoch 2: knn_k5 is 30 against 33, 0.091 apart; tolerance 0.05, at most 0.5" in out
+
+
+@pytest.mark.parametrize(("tolerance", "status"), [("0.03", 1), ("0.04", 0)])
+def test_the_tolerance_is_relative_to_the_greater_value(compared, tolerance, status):
+    assert compared([epoch(1, -96.0)], [epoch(1, -100.0)], "--tolerance", tolerance)[0] == status
+
+
+def test_a_run_that_is_still_going_is_compared_as_far_as_it_is(compared):
+    status, out, _ = compared([epoch(1, 2.0)], [epoch(1, 2.0), epoch(2, 1.0)])
+    assert status == 0 and "bit by bit over epochs 1 to 1 (the run has epoch 1, the reference epoch 2)" in out
+
+
+def test_each_setting_that_differs_is_named_and_agreeing_curves_are_still_the_same(compared):
+    status, out, _ = compared([epoch(1, 2.0)], [epoch(1, 2.0)], seed=1, mask={"grid": 4}, extra=True)
+    assert status == 0 and "config: 3 keys differ" in out
+    for line in ("seed: 1 (reference: 0)", "mask.grid: 4 (reference: 2)", "extra: True (reference: absent)"):
+        assert line in out
+
+
+def test_runs_of_two_stages_have_nothing_to_compare(compared):
+    probe = [{"kind": "epoch", "step": 0, "epoch": 1, "test_top1": 50.0}]
+    status, _, error = compared([epoch(1, 2.0)], probe)
+    assert status == 1 and "no curve in common" in error
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path, cli):
+    status, _, error = cli(compare.main, tmp_path, tmp_path)
+    assert status == 1 and f"{tmp_path} is no run directory" in error
