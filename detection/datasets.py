@@ -152,9 +152,8 @@ def batches(wide: Sequence[bool], size: int, group: int, seed: int, purpose: str
                 batch = []
 
 
-def check_batches(config: Detection, processes: int) -> None:
+def check_batches(size: int, group: int, processes: int) -> None:
     """Raises ConfigError for a batch that groups or processes do not divide."""
-    size = config.detectron2["SOLVER"]["IMS_PER_BATCH"]
-    for parts, what in ((config.group, f"groups of {config.group} images"), (processes, f"{processes} processes")):
+    for parts, what in ((group, f"groups of {group} images"), (processes, f"{processes} processes")):
         if size % parts:
             raise ConfigError(f"detectron2.SOLVER.IMS_PER_BATCH: {size} images cannot be divided into {what}")

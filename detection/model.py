@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from detection import weights
 from detection.datasets import Found, Position, batches
 from mixmask import distributed
 from mixmask.config import ConfigError, Detection, UserError
+from mixmask.data import DataError
 from mixmask.randomness import seed_globals, seed_of
 
 warnings.filterwarnings("ignore", "torch.meshgrid")  # Detectron2's anchors; PyTorch means to change its default
@@ -82,6 +84,11 @@ def settings(config: Detection, device: torch.device) -> CfgNode:
         cfg.merge_from_other_cfg(CfgNode(copy.deepcopy(dict(config.detectron2))))
     except (KeyError, ValueError, AssertionError) as error:
         raise ConfigError(f"detectron2: {' '.join(str(error).split())}") from None
+    for key in ("MAX_ITER", "IMS_PER_BATCH"):
+        if cfg.SOLVER[key] < 1:
+            raise ConfigError(f"detectron2.SOLVER.{key}: expected at least 1, found {cfg.SOLVER[key]}")
+    if list(cfg.SOLVER.STEPS) != sorted(cfg.SOLVER.STEPS):
+        raise ConfigError(f"detectron2.SOLVER.STEPS: expected the smaller first, found {list(cfg.SOLVER.STEPS)}")
     cfg.MODEL.DEVICE = str(device)
     cfg.DATALOADER.NUM_WORKERS = config.run.workers
     cfg.freeze()
@@ -140,24 +147,38 @@ class Mapped(Dataset):
         self.images, self.mapper = DatasetFromList(images), DatasetMapper(cfg, is_train=True)
         self.seed, self.purpose = seed, purpose
 
-    def __getitem__(self, position: Position) -> dict[str, Any]:
+    def __getitem__(self, position: Position) -> dict[str, Any] | DataError:
         np.random.seed(seed_of(self.seed, "detection", self.purpose, "view", position.place) % 2**32)
-        return self.mapper(self.images[position.image])
+        image = self.images[position.image]
+        try:
+            return self.mapper(image)
+        except (OSError, ValueError, SyntaxError) as error:  # given back: an error in a worker arrives as a traceback
+            return DataError(f"{image['file_name']} cannot be used: {' '.join(str(error).split())}")
 
 
 def training_batches(task: Task, purpose: str, first: int = 0) -> Iterator[list[dict]]:
-    """This process's images of each batch, endlessly, from batch `first` on."""
+    """This process's images of each batch, endlessly, from batch `first` on. Raises DataError for a damaged file."""
     wide = [image["width"] > image["height"] for image in task.images]
     size = task.cfg.SOLVER.IMS_PER_BATCH
     order, rows = batches(wide, size, task.config.group, task.config.seed, purpose), distributed.share(size)
     own = (batch[rows] for batch in itertools.islice(order, first, None))
     dataset = Mapped(task.images, task.cfg, task.config.seed, purpose)
-    return iter(DataLoader(dataset, batch_sampler=own, num_workers=task.config.run.workers, collate_fn=as_list))
+    options = {"num_workers": task.config.run.workers, "collate_fn": as_list, "worker_init_fn": ignore_signals}
+    for batch in DataLoader(dataset, batch_sampler=own, generator=torch.Generator(), **options):
+        if errors := [item for item in batch if isinstance(item, DataError)]:
+            raise errors[0]
+        yield batch
 
 
-def as_list(images: list[dict]) -> list[dict]:
+def as_list(images: list) -> list:
     """Detectron2's batch is a list of images of different sizes."""
     return images
+
+
+def ignore_signals(worker: int) -> None:
+    """Ctrl-C and SLURM signal every process of a job: a worker goes on until its training loop is done with it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation

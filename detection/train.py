@@ -47,8 +47,8 @@ def train(config: Detection, backbone: weights.Weights, directory: Path) -> dict
     detectron = detectron2()
     world = distributed.find()
     device = world.device(pick_device(config.run.device))
-    datasets.check_batches(config, world.size)
     cfg = detectron.settings(config, device)
+    datasets.check_batches(cfg.SOLVER.IMS_PER_BATCH, config.group, world.size)
     check_norm(cfg.MODEL.RESNETS.NORM, device, world.size)
     with distributed.start(world, device), (Follower if world.rank else Run)(directory, config) as run:
         with distributed.first():
@@ -112,6 +112,8 @@ def learn(run: Run, task: Any, state: State) -> None:
     progress, clock = Progress(last, "training", state.step), Clock()
     with Interrupt() as interrupt, detectron.EventStorage(state.step):
         while state.step < last:
+            if config.eval_every and state.step and state.step % config.eval_every == 0:
+                test(run, task, state)
             step, batch = state.step, clock.wait(batches)
             seed_globals(config.seed, "detection", step, distributed.rank())  # which anchors and regions are sampled
             losses = state.model(batch)
@@ -141,8 +143,6 @@ def learn(run: Run, task: Any, state: State) -> None:
                 save(run, config, state)
             if stop and not at_end:
                 raise KeyboardInterrupt
-            if config.eval_every and state.step % config.eval_every == 0 and not at_end:
-                test(run, task, state)
     progress.close()
 
 
@@ -151,7 +151,7 @@ def test(run: Run, task: Any, state: State) -> dict[str, float]:
     start, detectron = time.perf_counter(), detectron2()
     detectron.precise_statistics(state.model, task)
     metrics = detectron.evaluate(state.model, task)
-    run.log("test", state.step - 1, **metrics, timing={"seconds": round(time.perf_counter() - start, 3)})
+    run.log("test", state.step, **metrics, timing={"seconds": round(time.perf_counter() - start, 3)})
     say(f"iteration {state.step}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
     return metrics
 
@@ -231,7 +231,7 @@ def result(
         "checkpoint": config.checkpoint,
         "metrics": {name: value for name, value in metrics.items() if name != "detections"},
         "detections": metrics["detections"],
-        "iterations": config.detectron2["SOLVER"]["MAX_ITER"],
+        "iterations": configs.flatten(config.detectron2)["SOLVER.MAX_ITER"],
         "seed": config.seed,
         "weights": {"sha256": backbone.note["sha256"], "tensors": len(backbone.tensors), "dropped": backbone.dropped},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

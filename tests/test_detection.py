@@ -344,10 +344,10 @@ def test_batches_are_groups_of_one_orientation_and_epochs_permutations():
 
 
 def test_batches_that_cannot_be_divided_are_refused():
-    for config, processes in ((recipe("voc", "group=3"), 1), (recipe("voc"), 5)):
+    for group, processes in ((3, 1), (2, 5)):
         with pytest.raises(ConfigError, match="16 images cannot be divided"):
-            datasets.check_batches(config, processes)
-    datasets.check_batches(recipe("voc"), 8)
+            datasets.check_batches(16, group, processes)
+    datasets.check_batches(16, 2, 8)
 
 
 # ------------------------------------------------------------------------------------------------ with Detectron2
@@ -409,10 +409,30 @@ def test_recipe_with_a_key_or_type_that_detectron2_does_not_know_is_refused(dete
     from detection import model
 
     values = configs.to_dict(recipe("voc"))
-    for section, key, value in (("SOLVER", "MAX_ITERATIONS", 3), ("SOLVER", "MAX_ITER", "many")):
+    for section, key, value in (
+        ("SOLVER", "MAX_ITERATIONS", 3),
+        ("SOLVER", "MAX_ITER", "many"),
+        ("SOLVER", "MAX_ITER", 0),
+        ("SOLVER", "STEPS", [2, 1]),
+    ):
         changed = {**values["detectron2"], section: {**values["detectron2"][section], key: value}}
-        with pytest.raises(ConfigError, match="detectron2: "):
+        with pytest.raises(ConfigError, match="detectron2"):
             model.settings(dataclasses.replace(recipe("voc"), detectron2=changed), torch.device("cpu"))
+
+
+@needs_detectron2
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_image_is_one_line(workers, trees, tmp_path, detector):
+    from detection import model
+
+    subprocess.run(["cp", "-r", trees / "VOC2007", trees / "VOC2012", tmp_path], check=True)
+    for path in (tmp_path / "VOC2007" / "JPEGImages").glob("trainval*"):
+        path.write_bytes(path.read_bytes()[:800])
+    items = [item for item in SMALL if not item.startswith(("data=", "run.workers"))]
+    config = full(tmp_path, "voc", *items, "allow_partial_data=true", f"run.workers={workers}")
+    job = model.task(config, detector[1], *datasets.prepare(config, tmp_path)[:2])
+    with pytest.raises(DataError, match=r"trainval_00000\d\.jpg cannot be used"):
+        list(itertools.islice(model.training_batches(job, "train"), 8))
 
 
 class Oracle(torch.nn.Module):
