@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         print_header(cells, jobs, chosen, targets)
         execute(jobs, executor, runs_dir)
-        print_next(cells, jobs, runs_dir, options)
+        print_next(cells, jobs, options)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -206,12 +206,14 @@ def _duration(job: Job) -> str:
     return f"about {60 * job.hours:.1f} min on the CPU"
 
 
-def print_next(cells: list[Cell], jobs: list[Job], runs_dir: Path, options: argparse.Namespace) -> None:
-    """Where the results are, and what turns them into tables and figures."""
+def print_next(cells: list[Cell], jobs: list[Job], options: argparse.Namespace) -> None:
+    """Where the results are, how to see what is to come, and what turns them into tables and figures."""
     left = len(graph.needed(jobs))
-    waiting = f" ({left} of {len(jobs)} runs to come; how they are: {_status(options)})" if left else ""
-    print(f"\nresults are in {runs_dir}{waiting}; what to make of them:")
-    tail = ["--runs-dir", str(runs_dir)] if str(runs_dir) != "runs" else []
+    print(f"\nresults are in {options.runs_dir}" + (f"; {left} of {len(jobs)} runs are to come:" if left else ""))
+    if left:
+        print(_status(options))
+    print("what to make of them:")
+    tail = ["--runs-dir", options.runs_dir] if options.runs_dir != "runs" else []
     tail += ["--preset", options.preset, "--set", *options.set] if options.set else []
     targets = dict.fromkeys(cell.target for cell in cells)
     for kind in ("table", "figure"):
