@@ -22,10 +22,9 @@ sys.path.insert(0, str(ROOT))
 
 from mixmask.config import UserError, flatten, main_guard, read_yaml  # noqa: E402
 from mixmask.runs import read_log  # noqa: E402
+from paper.report.curve import quantities, unit  # noqa: E402
 
-ACCURACIES = ("knn_", "test_", "box_AP", "mask_AP")  # how the names of what is drawn beside the loss begin
-
-Curve = dict[int, float]  # epoch -> value
+Curve = Mapping[int, float]  # epoch -> value
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ours, theirs = read_log(run), read_log(reference)
     found = verdict(ours, theirs, options.tolerance)
     print(found.text)
-    draw(curves(ours), curves(theirs), found.parting, Path(options.out))
+    draw(quantities(ours), quantities(theirs), found.parting, unit(theirs), Path(options.out))
     print(f"written: {options.out}")
     if not found.same:
         raise SystemExit(1)
@@ -94,7 +93,7 @@ def verdict(run: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, A
 
     Raises UserError where the logs have no curve in common.
     """
-    ours, theirs = curves(run), curves(reference)
+    ours, theirs, by = quantities(run), quantities(reference), unit(reference)
     pairs = {
         (epoch, name): (ours[name][epoch], theirs[name][epoch])
         for name in ours
@@ -103,7 +102,8 @@ def verdict(run: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, A
     if not pairs:
         raise UserError("the two logs have no curve in common: expected two runs of one stage with a logged epoch each")
     first, last = min(epoch for epoch, _ in pairs), max(epoch for epoch, _ in pairs)
-    span = f"over epochs {first} to {last} (the run has {_last(ours)}, the reference {_last(theirs)})"
+    ends = [max(max(curve) for curve in found.values()) for found in (ours, theirs)]
+    span = f"over {by}s {first} to {last} (the run has come to {ends[0]}, the reference to {ends[1]})"
     if _numbers(run, last) == _numbers(reference, last):
         return Verdict(f"curves: equal bit by bit {span}", True)
     parts = sorted((place for place, pair in pairs.items() if distance(*pair) > tolerance), key=lambda place: place[0])
@@ -112,19 +112,8 @@ def verdict(run: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, A
         return Verdict(f"curves: equal within {largest:.2g} {span}; tolerance {tolerance:g}", True)
     (epoch, name), most = parts[0], max(distance(*pairs[place]) for place in parts)
     values = "{:.6g} against {:.6g}".format(*pairs[epoch, name])
-    text = f"curves: part at epoch {epoch}: {name} is {values}, {distance(*pairs[epoch, name]):.2g} apart"
+    text = f"curves: part at {by} {epoch}: {name} is {values}, {distance(*pairs[epoch, name]):.2g} apart"
     return Verdict(f"{text}; tolerance {tolerance:g}, at most {most:.2g} {span}", False, epoch)
-
-
-def curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
-    """Loss and accuracies by epoch, from the lines of the epochs."""
-    found: dict[str, Curve] = {}
-    for line in lines:
-        for name, value in line.items():
-            drawn = name == "loss" or name.startswith(ACCURACIES)
-            if drawn and line["kind"] == "epoch" and isinstance(value, int | float):
-                found.setdefault(name, {})[line["epoch"]] = value
-    return found
 
 
 def distance(a: float, b: float) -> float:
@@ -133,16 +122,12 @@ def distance(a: float, b: float) -> float:
 
 
 def _numbers(lines: Sequence[Mapping[str, Any]], last: int) -> list[dict[str, Any]]:
-    """All that was logged up to the epoch `last`, but for timings."""
-    names = [line for line in lines if line.get("epoch", 0) <= last]
-    return [{key: value for key, value in line.items() if key != "timing"} for line in names]
+    """All that was logged up to the epoch (or iteration) `last`, but for timings."""
+    upto = [line for line in lines if line.get("epoch", line["step"]) <= last]
+    return [{key: value for key, value in line.items() if key != "timing"} for line in upto]
 
 
-def _last(found: Mapping[str, Curve]) -> str:
-    return f"epoch {max(max(curve) for curve in found.values())}" if found else "none"
-
-
-def draw(run: Mapping[str, Curve], reference: Mapping[str, Curve], parting: int | None, out: Path) -> None:
+def draw(run: Mapping[str, Curve], reference: Mapping[str, Curve], parting: int | None, by: str, out: Path) -> None:
     """A panel for each curve that either has: the reference broad and pale, the run over it; a line where they part."""
     from matplotlib import pyplot as plt
 
@@ -159,8 +144,8 @@ def draw(run: Mapping[str, Curve], reference: Mapping[str, Curve], parting: int 
             points = sorted(found.get(name, {}).items())
             axes.plot([x for x, _ in points], [y for _, y in points], label=label, **look)
         if parting is not None:
-            axes.axvline(parting, color=style.ACCENT, linestyle=":", label=f"they part at epoch {parting}")
-        axes.set(title=name, xlabel="epoch")
+            axes.axvline(parting, color=style.ACCENT, linestyle=":", label=f"they part at {by} {parting}")
+        axes.set(title=name, xlabel=by)
     figure.legend(*row[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ def test_the_tolerance_is_relative_to_the_greater_value(compared, tolerance, sta
 
 def test_a_run_that_is_still_going_is_compared_as_far_as_it_is(compared):
     status, out, _ = compared([epoch(1, 2.0)], [epoch(1, 2.0), epoch(2, 1.0)])
-    assert status == 0 and "bit by bit over epochs 1 to 1 (the run has epoch 1, the reference epoch 2)" in out
+    assert status == 0 and "bit by bit over epochs 1 to 1 (the run has come to 1, the reference to 2)" in out
 
 
 def test_each_setting_that_differs_is_named_and_agreeing_curves_are_still_the_same(compared):
@@ -72,6 +72,14 @@ def test_runs_of_two_stages_have_nothing_to_compare(compared):
     probe = [{"kind": "epoch", "step": 0, "epoch": 1, "test_top1": 50.0}]
     status, _, error = compared([epoch(1, 2.0)], probe)
     assert status == 1 and "no curve in common" in error
+
+
+def test_a_log_without_epochs_is_compared_by_iteration(compared):
+    ours, theirs = (
+        [{"kind": "step", "step": 20, "loss": 2.0}, {"kind": "test", "step": 40, "box_AP": v}] for v in (5.0, 9.0)
+    )
+    status, out, _ = compared(ours, theirs)
+    assert status == 1 and "part at iteration 40: box_AP is 5 against 9" in out
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path, cli):

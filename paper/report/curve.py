@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 300, 110, 44, 16, 16  # of the picture and of what surrounds its curve
 POINTS = 150  # more are thinned out: no eye tells the difference at this size
-DRAWN = ("loss", "knn_", "test_", "top1", "box_AP", "mask_AP", "AP")  # how the names of the quantities drawn begin
+DRAWN = ("loss", "knn_", "test_", "box_AP", "mask_AP")  # how the names of what is drawn begin
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One SVG for the loss, one for each accuracy that the epochs' lines hold."""
-    epochs = [line for line in lines if line.get("kind") != "step"]
-    return [draw(name, points) for name, points in _quantities(epochs) if len(points) > 1]
+    """One SVG for the loss, one for each accuracy that has been logged more than once."""
+    return [draw(name, sorted(points.items())) for name, points in quantities(lines).items() if len(points) > 1]
 
 
-def _quantities(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
-    names = dict.fromkeys(key for line in lines for key, value in line.items() if isinstance(value, int | float))
-    for name in names:
-        if name == "loss" or name.startswith(DRAWN[1:]):
-            yield name, [(line.get("epoch", line["step"]), line[name]) for line in lines if name in line]
+def quantities(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """Loss and accuracies, each by epoch; by iteration in a log that knows no epochs (detection)."""
+    found: dict[str, dict[int, float]] = {}
+    by = unit(lines)
+    for line in (line for line in lines if by == "iteration" or line["kind"] == "epoch"):
+        for name, value in line.items():
+            if name.startswith(DRAWN) and isinstance(value, int | float):
+                found.setdefault(name, {})[line["step" if by == "iteration" else "epoch"]] = value
+    return {name: points for name, points in found.items() if name == "loss" or not name.startswith("loss")}
+
+
+def unit(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What a log counts: epochs, or iterations."""
+    return "epoch" if any(line["kind"] == "epoch" for line in lines) else "iteration"
 
 
 def draw(name: str, points: Sequence[tuple[float, float]]) -> str:
