@@ -57,7 +57,8 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer, after a write that failed
         discard(temporary)
-        reason = getattr(error, "strerror", None) or f"is the disk full? {_one_line(error)}"
+        causes = [getattr(e, "strerror", None) for e in (error, error.__context__)]
+        reason = next(filter(None, causes), f"is the disk full? {_one_line(error)}")
         raise CheckpointError(f"cannot write {path}: {reason}; the checkpoint before is intact") from None
 
 
