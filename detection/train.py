@@ -152,7 +152,7 @@ def test(run: Run, task: Any, state: State) -> dict[str, float]:
     detectron.precise_statistics(state.model, task)
     metrics = detectron.evaluate(state.model, task)
     run.log("test", state.step, **metrics, timing={"seconds": round(time.perf_counter() - start, 3)})
-    say(f"iteration {state.step}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+    say(f"iteration {state.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     return metrics
 
 
