@@ -25,7 +25,8 @@ from mixmask import progress
 from mixmask.config import ConfigError, Pretrain, UserError
 from mixmask.runs import Run
 
-PATIENCE = timedelta(hours=1)  # for a process that downloads or evaluates; one that ends is noticed at once
+ARRIVAL = timedelta(minutes=10)  # for all processes to start
+PATIENCE = timedelta(hours=1)  # for one that downloads or evaluates; one that ends is noticed at once
 
 
 class LostProcess(UserError):
@@ -111,9 +112,10 @@ def start(world: World, device: torch.device) -> Iterator[None]:
         progress.mute()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    options = {"init_method": world.address, "rank": world.rank, "world_size": world.size, "timeout": PATIENCE}
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with _contact(f"{world.size} processes do not find each other at {world.address}"):
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
+        store, *_ = next(dist.rendezvous(world.address, world.rank, world.size, timeout=ARRIVAL))
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
         barrier()
     yield
     barrier()

@@ -235,15 +235,16 @@ def resume(run: Run, state: State) -> None:
 def save(run: Run, config: Pretrain, state: State) -> None:
     """Write the state and the log to disk. Raises NonFinite, and saves nothing, where a number is not finite.
 
-    All processes hold the same state; the first writes it.
+    All processes hold the same state; the first writes it, and the others wait: one that ended now would, through
+    torchrun or SLURM, take the first with it.
     """
     model = state.framework.state_dict()
     norm = nn.utils.get_total_norm([value for value in model.values() if value.is_floating_point()])
     finite({**state.sums, "the norm of weights and buffers": norm}, state.step - 1)
-    if distributed.rank() > 0:
-        return
-    run.sync()
-    checkpoint.save(run.checkpoint, snapshot(run, config, state))
+    with distributed.first():
+        if distributed.rank() == 0:
+            run.sync()
+            checkpoint.save(run.checkpoint, snapshot(run, config, state))
 
 
 def snapshot(run: Run, config: Pretrain, state: State) -> dict[str, Any]:
@@ -311,9 +312,10 @@ def explained(run: Run, config: Pretrain, state: State, images: int) -> Iterator
         finite_losses = [math.isfinite(loss) for loss in state.losses]
         step = error.step if all(finite_losses) else state.step - len(finite_losses) + finite_losses.index(False)
         where = "the first process says why"
-        if distributed.rank() == 0:
-            report = {"run": run.id, **autopsy(config, state, images, step), "noticed": str(error)}
-            where = checkpoint.post_mortem(run, report, snapshot(run, config, state))
+        with distributed.first():
+            if distributed.rank() == 0:
+                report = {"run": run.id, **autopsy(config, state, images, step), "noticed": str(error)}
+                where = checkpoint.post_mortem(run, report, snapshot(run, config, state))
         what = f"{error.name} is {error.number} at step {step}"
         raise UserError(f"{run.id}: {what}; stopped, {where}, the last checkpoint is intact") from None
 
