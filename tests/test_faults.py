@@ -262,8 +262,11 @@ def mount(path: Path, size: str) -> None:
     libc, (uid, gid) = ctypes.CDLL(None, use_errno=True), (os.getuid(), os.getgid())
     if libc.unshare(0x10000000 | 0x00020000):  # CLONE_NEWUSER | CLONE_NEWNS
         os._exit(NO_NAMESPACE)
-    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
-        Path(f"/proc/self/{name}").write_text(text)
+    try:
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+            Path(f"/proc/self/{name}").write_text(text)
+    except OSError:
+        os._exit(NO_NAMESPACE)
     libc.mount(None, b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE: nothing of this is seen outside
     if libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", 0, f"size={size}".encode()):
         os._exit(NO_NAMESPACE)
