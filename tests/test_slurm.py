@@ -40,15 +40,19 @@ note = lambda name, text: open(home / name, "a").write(f"{text}\\n")
 note("starts", f"{os.getpid()} {os.environ['SLURM_JOB_ID']} {time.time()}")
 if (home / "fail").exists():
     sys.exit("error: made to fail")
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
-state = home / "state.json"
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+state, log = home / "state.json", home / "log"
 step, value = json.loads(state.read_text()) if state.exists() else (0, 0)
+log.write_text("".join(log.read_text().splitlines(keepends=True)[:step]) if step else "")
 while step < steps:
     time.sleep(0.1)
     step, value = step + 1, (31 * value + step) % 10007
+    note("log", step)
     Path(f"{state}.new").write_text(json.dumps([step, value]))
     os.replace(f"{state}.new", state)
-    note("log", step)
+    if told:
+        sys.exit(130)
 note("ends", time.time())
 (home / "result.json").write_text(json.dumps({"metrics": {"loss": value}}))
 """
