@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Anchor": "methods",
     "METHODS": "methods",
+    "vanilla": "methods",
     "mixmask": "methods",
     "unmix": "methods",
     "erase": "methods",
@@ -23,6 +24,7 @@ _HOME = {
     "sample_mask": "masks",
     "block_mask": "masks",
     "discrete_mask": "masks",
+    "load_backbone": "formats",
     "MoCo": "frameworks.moco",
     "FRAMEWORKS": "frameworks",
 }

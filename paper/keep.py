@@ -80,7 +80,9 @@ def check(run: Path) -> None:
 
 def _dataset(run: Path) -> str:
     """Of the run; where its config names none (a conversion), of its pre-training beside it."""
-    dataset, encoder = _config(run).get("dataset"), run.parents[1] / "pretrain" / _encoder(run)
+    config = _config(run)
+    dataset = config.get("dataset") or config.get("data")  # detection has `data`
+    encoder = run.parents[1] / "pretrain" / _encoder(run)
     if dataset or not _encoder(run) or not (encoder / "config.yaml").exists():
         return dataset or ""
     return _config(encoder).get("dataset", "")

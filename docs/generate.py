@@ -1,0 +1,234 @@
+"""Write the generated parts of the documents: docs/api.md, docs/commands.md, and the blocks between markers.
+
+    python docs/generate.py            writes what is stale, and names it
+    python docs/generate.py --check    writes nothing; status 1 where something is stale
+
+A block begins with `<!-- generated: NAME ARGUMENT -->` and ends with `<!-- end -->`; NAME is a key of BLOCKS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import html
+import importlib
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from mixmask.config import UserError, main_guard  # noqa: E402
+
+MODULES = [  # of the library, in the order in which a reader meets them
+    "methods",
+    "objective",
+    "masks",
+    *(f"frameworks.{name}" for name in ("moco", "simclr", "byol", "simsiam")),
+    "backbones",
+    "augment",
+    "views",
+    "data",
+    "knn",
+    "schedules",
+    "optim",
+    "checkpoint",
+    "formats",
+    "runs",
+    "config",
+]
+SCRIPTS = [
+    "slurm/launch.py",
+    "pretrain/train.py",
+    "eval/knn.py",
+    "eval/linear.py",
+    "eval/finetune.py",
+    "detection/convert.py",
+    "detection/train.py",
+    "paper/make_tables.py",
+    "paper/make_figures.py",
+    "paper/make_report.py",
+    "paper/compare.py",
+    "paper/keep.py",
+]
+MARK = re.compile(r"<!-- generated: (\w+)(?: (.+?))? -->\n(.*?)<!-- end -->", re.DOTALL)
+
+
+def main() -> None:
+    """Bring every document up to date, or name those that are not."""
+    parser = argparse.ArgumentParser(
+        prog="python docs/generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 where something is stale")
+    options = parser.parse_args()
+    stale = []
+    for path in documents():
+        old = path.read_text(encoding="utf-8") if path.exists() else ""
+        new = current(path, old)
+        if same(old, new):
+            continue
+        stale.append(str(path.relative_to(ROOT)))
+        if not options.check:
+            path.write_text(new, encoding="utf-8")
+            print(f"written: {stale[-1]}")
+    if options.check and stale:
+        raise UserError(f"stale: {', '.join(stale)}; run python docs/generate.py")
+
+
+def documents() -> list[Path]:
+    """All that can hold something generated."""
+    found = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "results").glob("*.md")]
+    return sorted({*found, *(ROOT / "docs" / name for name in PAGES)})
+
+
+def current(path: Path, text: str) -> str:
+    """The document as it should be."""
+    if path.parent == ROOT / "docs" and path.name in PAGES:
+        return PAGES[path.name]()
+    return MARK.sub(lambda found: _block(path, found), text)
+
+
+def _block(path: Path, found: re.Match[str]) -> str:
+    name, argument, _ = found.groups()
+    if name not in BLOCKS:
+        raise UserError(f"{path}: unknown block '{name}' (blocks: {', '.join(BLOCKS)})")
+    opening = found.group().partition("\n")[0]
+    return f"{opening}\n{BLOCKS[name](*([argument] if argument else []))}\n<!-- end -->"
+
+
+def same(old: str, new: str) -> bool:
+    """Whether they differ in more than white space: Python's versions break the lines of a help text differently."""
+    return old.split() == new.split()
+
+
+# -------------------------------------------------------------------------------------------------------- blocks
+
+
+def results() -> str:
+    """How many of each table's numbers have been replicated by the runs in results/."""
+    from paper.cells import tables
+    from paper.make_tables import collect
+    from paper.presets import budget
+    from paper.report.numbers import STATES, count
+
+    shown = ("within", "outside", "alone", "absent", "public")
+    lines = [f"| table | numbers | {' | '.join(STATES[key] for key in shown)} |", "|---|" + "---|" * (len(shown) + 1)]
+    for name, table in tables().items():
+        if name.startswith("table"):
+            counts = count([collect(table, [budget("paper")], ROOT / "results")])
+            values = [len(table.cells), *(counts[key] for key in shown)]
+            lines.append(f"| {table.title} | {' | '.join(map(str, values))} |")
+    return "\n".join(lines)
+
+
+def usage(script: str) -> str:
+    """A script's --help, asked of its `main` in this process: starting each by itself would take a minute."""
+    run = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
+    shown, columns, words = io.StringIO(), os.environ.get("COLUMNS"), sys.argv
+    os.environ["COLUMNS"], sys.argv = "118", [script, "--help"]
+    try:
+        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+            run()
+    finally:
+        sys.argv = words
+        os.environ.pop("COLUMNS") if columns is None else os.environ.update(COLUMNS=columns)
+    return f"```\n{shown.getvalue().rstrip()}\n```"
+
+
+def targets() -> str:
+    """`make` and what each of its targets does."""
+    command = ["make", "--no-print-directory", "help"]
+    shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return f"```\n{shown.stdout.rstrip()}\n```"
+
+
+def lines(place: str) -> str:
+    """FILE | FIRST | LAST: what is between the first line that holds FIRST and the first that holds LAST."""
+    name, first, last = place.split(" | ")
+    text = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    start, end = (next(i for i, line in enumerate(text) if mark in line) for mark in (first, last))
+    block = text[start + 1 : end]
+    margin = min(len(line) - len(line.lstrip()) for line in block if line.strip())
+    return "```python\n" + "\n".join(line[margin:] for line in block) + "\n```"
+
+
+BLOCKS: dict[str, Callable[..., str]] = {"results": results, "help": usage, "make": targets, "lines": lines}
+
+
+# ---------------------------------------------------------------------------------------------------------- pages
+
+
+def commands() -> str:
+    """docs/commands.md"""
+    parts = [f"## {script}\n\n{usage(script)}\n" for script in SCRIPTS if (ROOT / script).exists()]
+    about = "Made from the scripts' own `--help` by `python docs/generate.py`. The `make` targets:"
+    return "\n".join([f"# Commands\n\n{about}\n\n{targets()}\n", *parts])
+
+
+def api() -> str:
+    """docs/api.md"""
+    about = (
+        "Made from the docstrings by `python docs/generate.py`. Shapes: N images of C channels, H x W pixels. What\n"
+        "`import mixmask` offers by itself is in [library.md](library.md); all else is imported from its module."
+    )
+    found = [name for name in MODULES if (ROOT / "mixmask" / f"{name.replace('.', '/')}.py").exists()]
+    contents = "\n".join(f"* [mixmask.{name}](#mixmask{name.replace('.', '')})" for name in found)
+    return "\n".join([f"# The library, function by function\n\n{about}\n\n{contents}\n", *map(module, found)])
+
+
+def module(name: str) -> str:
+    """One module's part: its docstring, then each public name's signature and docstring."""
+    source = (ROOT / "mixmask" / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    entries = [entry for node in tree.body for entry in _entries(node, source, "")]
+    return "\n".join([f"## mixmask.{name}\n\n{_text(ast.get_docstring(tree))}\n", *entries])
+
+
+def _entries(node: ast.AST, source: str, owner: str) -> Iterator[str]:
+    """A function or a class that is public and says what it is, and a class's public methods."""
+    if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+        return
+    text = ast.get_docstring(node)
+    if text:
+        mark = "####" if owner else "###"
+        yield f"{mark} {owner}{node.name}\n\n```python\n{_signature(node, source)}\n```\n\n{_text(text)}\n"
+    if isinstance(node, ast.ClassDef):
+        for part in node.body:
+            yield from _entries(part, source, f"{node.name}.")
+
+
+def _signature(node: ast.FunctionDef | ast.ClassDef, source: str) -> str:
+    """From `def` to the colon as written, on one line; a class with its fields."""
+    lines = source.splitlines()
+    if isinstance(node, ast.ClassDef):
+        fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
+        inside = [line for part in fields for line in lines[part.lineno - 1 : part.end_lineno]]
+        return "\n".join([lines[node.lineno - 1], *inside]) if inside else lines[node.lineno - 1].removesuffix(":")
+    text = " ".join(line.strip() for line in lines[node.lineno - 1 : node.body[0].lineno - 1])
+    return re.sub(r",? \)", ")", text.replace("( ", "(")).removesuffix(":")
+
+
+def _text(docstring: str | None) -> str:
+    """A docstring as Markdown: what is indented or in backticks stays, elsewhere stars and < are no formatting."""
+    lines = (docstring or "").splitlines()
+    return "\n".join(line if line.startswith("    ") else _plain(line) for line in lines)
+
+
+def _plain(line: str) -> str:
+    parts = line.split("`")
+    return "`".join(
+        part if odd % 2 else html.escape(part, quote=False).replace("*", "\\*") for odd, part in enumerate(parts)
+    )
+
+
+PAGES: dict[str, Callable[[], str]] = {"api.md": api, "commands.md": commands}
+
+
+if __name__ == "__main__":
+    main_guard(main)
