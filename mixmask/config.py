@@ -526,12 +526,15 @@ def hash8(config: Any) -> str:
 def fitting_processes(config: Any) -> tuple[int, ...]:
     """Numbers of processes that compute what one process computes, the smallest first.
 
-    Of MoCo: those that split neither a BatchNorm group nor a mix group. The other frameworks normalise in their heads,
-    or compare rows, over the whole batch, and the other stages are small: one process.
+    Of MoCo: those that split neither a BatchNorm group nor a mix group; of detection, those that split no `group` of
+    images (docs/detection.md says what is not equal there). The other frameworks normalise in their heads, or compare
+    rows, over the whole batch, and the other stages are small: one process.
     """
-    if not isinstance(config, Pretrain) or config.framework != "moco":
-        return (1,)
-    groups = math.gcd(config.backbone.bn_groups, config.mix_groups)
+    groups = 1
+    if isinstance(config, Pretrain) and config.framework == "moco":
+        groups = math.gcd(config.backbone.bn_groups, config.mix_groups)
+    elif isinstance(config, Detection):
+        groups = config.detectron2["SOLVER"]["IMS_PER_BATCH"] // config.group
     return tuple(n for n in range(1, groups + 1) if groups % n == 0)
 
 
