@@ -69,8 +69,8 @@ def train(config: Detection, backbone: weights.Weights, directory: Path) -> dict
         if state.step < cfg.SOLVER.MAX_ITER:
             learn(run, task, state)
         metrics = test(run, task, state)
+        save(run, config, state)
         if world.rank == 0:
-            save(run, config, state)
             about = {"norm": norm, "processes": world.size, "notes": notes, "detectron2": detectron.version()}
             run.finish(result(run, config, backbone, metrics, device) | about)
             previous_checkpoint(run.checkpoint).unlink(missing_ok=True)  # 270 MB that nothing needs any more
@@ -139,7 +139,7 @@ def learn(run: Run, task: Any, state: State) -> None:
                 progress.step()
             due = distributed.rank() == 0 and clock.due(config.run.checkpoint_minutes)
             stop, due = distributed.anywhere(interrupt.requested, due)
-            if (stop or due or at_end) and distributed.rank() == 0:
+            if stop or due or at_end:
                 save(run, config, state)
             if stop and not at_end:
                 raise KeyboardInterrupt
@@ -170,14 +170,19 @@ def resume(run: Run, state: State) -> None:
 
 
 def save(run: Run, config: Detection, state: State) -> None:
-    """Write the state and the log to disk. Raises UserError, and saves nothing, where a weight is not finite."""
+    """Write the state and the log to disk. Raises UserError, and saves nothing, where a weight is not finite.
+
+    The first process writes, and the others wait: one that ended now would take the first with it.
+    """
     model = state.model.state_dict()
     norm = nn.utils.get_total_norm([value for value in model.values() if value.is_floating_point()])
     finite({"the norm of weights and buffers": norm}, run, state.step - 1)
-    run.sync()
     optimisation = {"optimizer": state.optimizer.state_dict(), "scheduler": state.scheduler.state_dict()}
     about = {"run": run.id, "config": configs.to_dict(config), "step": state.step}
-    checkpoint.save(run.checkpoint, {**about, "model": model, **optimisation})
+    with distributed.first():
+        if distributed.rank() == 0:
+            run.sync()
+            checkpoint.save(run.checkpoint, {**about, "model": model, **optimisation})
 
 
 def finite(values: dict[str, Tensor], run: Run, step: int) -> dict[str, float]:
