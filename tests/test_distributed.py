@@ -117,21 +117,21 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_two_and_four_processes_compute_what_one_computes(tiny, tmp_path, method, symmetric):
     """In float64 what is left is the order of summation: 1e-14 in the loss, more in what training amplifies."""
     config = tiny(*FOUR, f"method={method}", f"moco.symmetric={symmetric}", "epochs=1", "erase.fill=noise")
-    for processes in (1, 2, 4):
+    several = (2, 4) if (method, symmetric) == ("mixmask", False) else (4,)
+    for processes in (1, *several):
         assert not any(wait(launch(config, tmp_path / str(processes), processes, in_double)))
     one, alone = model(tmp_path / "1"), log(tmp_path / "1")
-    for processes in (2, 4):
-        several, lines = model(tmp_path / str(processes)), log(tmp_path / str(processes))
+    for processes in several:
+        shared, lines = model(tmp_path / str(processes)), log(tmp_path / str(processes))
         assert distance(losses(tmp_path / str(processes)), losses(tmp_path / "1")) < 1e-11
-        assert {k: distance(several[k].double(), one[k].double()) < 1e-8 for k in one} == dict.fromkeys(one, True)
+        assert {k: distance(shared[k].double(), one[k].double()) < 1e-8 for k in one} == dict.fromkeys(one, True)
         for line, expected in zip(lines, alone, strict=True):
             assert all(line[k] == pytest.approx(v, rel=1e-8) for k, v in expected.items() if k != "kind")
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_float32_curves_start_together(tiny, tmp_path, shuffle):
+def test_float32_curves_start_together(tiny, tmp_path):
     """Sums in another order, which training then amplifies (this net, with 4 images a group, a thousandfold a step)."""
-    config = tiny(*FOUR, f"moco.shuffle_bn={shuffle}", "epochs=1")
+    config = tiny(*FOUR, "moco.shuffle_bn=false", "epochs=1", "knn.every=0")
     for processes in (1, 4):
         assert not any(wait(launch(config, tmp_path / str(processes), processes)))
     one, four = losses(tmp_path / "1"), losses(tmp_path / "4")
@@ -208,8 +208,16 @@ def test_a_checkpoint_of_four_processes_continues_with_fewer(tiny, tmp_path, pro
     assert distance(losses(tmp_path / "run"), losses(tmp_path / "one")) < 1e-10
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory) -> Path:
+    """A run of two processes."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    assert not any(wait(launch(tiny(*FOUR), directory, 2)))
+    return directory
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_on_one_process_stops_all_and_loses_nothing(tiny, tmp_path, capfd, number):
+def test_a_signal_on_one_process_stops_all_and_loses_nothing(tiny, tmp_path, capfd, undisturbed, number):
     """Stopped at the same step, resumed, equal to the undisturbed run bit by bit."""
     config = tiny(*FOUR)
     children = launch(config, tmp_path / "run", 2, slowly)
@@ -217,10 +225,9 @@ def test_a_signal_on_one_process_stops_all_and_loses_nothing(tiny, tmp_path, cap
     os.kill(children[1], number)
     assert wait(children) == [130, 130] and "the same command continues" in capfd.readouterr().err
     assert not any(wait(launch(config, tmp_path / "run", 2)))
-    assert not any(wait(launch(config, tmp_path / "undisturbed", 2)))
-    assert log(tmp_path / "run") == log(tmp_path / "undisturbed")
-    stopped, undisturbed = model(tmp_path / "run"), model(tmp_path / "undisturbed")
-    assert all(torch.equal(stopped[k], undisturbed[k]) for k in undisturbed)
+    assert log(tmp_path / "run") == log(undisturbed)
+    stopped, whole = model(tmp_path / "run"), model(undisturbed)
+    assert all(torch.equal(stopped[k], whole[k]) for k in whole)
 
 
 @pytest.mark.parametrize("victim", [0, 1, 3])
@@ -362,7 +369,7 @@ def test_processes_that_do_not_come_are_named(tmp_path, tiny, monkeypatch, capfd
 def test_torchrun_trains_on_the_cpu(tmp_path):
     """The command as one types it."""
     sets = "dataset=photos mix_groups=2 backbone.bn_groups=2 backbone.width=2 epochs=1 batch_size=500 knn.every=0"
-    sets += " moco.queue=512 knn.k=5 run.device=cpu"
+    sets += " moco.queue=512 knn.k=5 run.device=cpu augment.size=8 backbone.stem=tiny"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "pretrain/train.py"]
     command += ["--config", "pretrain/configs/cifar100_moco.yaml", "--run-dir", str(tmp_path), "--set", *sets.split()]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
