@@ -121,7 +121,7 @@ def results() -> str:
     lines = [f"| table | numbers | {' | '.join(STATES[key] for key in shown)} |", "|---|" + "---|" * (len(shown) + 1)]
     for name, table in tables().items():
         if name.startswith("table"):
-            counts = count([collect(table, [budget("paper")], ROOT / "results")])
+            counts = count([collect(table, [budget("paper")], [ROOT / "results"])])
             values = [len(table.cells), *(counts[key] for key in shown)]
             lines.append(f"| {table.title} | {' | '.join(map(str, values))} |")
     return "\n".join(lines)

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     style.use()
     for target in targets:
         draw = importlib.import_module(f"paper.figures.{target}").draw
-        figure = draw(budgets, Path(options.runs_dir)) if target in CURVES else draw()
+        figure = draw(budgets, [Path(folder) for folder in options.runs_dir]) if target in CURVES else draw()
         for path in _write(figure, target, Path(options.out), options.small):
             print(f"written: {path}")
 
@@ -53,7 +53,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(FIGURES)}, wildcards; none: all")
-    parser.add_argument("--runs-dir", default="runs", metavar="DIR", help="where the runs are (default: runs)")
+    folders = {"nargs": "+", "default": ["runs", "results"], "metavar": "DIR"}
+    parser.add_argument("--runs-dir", **folders, help="where the runs are, the first first (default: runs results)")
     parser.add_argument("--out", default="paper/output", metavar="DIR", help="default: paper/output")
     parser.add_argument("--preset", help=f"only the runs of this preset: {', '.join(presets())}")
     parser.add_argument("--small", action="store_true", help="PNG in 256 colours, for a web page (docs/images)")

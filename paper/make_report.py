@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     chosen = [options.preset] if options.preset else list(presets())
     budgets, folders = [budget(name, options.set) for name in chosen], [Path(folder) for folder in options.runs_dir]
-    out, frames = Path(options.out), {name: collected(name, budgets, folders) for name in tables()}
+    out, frames = Path(options.out), {name: collect(table, budgets, folders) for name, table in tables().items()}
     text = page(frames, budgets, folders)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -106,13 +106,6 @@ def page(frames: dict[str, pd.DataFrame], budgets: Sequence[Budget], folders: Se
     )
 
 
-def collected(name: str, budgets: Sequence[Budget], folders: Sequence[Path]) -> pd.DataFrame:
-    """A table's cells; each from the first folder that has runs of the paper's budget, else from the first with any."""
-    frames = [collect(tables()[name], budgets, folder) for folder in folders]
-    cells = zip(*(frame.to_dict("records") for frame in frames), strict=True)
-    return pd.DataFrame([max(found, key=lambda cell: (cell["preset"] == "paper", cell["n"] > 0)) for found in cells])
-
-
 # ----------------------------------------------------------------------------------------------------- the parts
 
 
@@ -131,7 +124,7 @@ def _figures(
     for name in FIGURES:
         title = _first_line(ROOT / "paper" / "figures" / f"{name}.py")
         if name in CURVES:
-            picture = _image("svg+xml", _drawn(name, budgets, _folder(name, frames, folders)), title)
+            picture = _image("svg+xml", _drawn(name, budgets, folders), title)
             yield Section(name, title, picture + numbers.table(tables()[name], frames[name], runs))
         else:
             picture = _image("png", (ROOT / "docs" / "images" / f"{name}.png").read_bytes(), title)
@@ -144,20 +137,14 @@ def _first_line(path: Path) -> str:
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).partition("\n")[0].rstrip(".")
 
 
-def _folder(name: str, frames: dict[str, pd.DataFrame], folders: Sequence[Path]) -> Path:
-    """The folder that most of a figure's numbers come from: a figure is drawn from one."""
-    names = " ".join(frames[name]["runs"]).split()
-    return max(folders, key=lambda folder: sum(bool(list(folder.glob(f"*/{run}"))) for run in names))
-
-
-def _drawn(name: str, budgets: Sequence[Budget], folder: Path) -> bytes:
+def _drawn(name: str, budgets: Sequence[Budget], folders: Sequence[Path]) -> bytes:
     """A figure of run logs, as SVG."""
     from matplotlib import pyplot as plt
 
     from paper.figures import style
 
     style.use()
-    figure, file = importlib.import_module(f"paper.figures.{name}").draw(budgets, folder), io.BytesIO()
+    figure, file = importlib.import_module(f"paper.figures.{name}").draw(budgets, folders), io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     plt.close(figure)
     return file.getvalue()

@@ -1,7 +1,7 @@
 """Write the paper's tables with our numbers beside the published ones: Markdown, LaTeX and CSV.
 
 examples:
-  python paper/make_tables.py                      Tables 1 to 10, from runs/, into paper/output/
+  python paper/make_tables.py                      Tables 1 to 10, from runs/ and results/, into paper/output/
   python paper/make_tables.py table4 --runs-dir /scratch/runs --out tables
   python paper/make_tables.py table4 --preset paper --set epochs=100      the runs launched with the same --set
 
@@ -24,11 +24,12 @@ sys.path.insert(0, str(ROOT))
 import pandas as pd  # noqa: E402
 
 from mixmask.config import ConfigError, UserError, main_guard  # noqa: E402
+from mixmask.progress import printable  # noqa: E402
 from mixmask.runs import ResultError, read_result, write_atomically  # noqa: E402
 from paper import settings  # noqa: E402
 from paper.cells import Cell, Heading, Table, select, tables  # noqa: E402
 from paper.markup import Footnotes, Sheet, latex, markdown  # noqa: E402
-from paper.presets import Budget, budget, chains, directory, metric, missing_file, notes, presets  # noqa: E402
+from paper.presets import Budget, budget, chains, located, metric, missing_file, notes, presets  # noqa: E402
 
 NONE = "–"  # nothing is published
 NO_RUN = "no run yet"
@@ -53,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             frame = settings.collect(name)
             sheet, csv = settings.sheet(name, frame), settings.csv(frame)
         else:
-            frame = collect(tables()[name], budgets, Path(options.runs_dir))
+            frame = collect(tables()[name], budgets, [Path(folder) for folder in options.runs_dir])
             sheet, csv = numbers(tables()[name], frame), numbers_csv(frame)
             unreadable |= dict.fromkeys(frame.loc[frame["state"] == UNREADABLE, "note"])
-        print(markdown(sheet))
+        print(printable(markdown(sheet)))
         for path in write(sheet, csv, Path(options.out)):
             print(f"written: {path}")
         print()
@@ -73,7 +74,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="table4, or one of its cells; none: all")
-    parser.add_argument("--runs-dir", default="runs", metavar="DIR", help="where the runs are (default: runs)")
+    folders = {"nargs": "+", "default": ["runs", "results"], "metavar": "DIR"}
+    parser.add_argument("--runs-dir", **folders, help="where the runs are, the first first (default: runs results)")
     parser.add_argument("--out", default="paper/output", metavar="DIR", help="default: paper/output")
     parser.add_argument("--preset", help=f"only the runs of this preset: {', '.join(presets())}")
     parser.add_argument(
@@ -96,20 +98,20 @@ def _names(targets: Sequence[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- reading
 
 
-def collect(table: Table, budgets: Sequence[Budget], runs_dir: Path) -> pd.DataFrame:
+def collect(table: Table, budgets: Sequence[Budget], folders: Sequence[Path]) -> pd.DataFrame:
     """One row a cell: the published value, and ours from the first of `budgets` that has runs.
 
     ours_mean, ours_std (over seeds, n - 1 in the denominator; empty for one seed), n, preset, difference (empty
     where the preset is not the paper's) and verdict, metric (of ours, where there is a run), epochs (of our
     pre-training), runs; state, where there is no number of ours.
     """
-    return pd.DataFrame([{**_published(cell), **_ours(cell, budgets, runs_dir)} for cell in table.cells])
+    return pd.DataFrame([{**_published(cell), **_ours(cell, budgets, folders)} for cell in table.cells])
 
 
-def _ours(cell: Cell, budgets: Sequence[Budget], runs_dir: Path) -> dict[str, Any]:
+def _ours(cell: Cell, budgets: Sequence[Budget], folders: Sequence[Path]) -> dict[str, Any]:
     """A result that cannot be read leaves its own cell empty, with the reason, and no other."""
     try:
-        ours = next((runs for runs in (_runs(cell, b, runs_dir) for b in budgets) if len(runs)), None)
+        ours = next((runs for runs in (_runs(cell, b, folders) for b in budgets) if len(runs)), None)
     except ResultError as error:
         return {**_nothing(), "state": UNREADABLE, "note": str(error)}
     if ours is not None:
@@ -118,11 +120,11 @@ def _ours(cell: Cell, budgets: Sequence[Budget], runs_dir: Path) -> dict[str, An
     return {**_nothing(), "state": waiting if missing_file(cell, budgets[0]) else NO_RUN}
 
 
-def _runs(cell: Cell, budget: Budget, runs_dir: Path) -> pd.DataFrame:
+def _runs(cell: Cell, budget: Budget, folders: Sequence[Path]) -> pd.DataFrame:
     """The finished runs of `cell`, one row a seed."""
     rows = []
     for chain in chains(cell, budget):
-        where, name = directory(runs_dir, chain[-1]), metric(cell, chain)
+        where, name = located(folders, chain[-1]), metric(cell, chain)
         result = read_result(where)
         if result is not None:
             epochs = chain[0].config.epochs if chain[0].stage == "pretrain" else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -294,3 +294,9 @@ def _recipe(stage: str, name: str) -> dict[str, Any]:
 def directory(runs_dir: str | Path, step: Step) -> Path:
     """Where the run lives: equal configs share it."""
     return Path(runs_dir) / step.stage / run_id(step.config)
+
+
+def located(folders: Sequence[Path], step: Step) -> Path:
+    """The run in the first of `folders` that has its result, else where it has begun, else in the first of all."""
+    places = [directory(folder, step) for folder in folders]
+    return max(places, key=lambda place: ((place / "result.json").exists(), place.exists()))

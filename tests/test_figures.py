@@ -95,7 +95,7 @@ def test_figure5_draws_the_last_epoch_of_each_budget_as_the_mean_over_seeds(tmp_
     log(tmp_path, "figure5/cifar100/moco/mixmask/600", [{"epoch": 300, "knn_k200": 9.0}], finished=False)
     log(tmp_path, "figure5/cifar100/moco/mixmask/800", [{"epoch": 800, "knn_k200": 9.0}], finished=False)
     log(tmp_path, "figure5/cifar100/simclr/vanilla/1000", [{"epoch": 500, "test_top1": 67.5}], stage=1)
-    figure = figure5.draw(ALL, tmp_path)
+    figure = figure5.draw(ALL, [tmp_path])
     moco, simclr, simsiam = figure.axes
     assert curves(moco) == {"MixMask": [[200, 62], [400, 66]]}
     assert curves(simclr) == {"vanilla": [[1000, 67.5]]} and not curves(simsiam)
@@ -109,7 +109,7 @@ def test_figure6_draws_the_loss_of_the_pretraining_and_top1_of_the_probe(tmp_pat
     cell = "figure6/imagenet/moco/mixmask"
     log(tmp_path, cell, [{"epoch": e, "loss": 20.0 - e} for e in range(1, 201)])
     log(tmp_path, cell, [{"epoch": e, "loss": 2.0, "test_top1": 60.0 + e} for e in (1, 2)], stage=1, finished=False)
-    figure = figure6.draw(ALL, tmp_path)
+    figure = figure6.draw(ALL, [tmp_path])
     assert curves(figure.axes[0])["MixMask"] == [[e, 20 - e] for e in range(1, 201)]
     assert curves(figure.axes[1]) == {"MixMask": [[1, 61], [2, 62]]}
     absent, unfinished = notes(figure).split("unfinished: ")
@@ -122,7 +122,7 @@ def test_figure7_draws_loss_and_knn_of_every_framework_and_names_the_absent(tmp_
     for framework in ("moco", "byol", "simsiam"):
         log(tmp_path, f"figure7/cifar100/{framework}/vanilla", lines)
         log(tmp_path, f"figure7/cifar100/{framework}/mixmask", lines)
-    figure = figure7.draw(ALL, tmp_path)
+    figure = figure7.draw(ALL, [tmp_path])
     grid = np.array(figure.axes).reshape(2, 4)
     assert [axes.get_title() for axes in grid[0]] == ["MoCo", "SimCLR", "BYOL", "SimSiam"]
     for column in (0, 2, 3):
@@ -136,17 +136,17 @@ def test_curves_of_several_seeds_stop_where_the_first_seed_does(tmp_path):
     for seed, last in enumerate((3, 2)):
         lines = [{"epoch": e, "loss": e + 10.0 * seed} for e in range(1, last + 1)]
         log(tmp_path, "figure7/cifar100/moco/mixmask", lines, seed=seed, finished=False)
-    assert curves(figure7.draw(ALL, tmp_path).axes[0]) == {"MixMask": [[1, 6], [2, 7]]}
+    assert curves(figure7.draw(ALL, [tmp_path]).axes[0]) == {"MixMask": [[1, 6], [2, 7]]}
 
 
 def test_smoke_is_marked_and_gives_way_to_the_papers_budget(tmp_path):
     cell = "figure7/cifar100/moco/mixmask"
     log(tmp_path, cell, [{"epoch": 1, "loss": 7.0}], preset="smoke")
-    figure = figure7.draw(ALL, tmp_path)
+    figure = figure7.draw(ALL, [tmp_path])
     assert curves(figure.axes[0]) == {"MixMask": [[1, 7]]} and "preset smoke" in notes(figure)
     assert figure.legends[0].get_title().get_text() == "smoke: not a replication"
     log(tmp_path, "figure7/cifar100/simsiam/vanilla", [{"epoch": 1000, "loss": -0.9}])
-    figure = figure7.draw(ALL, tmp_path)
+    figure = figure7.draw(ALL, [tmp_path])
     assert not curves(figure.axes[0]) and curves(figure.axes[3]) == {"vanilla": [[1000, -0.9]]}
     assert "smoke" not in notes(figure) and not figure.legends[0].get_title().get_text()
 

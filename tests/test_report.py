@@ -62,7 +62,7 @@ def quick(monkeypatch):
 
 def made(*folders):
     budgets = [budget(name) for name in presets()]
-    frames = {name: make_report.collected(name, budgets, folders) for name in make_report.tables()}
+    frames = {name: make_report.collect(table, budgets, folders) for name, table in make_report.tables().items()}
     return Page(make_report.page(frames, budgets, folders))
 
 

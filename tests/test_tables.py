@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,23 @@ def test_table6_and_7_print_what_is_published_also_where_only_a_public_checkpoin
     assert make(tmp_path, table="table7")[0]["md"].count("public checkpoint, no run yet") == 18
 
 
+def test_runs_of_two_folders_stand_in_one_table_and_a_finished_one_comes_before_an_unfinished_one(tmp_path):
+    name = finish(tmp_path / "kept", MIXMASK, 69.0)
+    finish(tmp_path / "runs", VANILLA, 67.0)
+    (tmp_path / "runs" / "linear" / name).mkdir()  # begun again, not finished
+    _, frame = make(tmp_path, "--runs-dir", str(tmp_path / "runs"), str(tmp_path / "kept"))
+    assert frame.loc[[VANILLA, MIXMASK], "ours_mean"].tolist() == ["67.0", "69.0"]
+
+
+def test_a_table_can_be_printed_where_the_locale_knows_ascii_only(tmp_path):
+    finish(tmp_path / "runs", MIXMASK, 69.0)
+    words = ["paper/make_tables.py", "table4", "--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    locale = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=locale, capture_output=True, timeout=60)
+    assert not done.stderr and b"69.0 (paper, n = 1)" in done.stdout
+    assert "±" in (tmp_path / "out" / "table4.md").read_text(encoding="utf-8")
+
+
 def test_which_images_were_labelled_stands_beside_a_fine_tuned_number(tmp_path):
     name = finish(tmp_path / "runs", "table6/imagenet/moco/mixmask/1percent", 50.0)
     where = tmp_path / "runs" / "finetune" / name / "result.json"
@@ -166,7 +184,7 @@ def test_a_cell_that_the_paper_does_not_print_is_a_dash_and_is_compared_with_not
     where = directory(tmp_path, chain[-1])
     where.mkdir(parents=True)
     (where / "result.json").write_text(json.dumps({"metrics": {metric(table.cells[0], chain): 50.0}}))
-    frame = make_tables.collect(table, [budget("paper")], tmp_path)
+    frame = make_tables.collect(table, [budget("paper")], [tmp_path])
     assert make_tables.numbers(table, frame).body == [["R", "published", "–"], ["", "ours", "50.0 (paper, n = 1)"]]
     assert "table5/a/r,R,A,,50.0" in make_tables.numbers_csv(frame)
 

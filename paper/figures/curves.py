@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from mixmask.runs import read_log, read_result
 from paper.cells import Cell, select
 from paper.figures.style import FRAMEWORKS, GREY, METHODS, SMALL
-from paper.presets import Budget, chains, directory
+from paper.presets import Budget, chains, located
 
 COLUMNS = ["framework", "method", "budget", "seed", "stage", "epochs", "finished", "epoch", "loss", "knn", "top1"]
 UNBROKEN = "\N{NO-BREAK SPACE}"  # a line never ends inside of a name
@@ -42,14 +42,14 @@ class Logs:
         return [(method, here[here["method"] == method]) for method in methods]
 
 
-def read(target: str, budgets: Iterable[Budget], runs_dir: Path) -> Logs:
+def read(target: str, budgets: Iterable[Budget], folders: Sequence[Path]) -> Logs:
     """The logs of a figure's cells under the first of `budgets` that has any; one figure never mixes two presets."""
     cells = select([target])
-    found = [_read(cells, budget, runs_dir) for budget in budgets]
+    found = [_read(cells, budget, folders) for budget in budgets]
     return next((logs for logs in found if len(logs.lines)), found[0])
 
 
-def _read(cells: Sequence[Cell], budget: Budget, runs_dir: Path) -> Logs:
+def _read(cells: Sequence[Cell], budget: Budget, folders: Sequence[Path]) -> Logs:
     wanted, rows = {}, []
     for cell in cells:
         for chain in chains(cell, budget):
@@ -58,7 +58,7 @@ def _read(cells: Sequence[Cell], budget: Budget, runs_dir: Path) -> Logs:
             wanted[name] = None
             for step in chain:
                 run = (*name, config.seed, step.stage, step.config.epochs)
-                rows += [(*run, *line) for line in _epochs(directory(runs_dir, step))]
+                rows += [(*run, *line) for line in _epochs(located(folders, step))]
     return Logs(budget, list(wanted), pd.DataFrame(rows, columns=COLUMNS).drop_duplicates())
 
 

@@ -18,9 +18,9 @@ PANELS = [  # stage, value, label of y, label of x
 ]
 
 
-def draw(budgets: Sequence[Budget], runs_dir: Path) -> Figure:
+def draw(budgets: Sequence[Budget], folders: Sequence[Path]) -> Figure:
     """Left the loss of each pre-training, right the test accuracy of the probe on its frozen encoder."""
-    logs = read("figure6", budgets, runs_dir)
+    logs = read("figure6", budgets, folders)
     figure, row = plt.subplots(1, 2, figsize=(WIDTH * 0.8, 2.5), layout="constrained")
     absent, unfinished = [], []
     for axes, (stage, value, quantity, x) in zip(row, PANELS, strict=True):
