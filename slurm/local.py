@@ -128,7 +128,14 @@ def _interrupt(reader: int, process: multiprocessing.process.BaseProcess, log: P
 
 
 def _script(output: Connection, words: tuple[str, ...]) -> None:
-    """In the forked process: become `python SCRIPT ARGUMENTS`."""
+    """In the forked process: become `python SCRIPT ARGUMENTS`. A signal that came before it began ends it quietly."""
+    try:
+        _become(output, words)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _become(output: Connection, words: tuple[str, ...]) -> None:
     os.setsid()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     for descriptor in (1, 2):

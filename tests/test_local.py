@@ -3,6 +3,11 @@
 import dataclasses
 import fcntl
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,8 @@ from mixmask.config import UserError
 from paper.cells import select
 from paper.presets import budget
 from slurm import graph, local
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SUCCEED = "import json, sys\njson.dump({'metrics': {'a_last': 12.3}}, open(sys.argv[1], 'w'))\n"
 
@@ -50,3 +57,21 @@ def test_a_deleted_pretraining_is_not_made_again_for_a_finished_probe(jobs, capf
     (jobs[1].directory / "result.json").write_text(json.dumps({"metrics": {"loss": 1.0}}))
     local.launch(jobs[:2])
     assert jobs[0].state == "new" and "finished already" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("seconds", [0.4, 1.0])
+def test_ctrl_c_while_a_launch_starts_prints_no_traceback(tmp_path, seconds):
+    """In a terminal the signal reaches the fork server and the job, too."""
+    words = ["slurm/launch.py", "table4/*/vanilla/200", "--preset", "smoke", "--executor", "local"]
+    process = subprocess.Popen(
+        [sys.executable, *words, "--runs-dir", str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in output + errors
