@@ -163,7 +163,7 @@ def _existing(name: str, path: Any) -> str:
         raise ConfigError(f"--set checkpoints.{name}: unknown{nearest(name, public_checkpoints())}")
     if not isinstance(path, str) or not Path(path).is_file():
         raise ConfigError(f"--set checkpoints.{name}: no such file: {path} ({public_checkpoints()[name].hint})")
-    return path
+    return str(Path(path).resolve())
 
 
 def _prefixed(settings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Any]]:

@@ -207,8 +207,8 @@ def array_parameters(group: list[Job], snapshot: Path, manifest: Path) -> dict[s
 def command(job: Job) -> Command:
     """What the job runs, with a data directory that does not depend on where it runs."""
     words = job.command
-    root = getattr(getattr(job.config, "run", None), "data_root", "")
-    if root and not Path(root).is_absolute():
+    root = job.config.run.data_root
+    if "--config" in words and not Path(root).is_absolute():  # a stage without recipes reads no data
         words += ("--set", f"run.data_root={ROOT / root}")
     parents = tuple(map(_key, job.parents))
     return Command(words, _key(job.directory), parents, job.resources.warning_seconds)

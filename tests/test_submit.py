@@ -22,6 +22,10 @@ def table4(runs_dir, *settings):
     return graph.jobs(select(["table4"]), budget("smoke", settings), Path(runs_dir))
 
 
+def table7(runs_dir, cells="*"):
+    return graph.jobs(select([f"table7/moco/{cells}"]), budget("smoke"), Path(runs_dir))
+
+
 def finish(job, **metrics):
     job.directory.mkdir(parents=True, exist_ok=True)
     (job.directory / "result.json").write_text(json.dumps({"metrics": metrics or {"loss": 1.0}}))
@@ -35,6 +39,16 @@ def test_a_deleted_pretraining_is_not_made_again_for_a_finished_probe(tmp_path):
     finish(jobs[1])
     finish(jobs[2])
     assert graph.needed(jobs) == {job.directory for job in jobs} - {job.directory for job in jobs[:3]}
+
+
+def test_a_chain_of_three_is_needed_from_its_first_missing_result_on(tmp_path):
+    pretrain, convert, detect = jobs = table7(tmp_path, "mixmask/voc/box_AP")
+    assert [job.stage for job in jobs] == ["pretrain", "convert", "detection"]
+    assert graph.needed(jobs) == {pretrain.directory, convert.directory, detect.directory}
+    finish(convert)
+    assert graph.needed(jobs) == {detect.directory}
+    finish(detect)
+    assert graph.needed(jobs) == set()
 
 
 def test_a_pretraining_that_is_a_cell_of_its_own_is_needed_though_its_probe_is_finished(tmp_path):
@@ -138,6 +152,8 @@ def test_the_job_s_command_has_its_own_absolute_data_directory(tmp_path):
     assert submit.command(job).words == (*job.command, "--set", f"run.data_root={ROOT / 'data'}")
     absolute = table4(tmp_path, "run.data_root=/d")[0]
     assert submit.command(absolute).words == absolute.command
+    convert = next(job for job in table7(tmp_path) if job.stage == "convert")
+    assert submit.command(convert).words == convert.command  # it reads no data, and has no --set
 
 
 # -------------------------------------------------------------------------------------------- what a job runs
