@@ -53,7 +53,7 @@ def finetune(config: Finetune, source: Source, directory: Path) -> dict[str, Any
         if run.result is not None:
             say(f"{run.id} is finished: {summary(run.result)}; nothing to do")
             return run.result
-        train_set, test_set, labelled = load_data(config, device)
+        train_set, test_set, indices, labelled = load_data(config, device)
         augment = dataclasses.replace(
             config.augment, mean=config.augment.mean or source.mean, std=config.augment.std or source.std
         )
@@ -80,11 +80,11 @@ def finetune(config: Finetune, source: Source, directory: Path) -> dict[str, Any
                     minutes = (time.monotonic() - saved) / 60
                     within_epoch = state.step % steps_per_epoch > 0  # the end of an epoch is logged before it is saved
                     if within_epoch and (interrupt.requested or minutes > config.run.checkpoint_minutes):
-                        save(run, config, state, len(train_set))
+                        save(run, config, state, indices)
                         saved = time.monotonic()
                         interrupt.stop_if_requested()
                 progress.close()
-                check_finite(run, config, state, len(train_set))
+                check_finite(run, config, state, indices)
                 values = {
                     "loss": torch.stack(state.losses).double().mean().item(),
                     "test_top1": test(model, test_set, augment, config, device),
@@ -95,7 +95,7 @@ def finetune(config: Finetune, source: Source, directory: Path) -> dict[str, Any
                 state.losses.clear()
                 last = epoch + 1 == config.epochs
                 if last or (epoch + 1) % config.run.checkpoint_every == 0 or interrupt.requested:
-                    save(run, config, state, len(train_set))
+                    save(run, config, state, indices)
                 if not last:
                     interrupt.stop_if_requested()
         run.finish(result(run, config, source, labelled, device))
@@ -128,8 +128,11 @@ def check(config: Finetune) -> None:
             raise ConfigError(f"{key}: expected three numbers, one per channel, or none, found {list(values)}")
 
 
-def load_data(config: Finetune, device: torch.device) -> tuple[Any, Any, str]:
-    """The labelled training images, the test images (held on the device where they fit), and which are labelled."""
+def load_data(config: Finetune, device: torch.device) -> tuple[Any, Any, Tensor, str]:
+    """The labelled training images, the test images (held on the device where they fit), and which are labelled.
+
+    The last by their indices (N,) in the whole training set, and in words.
+    """
     sets = []
     for split in ("train", "test"):
         dataset = data.load(config.dataset, config.run.data_root, split, config.run.download, config.allow_partial_data)
@@ -140,7 +143,7 @@ def load_data(config: Finetune, device: torch.device) -> tuple[Any, Any, str]:
     check_data(config, sets[0], len(indices))
     sets[0] = labels.part(sets[0], indices)
     train_set, test_set = (s.to(device) if isinstance(s, data.Resident) else s for s in sets)
-    return train_set, test_set, labelled
+    return train_set, test_set, indices, labelled
 
 
 def check_data(config: Finetune, train_set: Any, labelled: int) -> None:
@@ -205,12 +208,17 @@ def batches(config: Finetune, train_set: Any, augment: Augment, epoch: int, skip
 
 
 def set_rates(optimizer: torch.optim.Optimizer, config: Finetune, step: int, steps_per_epoch: int) -> dict[str, float]:
+    """Give the optimiser's two groups the iteration's `learning_rates`, and return these."""
+    found = learning_rates(config, step, steps_per_epoch)
+    for group, rate in zip(optimizer.param_groups, found.values(), strict=True):
+        group["lr"] = rate
+    return found
+
+
+def learning_rates(config: Finetune, step: int, steps_per_epoch: int) -> dict[str, float]:
     """The iteration's two rates, one schedule for both: "lr", the classifier's, and "backbone_lr"."""
     bases = {"backbone_lr": config.backbone_lr, "lr": config.optimizer.lr}
-    rates = {k: learning_rate(config.schedule, b, step, steps_per_epoch, config.epochs) for k, b in bases.items()}
-    for group, rate in zip(optimizer.param_groups, rates.values(), strict=True):
-        group["lr"] = rate
-    return rates
+    return {k: learning_rate(config.schedule, b, step, steps_per_epoch, config.epochs) for k, b in bases.items()}
 
 
 def test(model: Encoder, test_set: Any, augment: Augment, config: Finetune, device: torch.device) -> float:
@@ -220,29 +228,45 @@ def test(model: Encoder, test_set: Any, augment: Augment, config: Finetune, devi
     return accuracy(scores.argmax(dim=1), test_set.labels)
 
 
-def check_finite(run: Run, config: Finetune, state: State, images: int) -> None:
+def check_finite(run: Run, config: Finetune, state: State, labelled: Tensor) -> None:
     """Raises UserError where a loss of this epoch, a weight or a running statistic is not finite; says when it began.
 
-    The state and the indices of the images, of the first such iteration and the one before, are saved beside.
+    What `autopsy` finds and the state are saved beside. `labelled` (N,): the labelled images' indices.
     """
     values = [value for value in state.model.state_dict().values() if value.is_floating_point()]
     norm, loss = nn.utils.get_total_norm(values).item(), torch.stack(state.losses).double().mean().item()
     numbers = {"the loss": loss, "the norm of the weights": norm}
     what = next((f"{name} is {number}" for name, number in numbers.items() if not math.isfinite(number)), "")
-    if not what:
-        return
-    done = state.step - len(state.losses)  # before this epoch
-    step = done + [math.isfinite(loss) for loss in [*state.losses[:-1], math.nan]].index(False)  # or by its update
-    batches = data.batch_indices(images, config.batch_size, config.seed, done // (images // config.batch_size))
-    indices = {i: batches[i - done].tolist() for i in range(max(done, step - 1), step + 1)}
-    where = checkpoint.post_mortem(run, {"run": run.id, "step": step, "indices": indices}, snapshot(run, config, state))
-    raise UserError(f"{run.id}: {what} at step {step}; stopped, {where}, the last checkpoint is intact")
+    if what:
+        report = {"run": run.id, **autopsy(config, state, labelled), "noticed": f"{what} after step {state.step - 1}"}
+        where = checkpoint.post_mortem(run, report, snapshot(run, config, state))
+        what = f"{run.id}: {what} at step {report['step']}"
+        raise UserError(f"{what}; stopped, {where}, the last checkpoint is intact")
 
 
-def save(run: Run, config: Finetune, state: State, images: int) -> None:
+def autopsy(config: Finetune, state: State, labelled: Tensor) -> dict[str, Any]:
+    """The epoch's first step whose loss, or else whose update, is not finite; its images and those of the step before.
+
+    Images by their indices in the whole training set, of which `labelled` (N,) are in use.
+    """
+    steps_per_epoch = state.steps // config.epochs
+    first = state.step - len(state.losses)  # of this epoch
+    step = first + [math.isfinite(loss) for loss in [*state.losses[:-1], math.nan]].index(False)
+    batches = data.batch_indices(len(labelled), config.batch_size, config.seed, first // steps_per_epoch)
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    return {
+        "step": step,
+        "epoch": first // steps_per_epoch + 1,
+        **learning_rates(config, step, steps_per_epoch),
+        "gradient_norm": str(float(nn.utils.get_total_norm(gradients))),  # text: JSON has no NaN
+        "indices": {i: labelled[batches[i - first]].tolist() for i in range(max(first, step - 1), step + 1)},
+    }
+
+
+def save(run: Run, config: Finetune, state: State, labelled: Tensor) -> None:
     """Write the state and the log to disk. Raises UserError, and saves nothing, where a number is not finite."""
     if state.losses:  # else the epoch's end has been checked
-        check_finite(run, config, state, images)
+        check_finite(run, config, state, labelled)
     run.sync()
     checkpoint.save(run.checkpoint, snapshot(run, config, state))
 

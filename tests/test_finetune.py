@@ -260,8 +260,14 @@ def test_what_is_not_finite_stops_the_run_and_names_the_iteration(source, tmp_pa
     assert not (tmp_path / "result.json").exists() and not (tmp_path / "checkpoint.pt").exists()
     report = json.loads((tmp_path / "nonfinite.json").read_text())
     config = recipe(*items)
-    expected = data.batch_indices(48, config.batch_size, 0, 0)
-    assert report["step"] == step and report["indices"][str(step)] == expected[step].tolist()
+    batches = data.batch_indices(48, config.batch_size, 0, 0)
+    labelled, _ = labels.choose(data.load("squares", "", "train"), config)  # half of the images
+    assert report["indices"] == {str(i): labelled[batches[i]].tolist() for i in range(step + 1)}
+    assert (report["step"], report["epoch"]) == (step, 1)
+    assert report["lr"] == 1e38 and report["backbone_lr"] == 1e38
+    noticed = checkpoint.load(tmp_path / "nonfinite.pt")
+    values = [value for value in noticed["model"].values() if value.is_floating_point()]
+    assert noticed["step"] == len(batches) and not torch.nn.utils.get_total_norm(values).isfinite()
 
 
 def test_finished_run_says_so_and_changes_nothing(pretrained, recipe_file, cli, tmp_path):
