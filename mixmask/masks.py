@@ -19,7 +19,7 @@ from mixmask.config import MSCN, ConfigError, Mask
 ATTEMPTS_PER_BLOCK = 10
 LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
 AUTHORS_MIN_CELLS = 4  # BEiT's `min_num_patches`, left unchanged by the authors on every grid
-MAX_REDRAWS = 100
+MAX_REDRAWS = 100  # at most 4 block masks in 10 are drawn again (3x3, 8 cells): 100 in a row are never met
 
 
 def sample_mask(mask: Mask, height: int, width: int, rng: np.random.Generator) -> Tensor:
@@ -54,7 +54,7 @@ def block_mask(grid: int, ratio: float, rng: np.random.Generator, impl: str = "r
 
     `literal` is the released generator: blocks of at least 4 cells, no second try, so that 94 % of the masks on a 2x2
     grid come out empty. `repaired` lets blocks start at one cell where fewer than 4 cells are wanted and draws again
-    until the target is met; elsewhere it only draws an empty mask again.
+    until the target is met; elsewhere it only draws an empty mask again. Raises RuntimeError after MAX_REDRAWS masks.
     """
     if impl == "literal":
         return place_blocks(grid, int(ratio * grid * grid), AUTHORS_MIN_CELLS, rng)
@@ -63,8 +63,8 @@ def block_mask(grid: int, ratio: float, rng: np.random.Generator, impl: str = "r
     for _ in range(MAX_REDRAWS):
         cells = place_blocks(grid, target, 1 if small else AUTHORS_MIN_CELLS, rng)
         if cells.sum() == target or (cells.any() and not small):
-            break
-    return cells
+            return cells
+    raise RuntimeError(f"{MAX_REDRAWS} masks on a grid of {grid}: none has {target} cells")
 
 
 def place_blocks(grid: int, target: int, min_cells: int, rng: np.random.Generator) -> np.ndarray:

@@ -203,6 +203,19 @@ def test_repaired_always_meets_a_target_below_four_cells(grid: int, ratio: float
     assert {int(block_mask(grid, ratio, rng).sum()) for _ in range(500)} == {cells}
 
 
+@pytest.mark.parametrize("grid, ratio", [(2, 0.5), (2, 0.75), (3, 0.9), (4, 0.95), (8, 0.99)])
+def test_redraws_are_few_and_their_end_is_an_error(monkeypatch, grid: int, ratio: float):
+    """Of 10 masks at most 4 are drawn again: 100 in a row are never seen, and no unmet mask is given back."""
+    rng, draws = np.random.default_rng(0), []
+    monkeypatch.setattr(masks, "place_blocks", lambda *arguments: (draws.append(1), place_blocks(*arguments))[1])
+    for _ in range(500):
+        assert block_mask(grid, ratio, rng).any()
+    assert 500 / len(draws) > 0.6
+    monkeypatch.setattr(masks, "place_blocks", lambda *arguments: np.zeros((grid, grid), dtype=bool))
+    with pytest.raises(RuntimeError, match=f"100 masks on a grid of {grid}: none has"):
+        block_mask(grid, ratio, rng)
+
+
 # --------------------------------------------------------------------------------------- discrete masks
 
 
