@@ -158,16 +158,26 @@ class Mapped(Dataset):
 
 def training_batches(task: Task, purpose: str, first: int = 0) -> Iterator[list[dict]]:
     """This process's images of each batch, endlessly, from batch `first` on. Raises DataError for a damaged file."""
-    wide = [image["width"] > image["height"] for image in task.images]
-    size = task.cfg.SOLVER.IMS_PER_BATCH
-    order, rows = batches(wide, size, task.config.group, task.config.seed, purpose), distributed.share(size)
-    own = (batch[rows] for batch in itertools.islice(order, first, None))
+    rows = distributed.share(task.cfg.SOLVER.IMS_PER_BATCH)
+    own = (batch[rows] for batch in itertools.islice(order(task, purpose), first, None))
     dataset = Mapped(task.images, task.cfg, task.config.seed, purpose)
     options = {"num_workers": task.config.run.workers, "collate_fn": as_list, "worker_init_fn": ignore_signals}
     for batch in DataLoader(dataset, batch_sampler=own, generator=torch.Generator(), **options):
         if errors := [item for item in batch if isinstance(item, DataError)]:
             raise errors[0]
         yield batch
+
+
+def order(task: Task, purpose: str) -> Iterator[list[Position]]:
+    """Which images each batch has, all processes' together; endlessly."""
+    wide = [image["width"] > image["height"] for image in task.images]
+    return batches(wide, task.cfg.SOLVER.IMS_PER_BATCH, task.config.group, task.config.seed, purpose)
+
+
+def files(task: Task, purpose: str, step: int) -> list[str]:
+    """The files of the images of batch `step`, all processes' together."""
+    batch = next(itertools.islice(order(task, purpose), step, None))
+    return [task.images[position.image]["file_name"] for position in batch]
 
 
 def as_list(images: list) -> list:

@@ -69,7 +69,7 @@ def train(config: Detection, backbone: weights.Weights, directory: Path) -> dict
         if state.step < cfg.SOLVER.MAX_ITER:
             learn(run, task, state)
         metrics = test(run, task, state)
-        save(run, config, state)
+        save(run, task, state)
         if world.rank == 0:
             about = {"norm": norm, "processes": world.size, "notes": notes, "detectron2": detectron.version()}
             run.finish(result(run, config, backbone, metrics, device) | about)
@@ -87,6 +87,7 @@ class State:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     step: int = 0  # iterations done
+    recent: dict[int, tuple[float, Tensor]] = dataclasses.field(default_factory=dict)  # rates, losses since the log
 
 
 def detectron2() -> Any:
@@ -113,15 +114,18 @@ def learn(run: Run, task: Any, state: State) -> None:
     with Interrupt() as interrupt, detectron.EventStorage(state.step):
         while state.step < last:
             if config.eval_every and state.step and state.step % config.eval_every == 0:
+                finite(state_norm(state), run, task, state)
                 test(run, task, state)
             step, batch = state.step, clock.wait(batches)
             seed_globals(config.seed, "detection", step, distributed.rank())  # which anchors and regions are sampled
-            losses = state.model(batch)
+            losses, rate = forward(state.model, batch), state.optimizer.param_groups[0]["lr"]
             loss = sum(losses.values())
+            state.recent[step] = rate, loss.detach()
+            if distributed.anywhere("proposals" in losses)[0]:
+                finite(distributed.mean({"loss": loss.detach()}), run, task, state)
             state.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             distributed.average(state.model)
-            rate = state.optimizer.param_groups[0]["lr"]
             state.optimizer.step()
             state.scheduler.step()
             state.step += 1
@@ -130,7 +134,8 @@ def learn(run: Run, task: Any, state: State) -> None:
             at_end = state.step == last
             if step % config.run.log_every == 0 or at_end:
                 parts = {name: part.detach() for name, part in losses.items()}
-                values = finite(distributed.mean({"loss": loss.detach(), **parts}), run, step)
+                values = finite(distributed.mean({"loss": loss.detach(), **parts}), run, task, state)
+                state.recent = {step: state.recent[step]}
                 run.log("step", step, **values, lr=rate, timing=clock.timing())
                 progress.step(loss=f"{values['loss']:.3f}")
                 if step % max(1, last // 20) < config.run.log_every or at_end:
@@ -140,10 +145,18 @@ def learn(run: Run, task: Any, state: State) -> None:
             due = distributed.rank() == 0 and clock.due(config.run.checkpoint_minutes)
             stop, due = distributed.anywhere(interrupt.requested, due)
             if stop or due or at_end:
-                save(run, config, state)
+                save(run, task, state)
             if stop and not at_end:
                 raise KeyboardInterrupt
     progress.close()
+
+
+def forward(model: nn.Module, batch: list[dict]) -> dict[str, Tensor]:
+    """The losses by their names; only "proposals", which is NaN, where Detectron2 refuses its own proposals as such."""
+    try:
+        return model(batch)
+    except FloatingPointError:
+        return {"proposals": torch.tensor(math.nan, device=next(model.parameters()).device)}
 
 
 def test(run: Run, task: Any, state: State) -> dict[str, float]:
@@ -169,29 +182,61 @@ def resume(run: Run, state: State) -> None:
     run.rewind(state.step)
 
 
-def save(run: Run, config: Detection, state: State) -> None:
+def save(run: Run, task: Any, state: State) -> None:
     """Write the state and the log to disk. Raises UserError, and saves nothing, where a weight is not finite.
 
     The first process writes, and the others wait: one that ended now would take the first with it.
     """
-    model = state.model.state_dict()
-    norm = nn.utils.get_total_norm([value for value in model.values() if value.is_floating_point()])
-    finite({"the norm of weights and buffers": norm}, run, state.step - 1)
-    optimisation = {"optimizer": state.optimizer.state_dict(), "scheduler": state.scheduler.state_dict()}
-    about = {"run": run.id, "config": configs.to_dict(config), "step": state.step}
+    finite(state_norm(state), run, task, state)
     with distributed.first():
         if distributed.rank() == 0:
             run.sync()
-            checkpoint.save(run.checkpoint, {**about, "model": model, **optimisation})
+            checkpoint.save(run.checkpoint, snapshot(run, task.config, state))
 
 
-def finite(values: dict[str, Tensor], run: Run, step: int) -> dict[str, float]:
-    """The values as numbers. Raises UserError when one is not finite."""
+def snapshot(run: Run, config: Detection, state: State) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    optimisation = {"optimizer": state.optimizer.state_dict(), "scheduler": state.scheduler.state_dict()}
+    about = {"run": run.id, "config": configs.to_dict(config), "step": state.step}
+    return {**about, "model": state.model.state_dict(), **optimisation}
+
+
+def state_norm(state: State) -> dict[str, Tensor]:
+    """The norm of all weights and buffers, which is finite as long as each of them is."""
+    values = [value for value in state.model.state_dict().values() if value.is_floating_point()]
+    return {"the norm of weights and buffers": nn.utils.get_total_norm(values)}
+
+
+def finite(values: dict[str, Tensor], run: Run, task: Any, state: State) -> dict[str, float]:
+    """The values, which all processes share, as numbers. Raises UserError when one is not finite; says since when.
+
+    What `autopsy` finds and the state at this moment are saved beside.
+    """
     numbers = {name: float(value) for name, value in values.items()}
-    for name, number in numbers.items():
-        if not math.isfinite(number):
-            raise UserError(f"{run.id}: {name} is {number} at step {step}; stopped, the last checkpoint is intact")
-    return numbers
+    what = next((f"{name} is {number}" for name, number in numbers.items() if not math.isfinite(number)), "")
+    if not what:
+        return numbers
+    report, where = autopsy(task, state), "the first process says why"
+    with distributed.first():
+        if distributed.rank() == 0:
+            report = {"run": run.id, **report, "noticed": f"{what} after {state.step} iterations"}
+            where = checkpoint.post_mortem(run, report, snapshot(run, task.config, state))
+    raise UserError(f"{run.id}: {what} at step {report['step']}; stopped, {where}, the last checkpoint is intact")
+
+
+def autopsy(task: Any, state: State) -> dict[str, Any]:
+    """The first step whose loss, or else the last one, whose update, is not finite; its images and those of the one
+    before."""
+    means = distributed.mean({str(step): loss for step, (_, loss) in state.recent.items()})
+    step = next((int(step) for step, loss in means.items() if not math.isfinite(loss)), state.step - 1)
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    files = detectron2().files
+    return {
+        "step": step,
+        "lr": state.recent[step][0] if step in state.recent else None,
+        "gradient_norm": str(float(nn.utils.get_total_norm(gradients))),  # text: JSON has no NaN
+        "files": {i: files(task, "train", i) for i in range(max(0, step - 1), step + 1)},
+    }
 
 
 class Clock:

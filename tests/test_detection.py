@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import math
 import os
 import pickle
 import signal
@@ -22,6 +23,7 @@ import torchvision
 import yaml
 
 from detection import convert, datasets, photos, train, weights
+from mixmask import checkpoint as checkpoints
 from mixmask import config as configs
 from mixmask import formats
 from mixmask.backbones import build_backbone
@@ -522,6 +524,36 @@ def test_killed_run_goes_on_to_the_same_numbers(whole, pkl, backbone, tmp_path, 
     run("voc", backbone, tmp_path / "run")
     assert "(resumed after iteration " in capsys.readouterr().out
     assert lines(tmp_path / "run") == lines(whole)
+
+
+@needs_detectron2
+@pytest.mark.parametrize(
+    ("items", "broken", "what", "step"),
+    [
+        (["detectron2.SOLVER.BASE_LR=1e38"], None, "loss is nan", 1),  # noticed by Detectron2 in its proposals
+        (["detectron2.SOLVER.BASE_LR=1e38", "run.checkpoint_minutes=0"], None, "the norm of weights and .* is inf", 0),
+        (["run.log_every=1000"], 1, "loss is nan", 1),  # noticed an iteration later
+    ],
+)
+def test_what_is_not_finite_stops_the_run_and_names_its_images(
+    backbone, tmp_path, monkeypatch, items, broken, what, step
+):
+    real, steps = train.forward, itertools.count()
+
+    def forward(*arguments):
+        losses = real(*arguments)
+        return {name: loss * math.nan for name, loss in losses.items()} if next(steps) == broken else losses
+
+    monkeypatch.setattr(train, "forward", forward)
+    with pytest.raises(UserError, match=rf"{what} at step {step}; stopped, .*nonfinite\.json .*intact"):
+        run("voc", backbone, tmp_path, "detectron2.SOLVER.MAX_ITER=4", *items)
+    report = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert report["step"] == step and report["lr"] > 0 and report["noticed"].endswith("iterations")
+    assert report["files"].keys() == {str(i) for i in range(step + 1)}
+    assert all(len(names) == 2 and all(Path(name).is_file() for name in names) for names in report["files"].values())
+    noticed = checkpoints.load(tmp_path / "nonfinite.pt")
+    assert noticed["step"] == step + (broken is not None or step == 0) and noticed.keys() >= {"optimizer", "scheduler"}
+    assert not (tmp_path / "result.json").exists() and not (tmp_path / "checkpoint.pt").exists()
 
 
 @needs_detectron2
