@@ -1,5 +1,6 @@
 """Several processes compute what one computes: losses, weights, statistics and queue; and they end together."""
 
+import json
 import os
 import re
 import signal
@@ -244,8 +245,16 @@ def test_a_killed_process_ends_the_others_within_seconds(tiny, tmp_path, capfd, 
 
 
 def test_a_loss_that_is_not_finite_stops_all_processes(tiny, tmp_path, capfd):
-    assert wait(launch(tiny(*FOUR, "optimizer.lr=1e5", "epochs=20"), tmp_path, 2)) == [1, 1]
-    assert len(re.findall(r"error: \S+: \S+ is (?:nan|inf) at step \d+", capfd.readouterr().err)) == 2
+    """Each says so, at the same step; the first one writes what it was, once."""
+    children, started = launch(tiny(*FOUR, "optimizer.lr=1e5", "epochs=20"), tmp_path, 2), time.monotonic()
+    assert wait(children) == [1, 1] and time.monotonic() - started < 60
+    said = r"error: \S+: \S+ is (?:nan|inf) at step (\d+); stopped, (.*), the last"
+    steps, where = zip(*re.findall(said, capfd.readouterr().err), strict=True)
+    written = f"batch and state are in {tmp_path / 'nonfinite.json'} and nonfinite.pt"
+    assert len(set(steps)) == 1 and sorted(where) == [written, "the first process says why"]
+    report = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert report["step"] == int(steps[0]) and {len(batch) for batch in report["indices"].values()} == {16}
+    assert checkpoint.load(tmp_path / "nonfinite.pt")["step"] > report["step"]
 
 
 def test_bad_input_of_the_first_process_ends_the_others(tiny, tmp_path, capfd):
