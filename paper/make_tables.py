@@ -29,7 +29,7 @@ from mixmask.runs import ResultError, read_result, write_atomically  # noqa: E40
 from paper import settings  # noqa: E402
 from paper.cells import Cell, Heading, Table, select, tables  # noqa: E402
 from paper.markup import Footnotes, Sheet, latex, markdown  # noqa: E402
-from paper.presets import Budget, budget, chains, located, metric, missing_file, notes, presets  # noqa: E402
+from paper.presets import Budget, budget, chains, located, metric, missing_file, presets, remark  # noqa: E402
 
 NONE = "–"  # nothing is published
 NO_RUN = "no run yet"
@@ -103,7 +103,7 @@ def collect(table: Table, budgets: Sequence[Budget], folders: Sequence[Path]) ->
 
     ours_mean, ours_std (over seeds, n - 1 in the denominator; empty for one seed), n, preset, difference (empty
     where the preset is not the paper's) and verdict, metric (of ours, where there is a run), epochs (of our
-    pre-training), runs; state, where there is no number of ours.
+    pre-training), runs, remark (on our number); state, where there is no number of ours.
     """
     return pd.DataFrame([{**_published(cell), **_ours(cell, budgets, folders)} for cell in table.cells])
 
@@ -149,7 +149,7 @@ def _published(cell: Cell) -> dict[str, Any]:
 
 def _nothing() -> dict[str, Any]:
     empty = {"ours_mean": None, "ours_std": None, "n": 0, "preset": "", "difference": None}
-    return {**empty, "verdict": "", "epochs": None, "runs": ""}
+    return {**empty, "verdict": "", "epochs": None, "runs": "", "remark": ""}
 
 
 def _summary(cell: Cell, runs: pd.DataFrame) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _summary(cell: Cell, runs: pd.DataFrame) -> dict[str, Any]:
         "preset": budget.label,
         "difference": difference,
         "verdict": verdict(difference, std) if cell.published is not None else "",
-        "note": "; ".join(filter(None, [notes(cell, budget), *runs["labels"].unique()])),
+        "remark": "; ".join(filter(None, [remark(cell, budget), *runs["labels"].unique()])),
         "metric": runs["metric"].iloc[0],
         "epochs": runs["epochs"].iloc[0],
         "runs": " ".join(runs["run"]),
@@ -197,7 +197,7 @@ def write(sheet: Sheet, csv: str, out: Path) -> list[Path]:
 def numbers_csv(frame: pd.DataFrame) -> str:
     """One line a cell; percentages with one decimal as in the paper, the standard deviation with two."""
     order = ["cell", "row", "column", "published", "ours_mean", "ours_std", "n", "preset", "difference", "verdict"]
-    order += ["metric", "epochs", "origin", "source", "note", "runs"]
+    order += ["metric", "epochs", "origin", "source", "note", "remark", "runs"]
     digits = {
         "published": "{:.1f}",
         "ours_mean": "{:.1f}",
@@ -240,7 +240,7 @@ def _triple(cell: pd.Series | None, notes: Footnotes) -> tuple[str, str, str]:
     if not cell["n"]:
         return published, cell["state"], ""
     spread = f" ± {cell['ours_std']:.1f}" if cell["n"] > 1 else ""
-    ours = f"{cell['ours_mean']:.1f}{spread} ({cell['preset']}, n = {cell['n']})"
+    ours = f"{cell['ours_mean']:.1f}{spread} ({cell['preset']}, n = {cell['n']})" + notes.marks([cell["remark"]])
     compared = f"{cell['difference']:+.1f} ({cell['verdict']})" if pd.notna(cell["difference"]) else cell["verdict"]
     return published, ours, compared
 

@@ -218,10 +218,9 @@ def missing_file(cell: Cell, budget: Budget) -> str:
     )
 
 
-def notes(cell: Cell, budget: Budget) -> str:
-    """What a reader of our number must know."""
-    public = public_checkpoints()[cell.checkpoint].note if public_file(cell, budget) else ""
-    return "; ".join(filter(None, [cell.note, public]))
+def remark(cell: Cell, budget: Budget) -> str:
+    """What a reader of our number must know that is not true of the cell under every budget."""
+    return public_checkpoints()[cell.checkpoint].note if public_file(cell, budget) else ""
 
 
 def _evaluations(cell: Cell) -> list[tuple[str, str]]:

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from mixmask.config import UserError, main_guard  # noqa: E402
 from paper.cells import WITHOUT_RUNS, Cell, select  # noqa: E402
-from paper.presets import Budget, budget, missing_file, notes, presets  # noqa: E402
+from paper.presets import Budget, budget, missing_file, presets, remark  # noqa: E402
 from slurm import cost, graph, local, squeue, status, submit  # noqa: E402
 from slurm.graph import Job  # noqa: E402
 
@@ -144,7 +144,8 @@ def _state(job: Job, wanted: set[Path]) -> str:
 def _notes(cells: list[Cell], jobs: list[Job], chosen: Budget) -> list[str]:
     """What a reader of the cells must know, and what keeps some from being launched."""
     found: dict[str, list[str]] = {}
-    of_cells = [(cell.id, text) for cell in cells for text in (notes(cell, chosen), missing_file(cell, chosen)) if text]
+    texts = ((cell.id, (cell.note, remark(cell, chosen), missing_file(cell, chosen))) for cell in cells)
+    of_cells = [(name, text) for name, of_cell in texts for text in of_cell if text]
     for name, text in of_cells + [(job.id, note) for job in jobs for note in job.notes]:
         found.setdefault(text, []).append(name)
     return [f"{_some(names)}: {text}" for text, names in found.items()]

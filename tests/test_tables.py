@@ -169,8 +169,8 @@ def test_which_images_were_labelled_stands_beside_a_fine_tuned_number(tmp_path):
     where = tmp_path / "runs" / "finetune" / name / "result.json"
     where.write_text(json.dumps({"metrics": {"finetune_last": 50.0}, "labels": "balanced subset"}))
     texts, frame = make(tmp_path, table="table6")
-    assert frame.loc["table6/imagenet/moco/mixmask/1percent", "note"] == "balanced subset"
-    assert "balanced subset" in texts["md"]
+    assert frame.loc["table6/imagenet/moco/mixmask/1percent", "remark"] == "balanced subset"
+    assert "50.0 (paper, n = 1) [" in texts["md"] and "balanced subset" in texts["md"]
 
 
 def test_a_cell_that_the_paper_does_not_print_is_a_dash_and_is_compared_with_nothing(tmp_path):

@@ -100,7 +100,7 @@ def _number(cell: pd.Series | None, notes: Footnotes) -> str:
         return "<td></td>"
     mark = notes.marks([_origin(cell)])
     published = f'<span title="published">{cell["published"]:.1f}{mark}</span>' if pd.notna(cell["published"]) else ""
-    own = f'<b title="ours">{ours(cell)}</b>' if cell["n"] else ""
+    own = f'<b title="ours">{ours(cell)}{notes.marks([cell["remark"]])}</b>' if cell["n"] else ""
     size = f"n = {cell['n']}" + (f", {_epochs(cell)}" if _epochs(cell) else "") if cell["n"] else ""
     link, text = html.escape(cell["cell"]), html.escape(searchable(cell))
     return (
@@ -135,7 +135,7 @@ def details(cell: pd.Series, runs: Runs) -> str:
         "ours": f"{ours(cell)} (preset {cell['preset']}, n = {cell['n']})" if cell["n"] else words(cell),
         "metric": cell["metric"],
         "pre-training": _epochs(cell),
-        "note": cell["note"],
+        "note": "; ".join(filter(None, [cell["note"], cell["remark"]])),
         "launch": f"python slurm/launch.py {cell['cell']}" if cell["state"] != NOT_IMPLEMENTED else "",
     }
     links = "".join(
