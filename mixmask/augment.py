@@ -131,6 +131,7 @@ def apply(augment: Augment, images: Tensor, parameters: Parameters) -> Tensor:
 
 
 def apply_operations(augment: Augment, images: Tensor, parameters: Parameters) -> Tensor:
+    """`apply`, of all images at once: float32 (N, 3, H, W), 0..255 -> normalised float32 (N, 3, size, size)."""
     p = parameters
     # A flip commutes with every operation but the crop; behind the crop it costs nothing: its weights are reversed.
     folded = "flip" in augment.order[augment.order.index("crop") :] if "crop" in augment.order else False
@@ -151,7 +152,8 @@ def apply_operations(augment: Augment, images: Tensor, parameters: Parameters) -
 def test_view(images: Tensor, size: int, resize: int | None, mean, std, interpolation: str = "bilinear") -> Tensor:
     """The test transform: uint8 (N, 3, H, W) -> Resize(shorter side) -> CenterCrop -> normalised float32.
 
-    `resize=None` leaves the resolution as it is; images that already measure `size` are only normalised.
+    `resize=None` leaves the resolution as it is; images that already measure `size` are only normalised. Raises
+    ConfigError where the crop is larger than the image.
     """
     images = images.float()
     height, width = images.shape[2:]
@@ -169,7 +171,7 @@ test_view.__test__ = False  # not a test, whatever its name says to pytest
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Values 0..255 -> (value / 255 - mean) / std, per channel."""
+    """(N, 3, H, W) with values 0..255 -> (value / 255 - mean) / std, of each channel its own; same shape."""
     mean, std = images.new_tensor(mean)[:, None, None], images.new_tensor(std)[:, None, None]
     return images.mul(1 / (255 * std)).sub_(mean / std)
 
@@ -205,7 +207,10 @@ def two_passes(images: Tensor, rows: Tensor, columns: Tensor, first: Tensor) -> 
 
 
 def rows_first(height: Tensor, width: Tensor, new_height: int, new_width: int) -> Tensor:
-    """Where Pillow (13 and later) resizes the height first: it loses more than twice what the width loses."""
+    """Bool (N,): where Pillow (13 and later) resizes the height (N,) first, before the width (N,).
+
+    It does so where the height loses more than twice what the width loses.
+    """
     return (height > new_height) & (height - new_height > 2 * (width - new_width))
 
 
@@ -225,12 +230,12 @@ def resize_weights(start: Tensor, length: Tensor, extent: int, size: int, interp
 
 
 def triangle(distance: Tensor) -> Tensor:
-    """Bilinear."""
+    """Bilinear: the weight at each distance from 0 up, which is 0 from distance 1 on; any shape."""
     return (1 - distance).clamp_(min=0)
 
 
 def cubic(distance: Tensor) -> Tensor:
-    """Bicubic with a = -0.5, Keys 1981."""
+    """Bicubic with a = -0.5 (Keys 1981): the weight at each distance from 0 up, 0 from 2 on; any shape."""
     x = distance
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
@@ -241,7 +246,7 @@ FILTERS = {"bilinear": triangle, "bicubic": cubic}
 
 
 def resized(images: Tensor, shape: tuple[int, int], interpolation: str = "bilinear") -> Tensor:
-    """Resize whole images to (height, width), with antialias."""
+    """Resize whole images to `shape` = (height, width), with antialias. (N, 3, H, W) -> (N, 3, height, width)."""
     height, width = torch.tensor(images.shape[2:], device=images.device)[:, None]
     rows = resize_weights(0 * height, height, images.shape[2], shape[0], interpolation)
     columns = resize_weights(0 * width, width, images.shape[3], shape[1], interpolation)
@@ -249,7 +254,7 @@ def resized(images: Tensor, shape: tuple[int, int], interpolation: str = "biline
 
 
 def center_crop(images: Tensor, size: int) -> Tensor:
-    """The central size x size pixels; ConfigError if there are fewer."""
+    """The central pixels: (N, 3, H, W) -> (N, 3, size, size). Raises ConfigError where there are fewer."""
     if size > min(images.shape[2:]):
         raise ConfigError(f"size: a crop of {size} pixels does not fit images of {tuple(images.shape[2:])} pixels")
     top, left = (round((extent - size) / 2) for extent in images.shape[2:])
@@ -283,14 +288,17 @@ def blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with black by factor (N,), 1 leaves an image alone. (N, 3, H, W), 0..255; as torchvision's, on Pillow."""
     return blend(images, 0.0, factor)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """The same with the mean grey of each image."""
     return blend(images, mean_grey(luminance(images)), factor)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """The same with the grey image."""
     return blend(images, luminance(images), factor)
 
 
@@ -312,7 +320,10 @@ def mean_grey(grey: Tensor) -> Tensor:
 
 
 def adjust_hue_where(images: Tensor, factor: Tensor, chosen: Tensor) -> Tensor:
-    """Hue of the chosen images. On a CPU only these are computed; elsewhere choosing them would wait for the device."""
+    """`adjust_hue` of (N, 3, H, W) by factor (N,), where chosen (N,).
+
+    On a CPU only these are computed; elsewhere choosing them would wait for the device.
+    """
     if images.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.where(column(chosen), adjust_hue(images, factor), images)
     index = chosen.nonzero()[:, 0]
@@ -372,7 +383,10 @@ def gaussian_blur(images: Tensor, sigma: Tensor, chosen: Tensor, largest: float)
 
 
 def box_radius(sigma: Tensor) -> Tensor:
-    """Radius, with a fraction, of the box that blurs like a Gaussian when applied three times (Gwosdek et al. 2011)."""
+    """Radius, in pixels, of the box that blurs like a Gaussian of deviation `sigma` when applied three times.
+
+    With a fraction; of sigma's shape (Gwosdek et al. 2011).
+    """
     variance = sigma * sigma / BOX_PASSES
     whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
     rest = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
@@ -380,7 +394,10 @@ def box_radius(sigma: Tensor) -> Tensor:
 
 
 def box_weights(sigma: Tensor, reach: int) -> Tensor:
-    """(reach + 1, N): weight of the pixels at distance 0, 1, ..., reach; the outermost of a box counts in part."""
+    """Weight of the pixels at distance 0, 1, ..., reach, for boxes that blur by sigma (N,): (reach + 1, N).
+
+    The outermost of a box counts in part; a box's own weights, both sides together, sum to 1.
+    """
     radius = box_radius(sigma)
     distance = torch.arange(reach + 1, device=sigma.device)[:, None]
     return (radius + 1 - distance).clamp(0, 1) / (2 * radius + 1)
@@ -404,7 +421,7 @@ def column(values: Tensor) -> Tensor:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Rounded to whole numbers 0..255, halves up, in place."""
+    """Rounded to whole numbers 0..255, halves up, in place; any shape."""
     return images.add_(0.5).floor_().clamp_(0, 255)
 
 
@@ -412,7 +429,7 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def reference(augment: Augment, image, parameters: Parameters) -> Tensor:
-    """`apply` by torchvision and Pillow, for one Pillow image and `parameters[i]`: float32 (3, size, size)."""
+    """`apply` by torchvision and Pillow, of one Pillow image (H, W) and `parameters[i]`: float32 (3, size, size)."""
     from PIL import ImageFilter
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as F

@@ -33,7 +33,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         super().__init__(channels)
         self.groups = groups
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W), normalised in each group; same shape. Moves the running statistics while training."""
         if not self.training or self.groups == 1:
             return super().forward(x)
         if len(x) % self.groups:
@@ -71,6 +72,7 @@ class ResNet(nn.Module):
         _initialise(self, keep_stem=small)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W) -> mean over the last feature map's pixels, (N, `features`)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.mean(dim=(2, 3))
@@ -110,4 +112,5 @@ class Encoder(nn.Module):
         self.head = head
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) -> the head's outputs (N, dim)."""
         return self.head(self.backbone(images))

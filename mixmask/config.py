@@ -342,7 +342,10 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the annotated type; YAML's `1e-4` (a string) and whole-numbered floats are understood."""
+    """`value` as the annotated type; YAML's `1e-4` (a string) and whole-numbered floats are understood.
+
+    Raises ConfigError, which names the key (`where`, dotted), for any other value.
+    """
     origin, args = get_origin(hint), get_args(hint)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)
@@ -413,7 +416,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_overrides(items: typing.Iterable[str]) -> dict[str, Any]:
-    """`["mask.grid=4", "method=mixmask"]` -> {"mask.grid": 4, "method": "mixmask"}; values are YAML."""
+    """`["mask.grid=4", "method=mixmask"]` -> {"mask.grid": 4, "method": "mixmask"}; values are YAML.
+
+    Raises ConfigError for an item that has no key or no "=", or whose value is not YAML.
+    """
     overrides = {}
     for item in items:
         key, equals, text = item.partition("=")
@@ -435,7 +441,10 @@ def flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any], cls: type) -> dict[str, Any]:
-    """`values` with dotted keys replaced. A key must be in the recipe or a field of `cls`; else ConfigError."""
+    """A copy of `values` with dotted keys replaced.
+
+    Raises ConfigError for a key that is neither in the recipe nor a field of `cls`, or that goes through a plain value.
+    """
     result = copy.deepcopy(values)
     known = set(flatten(result)) | _dotted_fields(cls)
     for key, value in overrides.items():

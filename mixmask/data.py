@@ -476,14 +476,17 @@ def _one_line(error: Exception) -> str:
 
 
 def batch_indices(n: int, batch_size: int, seed: int, epoch: int) -> Tensor:
-    """The epoch's shuffled batches, int64 (n // batch_size, batch_size); the remainder is dropped."""
+    """Indices of n images in an epoch's shuffled batches, int64 (n // batch_size, batch_size); the rest is dropped."""
     steps = n // batch_size
     order = numpy_generator(seed, "order", epoch).permutation(n)
     return torch.from_numpy(order[: steps * batch_size]).reshape(steps, batch_size)
 
 
 def subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """Sorted indices of a class-balanced share of the images: round(fraction * count) of each class, at least one."""
+    """Sorted indices, int64 (M,), of a class-balanced share of the images, whose classes are `labels` (N,).
+
+    round(fraction * count) of each class, at least one; `fraction` in [0, 1].
+    """
     chosen = []
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten()
@@ -549,7 +552,7 @@ class RandomCrops:
 
 
 def random_crop(image: Tensor, view: Augment, rng: np.random.Generator) -> Tensor:
-    """uint8 (3, H, W) -> (3, size, size): the `crop` of the view's augmentation."""
+    """uint8 (3, H, W) -> uint8 (3, size, size): the `crop` of the view's augmentation, as torchvision's."""
     box = crop_box(image.shape[1], image.shape[2], view.crop_scale, view.crop_ratio, rng)
     mode = InterpolationMode(view.interpolation)
     return F.resized_crop(image, *box, [view.size, view.size], mode, antialias=True)

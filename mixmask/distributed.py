@@ -265,14 +265,14 @@ def first() -> Iterator[None]:
 
 
 def checksum(state: Mapping[str, Tensor], start: int = 0) -> int:
-    """CRC-32 of every bit of a state dict."""
+    """CRC-32 of every bit of a state dict, tensors of any shape and device; in [0, 2^32)."""
     for tensor in state.values():
         start = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), start)
     return start
 
 
 def agreed(state: Mapping[str, Tensor], step: int) -> dict[str, Any]:
-    """For the log: how many processes, and the checksum of the weights, statistics and queue that all of them hold.
+    """For the log: how many processes, and the checksum of the state dict (weights, statistics, queue) they all hold.
 
     Empty for one process. Raises UserError where one holds other bits, or is at another step.
     """

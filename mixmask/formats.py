@@ -442,7 +442,9 @@ DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": tor
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """Names -> tensors of a safetensors file: a length (8 bytes), a JSON header, and the bytes of all tensors.
+    """Names -> tensors, of the shapes and types in the header, of a safetensors file on the CPU.
+
+    The file is a length (8 bytes), a JSON header, and the bytes of all tensors.
 
     Raises FormatError unless the tensors follow one another and fill the file exactly.
     """

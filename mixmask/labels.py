@@ -79,7 +79,7 @@ def fetch(path: Path) -> str:
 
 
 def choose(dataset: Resident | Files, config: Finetune) -> tuple[Tensor, str]:
-    """Sorted indices int64 of the labelled training images, and in words which they are.
+    """Sorted indices, int64 (M,), of the labelled training images, and in words which they are.
 
     Raises DataError for a list that is absent or altered, or names images that a complete data set lacks.
     """
@@ -124,7 +124,7 @@ def read_list(path: Path) -> Sequence[str]:
 
 
 def part(dataset: Resident | Files, indices: Tensor) -> Resident | Files:
-    """The data set's images at `indices`, in that order, with all its classes."""
+    """The data set's images at `indices`, int64 (M,), in that order, with all its classes."""
     here = indices.to(dataset.labels.device)
     if isinstance(dataset, Resident):
         return dataclasses.replace(dataset, images=dataset.images[here], labels=dataset.labels[here])

@@ -32,7 +32,7 @@ class Anchor:
 
 
 def vanilla(x1: Tensor) -> list[Anchor]:
-    """The framework's own loss and nothing else (Eq. 5)."""
+    """The framework's own loss, of x1 (N, C, H, W), and nothing else (Eq. 5)."""
     return [Anchor("clean", x1, clean=True)]
 
 
@@ -44,13 +44,19 @@ def mixmask(x1: Tensor, mask: Mask, rngs: Rngs, permutation: str = "") -> list[A
 
 
 def unmix(x1: Tensor, settings: UnMix, rngs: Rngs) -> list[Anchor]:
-    """Un-Mix (Shen et al. 2022; Algorithm 1, lines 2-11): Mixup with probability `prob`, or CutMix; reversed batch."""
+    """Un-Mix (Shen et al. 2022; Algorithm 1, lines 2-11): Mixup with probability `prob`, or CutMix; reversed batch.
+
+    The two terms of x1 (N, C, H, W). One generator for each mix group.
+    """
     maps = torch.cat([unmix_map(settings.prob, *x1.shape[-2:], rng) for rng in rngs])  # (G, 1, H, W)
     return mixture("unmix", x1, maps, partners(len(x1), rngs, "reverse"))
 
 
 def erase(x1: Tensor, mask: Mask, settings: Erase, rngs: Rngs) -> list[Anchor]:
-    """The erase baseline (Figure 2, dashed box): removed cells become zero (the data set's mean) or unit noise."""
+    """The erase baseline (Figure 2, dashed box): removed cells become zero (the data set's mean) or unit noise.
+
+    One term, of x1 (N, C, H, W). One generator for each mix group.
+    """
     keep = per_row(batch_masks(mask, x1, rngs).to(x1), len(x1))
     erased = keep * x1
     if settings.fill == "noise":

@@ -37,5 +37,8 @@ def objective(
 
 
 def rows(embedding: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor, ...]:
-    """Each tensor's rows in the given order: the reverse order of a mixture costs an indexing, not a forward pass."""
+    """The rows of each tensor (N, ...) in the given order (N,); None leaves them as they are.
+
+    The reverse order of a mixture costs an indexing, not a forward pass.
+    """
     return embedding if order is None else tuple(part[order] for part in embedding)

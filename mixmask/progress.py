@@ -19,11 +19,13 @@ class Progress:
         )
 
     def step(self, **values: str) -> None:
+        """One iteration more; `values` stand behind the bar until they are replaced."""
         self.bar.update(1)
         if values:
             self.bar.set_postfix(values, refresh=False)
 
     def close(self) -> None:
+        """Take the bar away."""
         self.bar.close()
 
 
@@ -60,6 +62,7 @@ class Stopwatch:
         self.start = time.perf_counter()
 
     def lap(self) -> float:
+        """Seconds since the start or the last call."""
         now = time.perf_counter()
         seconds, self.start = now - self.start, now
         return seconds

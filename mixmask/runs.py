@@ -81,7 +81,10 @@ def file_identity(path: str | Path) -> str:
 
 
 def read_result(directory: str | Path) -> dict[str, Any] | None:
-    """The result of a finished run; None where there is none yet."""
+    """The result of a finished run; None where there is none yet.
+
+    Raises ResultError for a file that cannot be read, is not JSON, or holds no finite metrics.
+    """
     path = Path(directory) / "result.json"
     try:
         return _checked(json.loads(path.read_text(encoding="utf-8")), path)
@@ -155,7 +158,10 @@ def is_busy(directory: str | Path) -> bool:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside, flush to disk, rename: a reader sees the old text or the new, never a part."""
+    """Write beside, flush to disk, rename: a reader sees the old text or the new, never a part.
+
+    Raises UserError where the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -245,10 +251,12 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
+        """Where the last checkpoint is, or will be."""
         return self.directory / "checkpoint.pt"
 
     @property
     def result(self) -> dict[str, Any] | None:
+        """What `finish` wrote; None while the run is not finished. Raises ResultError as `read_result` does."""
         return read_result(self.directory)
 
     def rewind(self, step: int) -> None:
@@ -257,7 +265,10 @@ class Run:
         write_atomically(self.directory / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def log(self, kind: str, step: int, **values: Any) -> None:
-        """Append one JSON line; everything measured in seconds belongs under `timing`."""
+        """Append one JSON line; everything measured in seconds belongs under `timing`.
+
+        Raises UserError where the log cannot be written, as on a full disk.
+        """
         try:
             if self._log is None:
                 self._log = open(self.directory / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - held until close()
@@ -267,7 +278,10 @@ class Run:
             raise UserError(f"cannot write {self.directory / 'log.jsonl'}: {error.strerror}") from None
 
     def sync(self) -> None:
-        """Force the log to disk: called before a checkpoint, so that the log never ends before its checkpoint."""
+        """Force the log to disk: called before a checkpoint, so that the log never ends before its checkpoint.
+
+        Raises UserError where that fails.
+        """
         try:
             if self._log is not None:
                 os.fsync(self._log.fileno())
@@ -281,6 +295,7 @@ class Run:
         discard(previous_checkpoint(self.checkpoint))
 
     def close(self) -> None:
+        """Give the lock back; a directory with nothing but a lock in it is removed."""
         with contextlib.suppress(OSError):  # a disk that was full already is still full
             if self._log is not None:
                 self._log.close()

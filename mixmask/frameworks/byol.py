@@ -51,7 +51,7 @@ class BYOL(nn.Module):
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
 
     def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Targets:
-        """Both networks' outputs for x2, shared by all pairs."""
+        """Both networks' outputs (N, dim) for x2 (N, C, H, W), shared by all pairs; x1 is not needed."""
         return Targets(*self.embed(x2))
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,10 +83,11 @@ class BYOL(nn.Module):
         torch._foreach_lerp_(list(self.target_encoder.parameters()), list(self.encoder.parameters()), 1 - tau)
 
     def constant_rate(self) -> list[nn.Parameter]:
+        """None: the schedule changes every learning rate."""
         return []
 
     def metrics(self, targets: Targets) -> dict[str, Tensor]:
-        """positive_similarity: mean cosine of p(x1) and target(x2); output_spread: 0 (collapse) to about 1."""
+        """Scalars: positive_similarity, mean cosine of p(x1) and target(x2); output_spread, 0 (collapse) to about 1."""
         return targets.metrics
 
     def check_data(self, images: int) -> None:

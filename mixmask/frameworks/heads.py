@@ -20,11 +20,13 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of unit Euclidean length, in float32 or wider."""
+    """Rows of unit Euclidean length, in float32 or wider. (N, D) -> (N, D)"""
     return F.normalize(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, dim=1)
 
 
 def spread(z: Tensor) -> Tensor:
-    """Standard deviation over the batch of unit-length rows, mean over dimensions, times sqrt(D): 0 when all rows
-    agree (collapse), about 1 when they point everywhere (Chen and He 2021, Figure 2)."""
+    """(N, D) -> scalar: standard deviation over the batch of unit-length rows, mean over dimensions, times sqrt(D).
+
+    0 when all rows agree (collapse), about 1 when they point everywhere (Chen and He 2021, Figure 2).
+    """
     return unit(z.detach()).std(dim=0).mean() * z.shape[1] ** 0.5

@@ -56,7 +56,7 @@ class MoCo(nn.Module):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
 
     def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Targets:
-        """Move the key encoder, then embed the keys; without gradient."""
+        """Views (N, C, H, W) -> keys (N, dim), without gradient; the key encoder moves first."""
         self.move_key_encoder()
         k2 = self.keys(x2, generator)
         return Targets(x2, k2, self.keys(x1, generator) if self.settings.symmetric else None)
@@ -111,7 +111,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Overwrite the oldest rows; any number of keys, wrapping around the end of the buffer."""
+        """Keys (n, dim), any number of them, overwrite the oldest rows, wrapping around the end of the buffer."""
         size = len(self.queue)
         skipped = max(len(keys) - size, 0)  # of more keys than rows only the newest can stay
         index = (self.pointer + skipped + torch.arange(len(keys) - skipped, device=keys.device)) % size
@@ -119,10 +119,11 @@ class MoCo(nn.Module):
         self.pointer.copy_((self.pointer + len(keys)) % size)
 
     def constant_rate(self) -> list[nn.Parameter]:
+        """None: the schedule changes every learning rate."""
         return []
 
     def metrics(self, targets: Targets) -> dict[str, Tensor]:
-        """positive_similarity: mean cosine between a query and its key, in [-1, 1]."""
+        """positive_similarity, a scalar: mean cosine between a query and its key, in [-1, 1]."""
         return {} if targets.positive_similarity is None else {"positive_similarity": targets.positive_similarity}
 
     def check_data(self, images: int) -> None:

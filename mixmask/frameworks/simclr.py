@@ -47,7 +47,7 @@ class SimCLR(nn.Module):
         self.encoder = Encoder(backbone, nn.Sequential(*head, nn.BatchNorm1d(settings.dim)))
 
     def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Targets:
-        """Backbone features of x2, shared by all pairs."""
+        """Backbone features (N, features) of x2 (N, C, H, W), shared by all pairs; x1 is not needed."""
         return Targets(self.encoder.backbone(x2))
 
     def embed(self, images: Tensor) -> tuple[Tensor]:
@@ -65,10 +65,11 @@ class SimCLR(nn.Module):
         """Nothing moves but by gradient."""
 
     def constant_rate(self) -> list[nn.Parameter]:
+        """None: the schedule changes every learning rate."""
         return []
 
     def metrics(self, targets: Targets) -> dict[str, Tensor]:
-        """positive_similarity: mean cosine of the two views' outputs; output_spread: 0 (collapse) to about 1."""
+        """Scalars: positive_similarity, mean cosine of both views' outputs; output_spread, 0 (collapse) to about 1."""
         return targets.metrics
 
     def check_data(self, images: int) -> None:

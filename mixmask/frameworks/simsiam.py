@@ -49,7 +49,7 @@ class SimSiam(nn.Module):
         self.predictor = mlp(settings.dim, settings.predictor_hidden, settings.dim)
 
     def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Targets:
-        """Prediction and projection of x2, shared by all pairs."""
+        """Prediction and projection (N, dim) of x2 (N, C, H, W), shared by all pairs; x1 is not needed."""
         return Targets(*self.embed(x2))
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ class SimSiam(nn.Module):
         return list(self.predictor.parameters()) if self.settings.predictor_constant_lr else []
 
     def metrics(self, targets: Targets) -> dict[str, Tensor]:
-        """positive_similarity: mean cosine of p(x1) and z(x2); output_spread: 0 (collapse) to about 1."""
+        """Scalars: positive_similarity, mean cosine of p(x1) and z(x2); output_spread, 0 (collapse) to about 1."""
         return targets.metrics
 
     def check_data(self, images: int) -> None:
