@@ -20,10 +20,14 @@ from mixmask.runs import SNAPSHOT
 
 CODE = (".py", ".yaml")  # of files that git does not know yet, those that a job may need
 SKIPPED = {"runs", "data", "build", "dist", "__pycache__"}
+COPIES = "slurm/snapshots"  # in a runs directory
+WRITTEN = (COPIES, "command.txt")  # what a directory holds that is one of runs, or a run's own
 
 
 def take(root: Path, folder: Path) -> Path:
     """A copy in `folder` of the files below `root` that git tracks, and of new code; returns the copy's directory.
+
+    What runs and launches have written below `root` is no code, wherever it is.
 
     Raises UserError where it cannot be written.
     """
@@ -54,13 +58,21 @@ def _copy(root: Path, copy: Path) -> str:
 
 
 def files(root: Path) -> list[str]:
-    """What belongs to the code, by name: as git says, or without git every code file."""
+    """What belongs to the code, by name: as git says, or without git every code file; nothing a run wrote."""
     tracked = _git(root, "ls-files", "-z").split("\0")
     if tracked == [""]:
         names = [p.relative_to(root) for suffix in CODE for p in root.rglob(f"*{suffix}")]
-        return sorted(str(n) for n in names if not SKIPPED & set(n.parts) and not any(p[0] == "." for p in n.parts))
+        names = [n for n in names if not SKIPPED & set(n.parts) and not any(p[0] == "." for p in n.parts)]
+        return sorted(str(name) for name in names if not _written(root, name))
     new = [n for n in _git(root, "ls-files", "-z", "--others", "--exclude-standard").split("\0") if n.endswith(CODE)]
+    new = [name for name in new if not _written(root, Path(name))]
     return sorted(name for name in {*tracked, *new} if (root / name).is_file())
+
+
+def _written(root: Path, name: Path) -> bool:
+    """Whether a launch or a run has written this file: a copy of the code, or a file in a directory of runs."""
+    folders = [root / folder for folder in name.parents[:-1]]
+    return f"/{COPIES}/" in f"/{name}" or any((folder / mark).exists() for folder in folders for mark in WRITTEN)
 
 
 def _record(root: Path, copy: Path, commit: str | None, name: str) -> None:
