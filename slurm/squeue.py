@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -104,16 +105,23 @@ def _accounted(wanted: list[str]) -> dict[str, str]:
 
 
 def records(runs_dir: Path) -> dict[str, dict[str, Any]]:
-    """Run directory -> the record of its last submission."""
+    """Run directory -> the record of its last submission; a line that is none, such as one cut off, is passed over."""
     path = runs_dir / "slurm" / "jobs.jsonl"
-    if not path.exists():
+    if not path.is_file():
         return {}
     found = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError, KeyError):  # a line that was cut off
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
             values = json.loads(line)
-            found[values["directory"]] = values
+            if _is_record(values):
+                found[values["directory"]] = values
     return found
+
+
+def _is_record(values: Any) -> bool:
+    """Whether it names a run's directory and the number of a job, 12 or 12_3."""
+    words = [values.get("directory"), values.get("job")] if isinstance(values, dict) else [None]
+    return all(isinstance(word, str) for word in words) and re.fullmatch(r"\d+(_\d+)?", words[1]) is not None
 
 
 def record(runs_dir: Path, **values: Any) -> None:
