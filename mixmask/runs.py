@@ -3,7 +3,8 @@
 runs/<stage>/<name>-<hash8>-s<seed>/
     config.yaml        the resolved config (a recipe file: it can be run again)
     command.txt        the command that repeats the run
-    environment.json   versions, commit, device
+    environment.json   versions, machine, commit: those it began with
+    environments.jsonl those it was re-opened with, where they are others: {"step", "time", "changed", ...} a line
     log.jsonl          one JSON object a line: {"kind": "step" | "epoch", ...}; timings only under "timing"
     checkpoint.pt      the last checkpoint; checkpoint.previous.pt: the one before, until the run is finished
     result.json        written last, atomically: a run that has one is finished
@@ -42,6 +43,8 @@ class ResultError(UserError):
 
 LOCK_TRIES = 5  # a quarter of a second: `is_busy` holds the lock for a moment
 SNAPSHOT = "COMMIT.json"  # at the root of a copy of the code
+CODE = ("commit", "modified", "changes", "snapshot")  # keys of an environment that say which code it was
+CONTINUATION = ("step", "time", "changed")  # what a line of environments.jsonl has besides an environment
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-image", "pandas", "submitit")
 
 
@@ -138,6 +141,27 @@ def _text(path: Path) -> str:
         return ""
     except (OSError, EOFError) as error:  # a packed file that is cut short ends too early
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def read_environments(directory: str | Path) -> list[dict[str, Any]]:
+    """environment.json of a run ({} where there is none), and each line of its environments.jsonl.
+
+    Raises UserError where one is not valid JSON.
+    """
+    first, others = Path(directory) / "environment.json", Path(directory) / "environments.jsonl"
+    found = []
+    for path, text in [(first, _text(first) or "{}"), *((others, line) for line in _text(others).splitlines())]:
+        try:
+            found.append(json.loads(text))
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON ({error}); move it away to go on without it") from None
+    return found
+
+
+def what_is_left(checkpoint: Path) -> str:
+    """Of a run that stops, for its last line: whether there is a checkpoint (or the one before) to go on from."""
+    there = checkpoint.exists() or previous_checkpoint(checkpoint).exists()
+    return "the last checkpoint is intact" if there else "no checkpoint was written yet"
 
 
 def previous_checkpoint(path: Path) -> Path:
@@ -237,12 +261,39 @@ class Run:
             )
 
     def describe(self, command: list[str] | None = None) -> None:
-        """Write what is asked and where it runs, once: call it when the config and the data are known to be good."""
-        if not (self.directory / "config.yaml").exists():
-            write_atomically(self.directory / "command.txt", shlex.join(["python", *(command or sys.argv)]) + "\n")
-            write_atomically(self.directory / "environment.json", json.dumps(environment(), indent=1) + "\n")
-            text = yaml.safe_dump(configs.to_dict(self.config), sort_keys=False)
-            write_atomically(self.directory / "config.yaml", text)
+        """Write what is asked and where it runs: call it when the config and the data are known to be good.
+
+        Written once. Of a run that is re-opened only what is another code or environment than before is recorded.
+        """
+        here = environment()
+        if (self.directory / "config.yaml").exists():
+            self._reopened(here)
+            return
+        write_atomically(self.directory / "command.txt", shlex.join(["python", *(command or sys.argv)]) + "\n")
+        write_atomically(self.directory / "environment.json", json.dumps(here, indent=1) + "\n")
+        text = yaml.safe_dump(configs.to_dict(self.config), sort_keys=False)
+        write_atomically(self.directory / "config.yaml", text)
+
+    def _reopened(self, here: Mapping[str, Any]) -> None:
+        """Append `here` to environments.jsonl, and say so, where it differs from what the run was last opened with.
+
+        `step`: the last one logged until then; those after the last checkpoint before it are made again.
+        """
+        known = read_environments(self.directory)
+        before = {key: value for key, value in (known or [{}])[-1].items() if key not in CONTINUATION}
+        changed = ", ".join(
+            f"{key} {_short(before.get(key))} -> {_short(here.get(key))}"
+            for key in dict.fromkeys([*CODE, *here, *before])
+            if before.get(key) != here.get(key)
+        )
+        if not changed:
+            return
+        step = max((line["step"] for line in read_log(self.directory)), default=-1)
+        entry = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changed": changed, **here}
+        lines = [json.dumps(line) + "\n" for line in [*known[1:], entry]]
+        write_atomically(self.directory / "environments.jsonl", "".join(lines))
+        other = "by other code" if any(before.get(key) != here.get(key) for key in CODE) else "in another environment"
+        print(f"note: continued {other}: {changed}", flush=True)
 
     @property
     def id(self) -> str:
@@ -334,8 +385,16 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _short(value: Any) -> str:
+    """For a line: a commit by its first twelve digits."""
+    text = str(value)
+    return text[:12] if re.fullmatch("[0-9a-f]{40}", text) else text
+
+
 def commit() -> dict[str, Any]:
     """The repository's commit and whether the working tree differs from it; None outside a repository.
+
+    `changes`, where it differs: eight digits of the SHA-256 of the difference, to tell one edit from another.
 
     A copy of the code that a launch has made (slurm/snapshot.py) says itself what it is a copy of.
     """
@@ -344,11 +403,15 @@ def commit() -> dict[str, Any]:
         return json.loads((root / SNAPSHOT).read_text(encoding="utf-8"))
     try:
         head = _git(root, "rev-parse", "HEAD")
-        return {"commit": head.strip(), "modified": bool(_git(root, "status", "--porcelain", "-uno").strip())}
+        if not _git(root, "status", "--porcelain", "-uno").strip():
+            return {"commit": head.strip(), "modified": False}
+        changes = hashlib.sha256(_git(root, "diff", "--binary", "HEAD").encode(errors="replace")).hexdigest()[:8]
+        return {"commit": head.strip(), "modified": True, "changes": changes}
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "modified": None}
 
 
 def _git(root: Path, *words: str) -> str:
     command = ["git", "-C", str(root), *words]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
+    answer = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=20)
+    return answer.stdout

@@ -4,8 +4,9 @@ examples:
   python paper/keep.py runs/pretrain/imagenet_moco-mixmask-e200-0a1b2c3d-s0 runs/linear/imagenet_linear-...-s0
   python paper/keep.py runs/*/cifar100_*                      every finished run of CIFAR-100
 
-Copied are config.yaml, command.txt, environment.json, log.jsonl (packed where it is long) and result.json; kept.json
-records the checkpoint's SHA-256. Nothing is deleted: what may be is said. A run of the embedded photographs is refused.
+Copied are config.yaml, command.txt, environment.json, environments.jsonl where there is one, log.jsonl (packed where it
+is long) and result.json; kept.json records the checkpoint's SHA-256. Nothing is moved or deleted: what may be is said.
+A run of the embedded photographs is refused.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from mixmask.config import UserError, main_guard, read_yaml  # noqa: E402
 from mixmask.runs import file_sha256, read_log, read_result  # noqa: E402
 
 TEXTS = ("config.yaml", "command.txt", "environment.json", "result.json")
+CONTINUED = "environments.jsonl"  # of a run that other code, or another machine, went on with
 EMBEDDED = "photos"  # the data set of the smoke preset: its numbers replicate nothing
 LONG = 100_000  # bytes of a log from which on it is packed
 
@@ -118,8 +120,9 @@ def keep(run: Path, results: Path) -> Path:
 
 
 def _copy(run: Path, target: Path) -> None:
-    for name in TEXTS:
-        shutil.copyfile(run / name, target / name)
+    for name in (*TEXTS, CONTINUED):
+        if name != CONTINUED or (run / name).exists():
+            shutil.copyfile(run / name, target / name)
     text = "".join(json.dumps(line) + "\n" for line in read_log(run)).encode()
     if len(text) < LONG:
         (target / "log.jsonl").write_bytes(text)

@@ -12,6 +12,7 @@ from paper import keep, make_tables
 from paper.cells import tables
 from paper.figures.curves import read
 from paper.presets import budget
+from paper.report.records import record
 
 LINE = {"kind": "epoch", "step": 4, "epoch": 1, "loss": 1.5}
 
@@ -42,6 +43,15 @@ def test_a_kept_run_is_its_record_without_the_checkpoint(tmp_path, cli):
     assert json.loads((kept / "kept.json").read_text()) == {"checkpoint_sha256": sha256, "checkpoint_bytes": 7}
     assert f"{source} may be deleted, but its checkpoint ({sha256[:12]}...)" in out and source.exists()
     assert [path.name for path in kept.parent.iterdir()] == ["a-s0"]
+
+
+def test_what_other_code_went_on_with_is_kept(tmp_path):
+    source = run(tmp_path / "runs/pretrain/a-s0")
+    line = '{"step": 4, "time": "", "changed": "commit abc -> def", "commit": "def"}\n'
+    (source / "environments.jsonl").write_text(line)
+    kept = keep.keep(source, tmp_path / "results")
+    assert (kept / "environments.jsonl").read_text() == line
+    assert "step 4: commit abc -&gt; def" in record("a-s0", kept)
 
 
 def test_a_long_log_is_packed_the_same_way_each_time_and_read_like_any_other(tmp_path):

@@ -169,3 +169,69 @@ def test_probe_is_named_after_its_encoder(tiny_linear):
     assert run_id(tiny_linear("checkpoint=cifar100_moco-mixmask-e4-0123abcd-s1")).startswith(
         "tiny_linear-cifar100_moco-mixmask-e4-"
     )
+
+
+HERE = {"python": "3.11", "torch": "2.10", "commit": "a" * 40, "modified": False}
+OTHERS = [
+    ({"commit": "b" * 40}, "note: continued by other code: commit aaaaaaaaaaaa -> bbbbbbbbbbbb\n"),
+    ({"modified": True}, "note: continued by other code: modified False -> True\n"),
+    ({"snapshot": "a-1"}, "note: continued by other code: snapshot None -> a-1\n"),
+    ({"torch": "2.11"}, "note: continued in another environment: torch 2.10 -> 2.11\n"),
+]
+
+
+def reopen(config, directory, monkeypatch, **differing):
+    """Open the run as code with this environment does; log one step."""
+    monkeypatch.setattr(runs, "environment", lambda: {**HERE, **differing})
+    with Run(directory, config) as run:
+        run.describe()
+        run.log("step", len(read_log(directory)), loss=1.0)
+
+
+@pytest.mark.parametrize(("differing", "line"), OTHERS)
+def test_continuation_by_other_code_or_environment_is_recorded_and_said_once(
+    tiny, tmp_path, monkeypatch, capsys, differing, line
+):
+    for change in ({}, {}, differing, differing, {}):
+        reopen(tiny(), tmp_path, monkeypatch, **change)
+    said = capsys.readouterr().out
+    assert said.startswith(line) and said.count("\n") == 2
+    first, second, third = runs.read_environments(tmp_path)
+    assert first == HERE == json.loads((tmp_path / "environment.json").read_text())
+    assert second.items() >= {**HERE, **differing, "step": 1}.items() and second["time"]
+    assert (third["step"], third["commit"], third["torch"]) == (3, HERE["commit"], "2.10")
+
+
+def test_same_code_goes_on_without_a_record(tiny, tmp_path, monkeypatch, capsys):
+    for _ in range(3):
+        reopen(tiny(), tmp_path, monkeypatch)
+    assert capsys.readouterr().out == "" and not (tmp_path / "environments.jsonl").exists()
+
+
+def test_two_edits_that_are_not_committed_are_told_apart(tmp_path, monkeypatch):
+    (tmp_path / "mixmask").mkdir()
+    code = tmp_path / "mixmask/runs.py"
+    code.write_text("1\n")
+    words = ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "first"]
+    for line in (["init", "-q"], ["add", "."], words):
+        subprocess.run(["git", "-C", str(tmp_path), *line], check=True)
+    monkeypatch.setattr(runs, "__file__", str(code))
+    found = [runs.commit()]
+    for edit in ("2\n", "3\n", "3\n"):
+        code.write_text(edit)
+        found.append(runs.commit())
+    assert [entry["modified"] for entry in found] == [False, True, True, True] and "changes" not in found[0]
+    assert found[1]["changes"] != found[2]["changes"] == found[3]["changes"]
+
+
+def test_damaged_record_of_environments_is_named(tmp_path):
+    (tmp_path / "environments.jsonl").write_text('{"st')
+    with pytest.raises(UserError, match=r"environments\.jsonl is not valid JSON"):
+        runs.read_environments(tmp_path)
+
+
+def test_what_is_left_of_a_run_is_said_as_it_is(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    assert runs.what_is_left(path) == "no checkpoint was written yet"
+    runs.previous_checkpoint(path).touch()
+    assert runs.what_is_left(path) == "the last checkpoint is intact"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmask.config import read_yaml
-from mixmask.runs import read_log, read_result
+from mixmask.runs import read_environments, read_log, read_result
 from paper.report.curve import curves
 
 
@@ -58,6 +58,7 @@ def record(name: str, directory: Path) -> str:
         "metrics": ", ".join(f"{key} {value:.4g}" for key, value in result.get("metrics", {}).items()),
         "commit": _commit(environment),
         "environment": ", ".join(f"{k} {v}" for k, v in environment.items() if v and k not in ("commit", "modified")),
+        "continued": "; ".join(f"step {e['step']}: {e['changed']}" for e in read_environments(directory)[1:]),
         "device": result.get("device", ""),
         "time": _duration(result.get("timing", {}).get("seconds")),
         "weights of": _checkpoint_of(directory),
