@@ -17,6 +17,7 @@ class PublicCheckpoint:
 
     file: str
     page: str
+    format: str
     note: str
 
     @property

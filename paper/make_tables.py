@@ -28,8 +28,20 @@ from mixmask.progress import printable  # noqa: E402
 from mixmask.runs import ResultError, read_result, write_atomically  # noqa: E402
 from paper import settings  # noqa: E402
 from paper.cells import Cell, Heading, Table, select, tables  # noqa: E402
+from paper.checkpoints import public_checkpoints  # noqa: E402
 from paper.markup import Footnotes, Sheet, latex, markdown  # noqa: E402
-from paper.presets import Budget, budget, chains, located, metric, missing_file, presets, remark  # noqa: E402
+from paper.presets import (  # noqa: E402
+    Budget,
+    Step,
+    budget,
+    chains,
+    located,
+    metric,
+    missing_file,
+    presets,
+    public_file,
+    remark,
+)
 
 NONE = "–"  # nothing is published
 NO_RUN = "no run yet"
@@ -127,10 +139,22 @@ def _runs(cell: Cell, budget: Budget, folders: Sequence[Path]) -> pd.DataFrame:
         where, name = located(folders, chain[-1]), metric(cell, chain)
         result = read_result(where)
         if result is not None:
+            _check_source(cell, chain, folders, budget)
             epochs = chain[0].config.epochs if chain[0].stage == "pretrain" else None
             run = {"run": where.name, "epochs": epochs, "budget": budget, "labels": result.get("labels", "")}
             rows.append({"value": _metric(result, name, where), "metric": name, **run})
     return pd.DataFrame(rows)
+
+
+def _check_source(cell: Cell, chain: Sequence[Step], folders: Sequence[Path], budget: Budget) -> None:
+    """Raises ResultError for a number that was measured from another method's public checkpoint than its row's."""
+    if public_file(cell, budget) is None:
+        return
+    where, expected = located(folders, chain[0]), public_checkpoints()[cell.checkpoint].format
+    found = (read_result(where) or {}).get("format")
+    if found != expected:
+        reason = f"{chain[0].source} is of format {found}, expected {expected} for {cell.row}"
+        raise ResultError(f"{where / 'result.json'}: {reason}; give the right file as checkpoints.{cell.checkpoint}")
 
 
 def _metric(result: dict[str, Any], name: str, where: Path) -> float:

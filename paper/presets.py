@@ -147,10 +147,16 @@ def budget(preset: str, settings: Iterable[str] = ()) -> Budget:
     by_stage: dict[str, dict[str, Any]] = {}
     for key, value in configs.parse_overrides(settings).items():
         stage, _, rest = key.partition(".")
+        if key == "checkpoints":
+            known = ", ".join(f"checkpoints.{name}" for name in public_checkpoints())
+            raise ConfigError(f"--set checkpoints: which one? {known}")
         if stage not in (*STAGES, "cluster", "checkpoints") or not rest:
             stage, rest = "pretrain", key
         if stage != "pretrain" and rest in ("seed", "checkpoint"):
-            raise ConfigError(f"--set {key}: an evaluation takes it from its pre-training; set the pre-training's seed")
+            raise ConfigError(
+                f"--set {key}: an evaluation takes it from its pre-training; set the pre-training's seed "
+                "(repeated evaluations, as VOC's five, count on from it)"
+            )
         if stage == "checkpoints":
             value = _existing(rest, value)
         by_stage.setdefault(stage, {})[rest] = value
@@ -162,7 +168,8 @@ def _existing(name: str, path: Any) -> str:
     if name not in public_checkpoints():
         raise ConfigError(f"--set checkpoints.{name}: unknown{nearest(name, public_checkpoints())}")
     if not isinstance(path, str) or not Path(path).is_file():
-        raise ConfigError(f"--set checkpoints.{name}: no such file: {path} ({public_checkpoints()[name].hint})")
+        found = "a folder" if isinstance(path, str) and Path(path).is_dir() else "no such file"
+        raise ConfigError(f"--set checkpoints.{name}: {found}: {path or ''} ({public_checkpoints()[name].hint})")
     return str(Path(path).resolve())
 
 
@@ -216,6 +223,14 @@ def missing_file(cell: Cell, budget: Budget) -> str:
     return f"no pre-training of ours; --set checkpoints.{cell.checkpoint}=PATH measures the public checkpoint: " + (
         public_checkpoints()[cell.checkpoint].hint
     )
+
+
+def offer(cell: Cell, budget: Budget) -> str:
+    """The public checkpoint of which `cell` could be measured in place of our pre-training, where there is one."""
+    if not cell.recipe or not cell.checkpoint or public_file(cell, budget):
+        return ""
+    hint = public_checkpoints()[cell.checkpoint].hint
+    return f"--set checkpoints.{cell.checkpoint}=PATH measures the public checkpoint in place of ours: {hint}"
 
 
 def remark(cell: Cell, budget: Budget) -> str:

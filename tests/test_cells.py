@@ -169,6 +169,9 @@ def test_the_public_moco_v2_replaces_only_the_row_that_names_it(tmp_path):
     [
         ("checkpoints.swav=/absent", "no such file: /absent (expected swav_800ep_pretrain.pth.tar, from"),
         ("checkpoints.swaw=/absent", "--set checkpoints.swaw: unknown; did you mean 'swav'?"),
+        ("checkpoints.swav=/", "--set checkpoints.swav: a folder: / (expected swav_800ep"),
+        ("checkpoints=/absent", "which one? checkpoints.swav, checkpoints.barlow_twins, checkpoints.moco_v2"),
+        ("detection.seed=3", "repeated evaluations, as VOC's five, count on from it"),
     ],
 )
 def test_a_public_checkpoint_that_is_not_there_is_named(setting, message):

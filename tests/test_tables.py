@@ -164,6 +164,22 @@ def test_a_table_can_be_printed_where_the_locale_knows_ascii_only(tmp_path):
     assert "±" in (tmp_path / "out" / "table4.md").read_text(encoding="utf-8")
 
 
+def test_a_number_from_another_methods_public_checkpoint_is_refused(tmp_path):
+    """SwAV's file given as MoCo V2's: the format that the stage recognised is not that of the row."""
+    file = tmp_path / "swav.pth.tar"
+    file.write_bytes(b"weights")
+    cell, settings = "table6/imagenet/moco/vanilla/1percent", [f"checkpoints.moco_v2={file}"]
+    name = finish(tmp_path / "runs", cell, 50.0, settings=settings)
+    where = tmp_path / "runs" / "finetune" / name / "result.json"
+    words = ["--preset", "paper", "--set", *settings]
+    where.write_text(json.dumps({"metrics": {"finetune_last": 50.0}, "format": "swav"}))
+    with pytest.raises(UserError, match="is of format swav, expected moco for MoCo V2"):
+        make(tmp_path, *words, table="table6")
+    where.write_text(json.dumps({"metrics": {"finetune_last": 50.0}, "format": "moco"}))
+    texts, _ = make(tmp_path, *words, table="table6")
+    assert "50.0 (paper, n = 1)" in texts["md"] and "not from a pre-training of ours" in texts["md"]
+
+
 def test_which_images_were_labelled_stands_beside_a_fine_tuned_number(tmp_path):
     name = finish(tmp_path / "runs", "table6/imagenet/moco/mixmask/1percent", 50.0)
     where = tmp_path / "runs" / "finetune" / name / "result.json"
