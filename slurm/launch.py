@@ -102,12 +102,14 @@ def _enter_repository(runs_dir: Path) -> Path:
 
 def _executor(name: str, chosen: Budget) -> str:
     """`auto` is SLURM where there is one; without it the smoke preset runs here, and the paper's budget asks first."""
-    if name == "local" or (name == "auto" and chosen.preset.name == "smoke" and not squeue.available()):
+    if name == "local":
         return "local"
     if squeue.available():
         return "slurm"
+    if name == "auto" and chosen.preset.name == "smoke":
+        return "local"
     raise UserError(
-        "no SLURM was found (no sbatch on PATH, or no controller that answers): type --executor local to run on this "
+        "no SLURM was found (no sbatch on PATH, or no configuration): type --executor local to run on this "
         "machine, --preset smoke for a trial of minutes, or --dry-run to see the jobs and their cost"
     )
 

@@ -25,7 +25,9 @@ from pathlib import Path
 from mixmask.config import UserError
 from mixmask.runs import is_busy, read_result
 from paper.cells import ROOT
+from slurm import squeue
 from slurm.graph import Job, make_folder, needed
+from slurm.squeue import Live
 from slurm.status import headline
 
 PRELOADED = ("torch", "torchvision")  # imported once, for all jobs
@@ -44,9 +46,10 @@ def launch(jobs: list[Job]) -> None:
         print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are finished already")
     if not todo:
         return
+    queued = _queued()
     _prepare(todo[0].resources.cpus)
     try:
-        failed = _run_in_order(todo)
+        failed = _run_in_order(todo, queued)
     except KeyboardInterrupt:
         done = sum(job.state == "finished" for job in jobs)
         print(f"stopped: {done} of {len(jobs)} runs are finished and kept; the same command continues", file=sys.stderr)
@@ -56,21 +59,32 @@ def launch(jobs: list[Job]) -> None:
         raise UserError(f"{len(failed)} of {len(todo)} runs did not finish; the same command tries again{lines}")
 
 
-def _run_in_order(todo: list[Job]) -> dict[Path, str]:
+def _queued() -> dict[str, Live]:
+    """Run directory -> job, of SLURM's, where there is one; a line where it does not answer."""
+    try:
+        return squeue.live_jobs() if squeue.available() else {}
+    except UserError as error:
+        print(f"note: {error}; a run that it has a job for is not left to it", flush=True)
+        return {}
+
+
+def _run_in_order(todo: list[Job], queued: dict[str, Live]) -> dict[Path, str]:
     """Run each job whose parents have not failed. Returns what went wrong, by run directory."""
     failed: dict[Path, str] = {}
     for number, job in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {job.stage} {job.id} ({', '.join(job.cells)})", flush=True)
         missing = [parent for parent in job.parents if parent in failed]
-        failure = f"skipped: it needs {missing[0]}" if missing else _busy(job) or _run(job)
+        failure = f"skipped: it needs {missing[0]}" if missing else _busy(job, queued) or _run(job)
         if failure:
             failed[job.directory] = failure
             print(f"[{number}/{len(todo)}] {failure}", flush=True)
     return failed
 
 
-def _busy(job: Job) -> str:
-    """Whether somebody else, such as another launch, works on it: in words, or nothing."""
+def _busy(job: Job, queued: dict[str, Live]) -> str:
+    """Whether somebody else, such as another launch or SLURM, works on it: in words, or nothing."""
+    if live := queued.get(str(job.directory.resolve())):
+        return f"left to SLURM: job {live.job} is {live.state}"
     return "left to the other process that is working on it" if is_busy(job.directory) else ""
 
 
@@ -90,8 +104,8 @@ def _prepare(cpus: int) -> None:
 def _run(job: Job) -> str:
     """Run one job, showing its output. Returns what went wrong, or nothing."""
     start = time.monotonic()
-    make_folder(job.directory)
     log = job.directory / "output.log"
+    _touch(log)
     reader, writer = _channel()
     output = Connection(writer, readable=False)
     process = multiprocessing.get_context("forkserver").Process(target=_script, args=(output, job.command[1:]))
@@ -109,9 +123,18 @@ def _run(job: Job) -> str:
     if process.exitcode == INTERRUPTED:
         raise KeyboardInterrupt
     if process.exitcode or result is None:
-        return _busy(job) or f"failed (exit status {process.exitcode}); its output is in {log}"
+        return _busy(job, {}) or f"failed (exit status {process.exitcode}); its output is in {log}"
     print(f"    {time.monotonic() - start:.0f} s, {headline(result['metrics'])}", flush=True)
     return ""
+
+
+def _touch(log: Path) -> None:
+    """A file to append to. Raises UserError where it cannot be written."""
+    make_folder(log.parent)
+    try:
+        log.open("ab").close()
+    except OSError as error:
+        raise UserError(f"cannot write {log}: {error.strerror}") from None
 
 
 def _interrupt(reader: int, process: multiprocessing.process.BaseProcess, log: Path) -> None:

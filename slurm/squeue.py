@@ -7,6 +7,7 @@ tasks. What has ended, and is no longer known to the controller, is looked up in
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import re
@@ -22,6 +23,13 @@ from mixmask.config import UserError
 
 AGAIN = 2.0  # seconds until a second look: between two of its states a job may be in none
 ENDING = 30.0  # seconds to wait for jobs that are ending: some of them are about to be requeued
+PATIENCE = 60  # seconds for an answer of SLURM's programs
+NO_ANSWER = "SLURM is installed, but its controller does not answer"
+# Why a job waits, where no end of waiting is in sight: what it asks for, or a hold.
+NEVER = re.compile(
+    r"Partition(Config|TimeLimit|NodeLimit)|BadConstraints|DependencyNeverSatisfied|Invalid(Account|QOS)"
+    r"|(Account|QOS)NotAllowed|(Assoc|QOS)\w*PerJob|JobHeld|.*(requeued.held|held.state)"
+)
 
 
 @dataclass(frozen=True)
@@ -32,28 +40,59 @@ class Live:
     state: str  # SLURM's word: PENDING, RUNNING, ...
     reason: str  # why it waits, or where it runs
 
+    @property
+    def stuck(self) -> bool:
+        """It waits for what does not come by itself."""
+        return self.state == "PENDING" and bool(NEVER.match(self.reason))
+
 
 def available() -> bool:
-    """Whether SLURM is here: sbatch on PATH and a controller that answers."""
+    """Whether SLURM is here: sbatch on PATH and a configuration. Raises UserError where it is and does not answer."""
     if not shutil.which("sbatch"):
         return False
     try:
-        answer = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=10)
+        answer = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=PATIENCE)
     except (OSError, subprocess.TimeoutExpired):
+        raise UserError(NO_ANSWER) from None
+    if " UP" in answer.stdout:  # of a controller and its deputy one is enough
+        return True
+    if "configuration source" in answer.stderr:
         return False
-    return answer.returncode == 0 and " UP" in answer.stdout
+    raise UserError(f"{NO_ANSWER}: {' '.join((answer.stdout + answer.stderr).split())}")
 
 
 def live_jobs() -> dict[str, Live]:
     """Run directory -> job, of this user's jobs that wait, run or are ending. Raises UserError."""
-    found = {}
+    return dict(all_jobs())
+
+
+def all_jobs() -> list[tuple[str, Live]]:
+    """`live_jobs`, where a run may have more than one. Raises UserError."""
+    found = []
     answer = _ask("squeue", "--noheader", "--me", "--array", "--format=%i|%T|%R|%k")
     for line in answer.splitlines():
         job, state, reason, comment = (word.strip() for word in line.split("|", 3))
-        directory = _directory(job, comment)
+        directory, live = _directory(job, comment), Live(job, state, reason.strip("()"))
+        if live.stuck:
+            live = dataclasses.replace(live, reason=f"{live.reason}, which has no end by itself: cancel, mend, launch")
         if directory:
-            found[directory] = Live(job, state, reason.strip("()"))
+            found.append((directory, live))
     return found
+
+
+def without_pickle(directories: set[str], runs_dir: Path) -> dict[str, str]:
+    """Job -> run directory, of the jobs of these runs that submitit was kept from giving what they are to run.
+
+    It writes that once sbatch has told the job's number: a launcher that is killed, or an sbatch that fails, after
+    SLURM has accepted the job leaves one that can only fail. Only for one launcher at a time.
+    """
+    found = {live.job: directory for directory, live in all_jobs() if directory in directories}
+    return {job: directory for job, directory in found.items() if not pickle_path(runs_dir, job).exists()}
+
+
+def pickle_path(runs_dir: Path, job: str) -> Path:
+    """What the job is to run, as submitit writes it."""
+    return runs_dir / "slurm" / job / f"{job}_submitted.pkl"
 
 
 def settled_jobs(directories: set[str]) -> dict[str, Live]:
@@ -146,7 +185,10 @@ def cancel(jobs: Iterable[str]) -> None:
 
 
 def _ask(*words: str) -> str:
-    answer = subprocess.run(words, capture_output=True, text=True)
+    try:
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{NO_ANSWER}: {words[0]} has waited for {PATIENCE} s") from None
     if answer.returncode:
         raise UserError(f"{words[0]} failed: {' '.join(answer.stderr.split())}")
     return answer.stdout

@@ -9,30 +9,41 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
+import re
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from mixmask.config import UserError, fitting_processes
+from mixmask.config import ConfigError, UserError, fitting_processes
 from mixmask.runs import is_busy, read_result, write_atomically
 from paper.cells import ROOT
 from slurm import squeue
 from slurm.command import Command
-from slurm.graph import Job, make_folder, needed
+from slurm.graph import Cluster, Job, make_folder, needed
 from slurm.snapshot import take
 from slurm.squeue import Live
 
 TIMEOUTS = 10_000  # how often submitit requeues a job at its time limit: as often as it takes
+REFUSED = set("%:\\\"'\n")  # of the runs directory's path: sbatch or PYTHONPATH would take it apart
+# What sbatch says where it does not know whether its job was accepted.
+UNCERTAIN = re.compile(
+    "timed? ?out|unable to contact|connect failure|connection|communication|transmitted|killed|^$", re.IGNORECASE
+)
 
 
 def launch(jobs: list[Job], runs_dir: Path) -> None:
     """Submit what is needed and neither finished nor live. Raises UserError where SLURM refuses, or parents fail."""
+    check(jobs, runs_dir)
     with _one_launcher(runs_dir):
-        placing = Placing(jobs, runs_dir, squeue.settled_jobs({_key(job.directory) for job in jobs}))
+        keys = {_key(job.directory) for job in jobs}
+        clear(keys, runs_dir)
+        placing = Placing(jobs, runs_dir, squeue.settled_jobs(keys))
         for job in jobs:
             placing.say(job, placing.leave(job))
         for group in _groups(placing.todo):
@@ -41,6 +52,33 @@ def launch(jobs: list[Job], runs_dir: Path) -> None:
     if lost:
         lines = "".join(f"\n  {directory}: {why}" for directory, why in lost.items())
         raise UserError(f"{len(lost)} runs cannot start; mend what failed and launch again{lines}")
+
+
+def check(jobs: list[Job], runs_dir: Path) -> None:
+    """Raises UserError for what sbatch would take, and no job would survive."""
+    if wrong := sorted(set(str(runs_dir.resolve())) & REFUSED):
+        raise UserError(
+            f"the runs directory {runs_dir.resolve()} has {' '.join(wrong)} in its path, which sbatch expands"
+        )
+    for asked in {job.resources for job in jobs}:
+        if asked.warning_seconds >= (limit := 60 * _minutes(asked)):
+            raise ConfigError(
+                f"cluster.warning_seconds: {asked.warning_seconds} s before the time limit, which is {limit} s "
+                f"(cluster.hours {asked.hours:g}); expected less"
+            )
+
+
+def clear(keys: set[str], runs_dir: Path) -> None:
+    """Cancel the jobs of these runs that a launch before has left without what they are to run."""
+    if not squeue.without_pickle(keys, runs_dir):
+        return
+    time.sleep(squeue.AGAIN)  # a launcher elsewhere, on a file system without locks, may be about to write it
+    left = squeue.without_pickle(keys, runs_dir)
+    squeue.cancel(left)
+    for job, key in left.items():
+        print(
+            f"cancelled job {job} of {key}, which an interrupted launch has left without what it is to run", flush=True
+        )
 
 
 @dataclass
@@ -70,7 +108,8 @@ class Placing:
         if key in self.live and again:  # it waits for a job of its parent that has failed
             squeue.cancel([self.live.pop(key).job])
         elif key in self.live:
-            return f"live, job {self.live[key].job}"
+            live = self.live[key]
+            return f"live, job {live.job}" + (f": {live.reason}" if live.stuck else "")
         elif is_busy(job.directory) or self.elsewhere & set(parents):
             self.elsewhere.add(key)
             busy = job.directory if is_busy(job.directory) else job.parents[0]
@@ -167,7 +206,7 @@ def parameters(job: Job, waited: list[str], snapshot: Path) -> dict[str, Any]:
     values = {
         "job_name": f"{job.id}@{_short(_key(job.directory))}",
         "comment": _key(job.directory),
-        "time": max(1, round(60 * asked.hours)),
+        "time": _minutes(asked),
         "nodes": where.nodes,
         "ntasks_per_node": where.tasks,
         "cpus_per_task": asked.cpus,
@@ -182,11 +221,16 @@ def parameters(job: Job, waited: list[str], snapshot: Path) -> dict[str, Any]:
         "additional_parameters": {"kill-on-invalid-dep": "yes", "requeue": True, "chdir": str(snapshot)},
         "srun_args": ["--kill-on-bad-exit=1"],
         "setup": [
-            f'export PYTHONPATH="{snapshot}:$PYTHONPATH"',
+            f'export PYTHONPATH={shlex.quote(str(snapshot))}:"$PYTHONPATH"',
             f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{asked.cpus}}} OMP_WAIT_POLICY=${{OMP_WAIT_POLICY:-PASSIVE}}",
         ],
     }
     return {key: value for key, value in values.items() if value not in (None, "")}
+
+
+def _minutes(asked: Cluster) -> int:
+    """The time limit, which SLURM has in whole minutes."""
+    return max(1, round(60 * asked.hours))
 
 
 def array_parameters(group: list[Job], snapshot: Path, manifest: Path) -> dict[str, Any]:
@@ -235,31 +279,57 @@ def _submit(group: list[Job], waited: list[str], runs_dir: Path, snapshot: Path)
         del values["map_count"]  # submitit sets it
         executor.update_parameters(**values)
     try:
-        return [submitted.job_id for submitted in executor.submit_array([command(job) for job in group])]
+        with contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is in the error, too
+            return [submitted.job_id for submitted in executor.submit_array([command(job) for job in group])]
     except submitit.core.utils.FailedJobError as error:
-        raise UserError(f"SLURM refused {group[0].id}: {' '.join(str(error).split())}") from None
+        raise UserError(_failure(group, " ".join(str(error).split()), runs_dir)) from None
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def _failure(group: list[Job], text: str, runs_dir: Path) -> str:
+    """What to make of an sbatch that has failed: SLURM may have accepted the job nevertheless, which is cancelled."""
+    if not UNCERTAIN.search(text):
+        return f"SLURM refused {group[0].id}: {text}"
+    time.sleep(squeue.AGAIN)
+    said = f"sbatch has failed for {group[0].id}, which SLURM may have accepted ({text})"
+    try:
+        left = squeue.without_pickle({_key(job.directory) for job in group}, runs_dir)
+        squeue.cancel(left)
+    except UserError as error:
+        return f"{said}; {error}; launch again: what it has left is then cancelled"
+    found = f"cancelled what it has left, {', '.join(sorted(left))}" if left else "it is not in the queue"
+    return f"{said}; {found}; launch again"
 
 
 def batch_text(job: Job, runs_dir: Path) -> str:
     """The batch script of `job` as `sbatch` gets it; the parents' job numbers and the copy of the code are to come."""
     from submitit.slurm.slurm import _make_sbatch_string
 
+    check([job], runs_dir)
     folder = runs_dir.resolve() / "slurm"
     waited = [f"<job of {parent.name}>" for parent in job.parents if read_result(parent) is None]
     values = parameters(job, waited, folder / "snapshots" / "<copy of the code>")
-    return _make_sbatch_string(f"python -u -m submitit.core._submit {folder}/%j", folder / "%j", **values)
+    run = shlex.join(["python", "-u", "-m", "submitit.core._submit", f"{folder}/%j"])
+    return _make_sbatch_string(run, folder / "%j", **values)
 
 
 @contextlib.contextmanager
 def _one_launcher(runs_dir: Path) -> Iterator[None]:
     """Two launchers on one runs directory take turns, so that both see what the other has submitted."""
     make_folder(runs_dir)
-    with open(runs_dir / ".launch.lock", "w") as lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another launch is submitting to {runs_dir}; waiting for it", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock = stack.enter_context(open(runs_dir / ".launch.lock", "w"))
+            _lock(lock, runs_dir)
+        except OSError as error:
+            raise UserError(f"cannot write or lock {runs_dir}/.launch.lock: {error.strerror}") from None
         yield
+
+
+def _lock(lock: IO[str], runs_dir: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"another launch is submitting to {runs_dir}; waiting for it", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
