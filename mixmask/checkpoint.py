@@ -27,7 +27,7 @@ from mixmask.backbones import Encoder
 from mixmask.config import ConfigError, Pretrain, UserError
 from mixmask.frameworks import build_framework
 from mixmask.progress import say
-from mixmask.runs import Run, discard, previous_checkpoint, write_atomically
+from mixmask.runs import Run, discard, previous_checkpoint, what_is_left, write_atomically
 
 FORMAT = 1
 MARK = b"sha256:"  # the comment's beginning; the digest follows, and ends the file
@@ -59,7 +59,13 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         discard(temporary)
         causes = [getattr(e, "strerror", None) for e in (error, error.__context__)]
         reason = next(filter(None, causes), f"is the disk full? {_one_line(error)}")
-        raise CheckpointError(f"cannot write {path}: {reason}; the checkpoint before is intact") from None
+        raise CheckpointError(f"cannot write {path}: {reason}; {_left(path)}") from None
+
+
+def _left(path: Path) -> str:
+    """After a save that failed."""
+    left = what_is_left(path.with_name("checkpoint.pt"))
+    return left.replace("last checkpoint", "checkpoint before")
 
 
 def _sign(file: BinaryIO) -> None:
@@ -136,10 +142,10 @@ def load(path: str | Path) -> dict[str, Any]:
     """A checkpoint of this project. Raises CheckpointError: absent, cut off, damaged, foreign, or with code in it."""
     try:
         if damage := _damage(Path(path)):
-            raise CheckpointError(f"{path} {damage}")
+            raise CheckpointError(f"{path} {damage}{_remedy(Path(path))}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"no such checkpoint: {path}") from None
+        raise CheckpointError(f"no such checkpoint: {path}{_remedy(Path(path))}") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path} is a directory; expected a file: {Path(path) / 'checkpoint.pt'}?") from None
     except pickle.UnpicklingError:
@@ -151,6 +157,13 @@ def load(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("config"), dict):
         raise CheckpointError(f"{path} is not a checkpoint of this project (no config in it)")
     return state
+
+
+def _remedy(path: Path) -> str:
+    """What to do about the checkpoint of a finished run, which says that there is nothing to do."""
+    if path.name != "checkpoint.pt" or not path.with_name("result.json").exists():
+        return ""
+    return "; its run is finished: put a whole copy there, or move it and result.json away, and the run is made anew"
 
 
 def _one_line(error: Exception) -> str:

@@ -66,9 +66,15 @@ class Job:
         return shlex.join(self.command)
 
     @property
+    def finished_in(self) -> Path | None:
+        """The directory that holds its result: its own, or the one in results/ beside the runs where it is kept."""
+        kept = self.directory.parents[1].parent / "results" / self.stage / self.id
+        return next((place for place in (self.directory, kept) if read_result(place) is not None), None)
+
+    @property
     def state(self) -> str:
-        """finished, unfinished (resumed by the same command) or new."""
-        if read_result(self.directory) is not None:
+        """finished (or kept in results/), unfinished (resumed by the same command) or new."""
+        if self.finished_in:
             return "finished"
         return "unfinished" if (self.directory / "config.yaml").exists() else "new"
 
@@ -137,6 +143,24 @@ def needed(jobs: Iterable[Job]) -> set[Path]:
             wanted.add(job.directory)
             parents.update(job.parents)
     return wanted
+
+
+def check_products(jobs: Iterable[Job]) -> None:
+    """Raises UserError where a run still to be made reads what a finished one has made, and that is no longer there.
+
+    To make it again may take weeks: that is left to the user to say.
+    """
+    jobs = list(jobs)
+    by_directory, wanted = {job.directory: job for job in jobs}, needed(jobs)
+    for child in jobs:
+        for parent in (by_directory[p] for p in child.parents if child.directory in wanted and p not in wanted):
+            product = parent.directory / STAGES[parent.stage].gives
+            if not product.exists():
+                result = parent.finished_in / "result.json"
+                raise UserError(
+                    f"{child.directory} needs {product}, which is gone, though its run is finished ({result}): put it "
+                    f"there again, or move {result} away, and launching again makes it anew"
+                )
 
 
 def make_folder(folder: Path) -> None:

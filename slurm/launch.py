@@ -115,7 +115,8 @@ def _executor(name: str, chosen: Budget) -> str:
 
 
 def execute(jobs: list[Job], executor: str, runs_dir: Path) -> None:
-    """Hand the graph to an executor."""
+    """Hand the graph to an executor. Raises UserError where a checkpoint that is needed is gone."""
+    graph.check_products(jobs)
     if executor == "slurm":
         submit.launch(jobs, runs_dir)
     else:

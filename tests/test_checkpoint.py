@@ -298,3 +298,20 @@ def test_finished_run_keeps_the_last_checkpoint_alone(tiny, tmp_path):
             checkpoint.save(run.checkpoint, small(step))
         run.finish({"metrics": {"x": 1.0}})
     assert checkpoint.load(run.checkpoint)["step"] == 2 and not previous_checkpoint(run.checkpoint).exists()
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-1]), Path.unlink])
+def test_checkpoint_of_a_finished_run_that_is_damaged_or_gone_is_named_with_what_to_do(two, damage):
+    damage(two)
+    with pytest.raises(CheckpointError) as unfinished:
+        checkpoint.load(two)
+    two.with_name("result.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"; its run is finished: .* move it and result\.json away") as finished:
+        checkpoint.load(two)
+    assert str(finished.value).startswith(str(unfinished.value)) and "made anew" not in str(unfinished.value)
+
+
+def test_failed_first_save_does_not_speak_of_a_checkpoint_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "save", failing_write)
+    with pytest.raises(CheckpointError, match=r"No space left on device; no checkpoint was written yet$"):
+        checkpoint.save(tmp_path / "checkpoint.pt", small(1))

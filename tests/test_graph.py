@@ -1,0 +1,90 @@
+"""slurm/graph.py: what a launch takes for finished, and what it refuses to make again without being told."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mixmask.config import UserError
+from paper.cells import select
+from paper.presets import STAGES, budget
+from slurm import graph, launch
+
+
+@pytest.fixture
+def chain(tmp_path) -> list[graph.Job]:
+    """Pre-training, conversion and detection of one cell."""
+    jobs = graph.jobs(select(["table7/moco/mixmask/voc/box_AP"]), budget("paper"), tmp_path / "runs")
+    return jobs[:3]
+
+
+def finish(job, where=None, product=True):
+    """The result, in `where` if it is given, and what the run's children read."""
+    for directory in {job.directory, where or job.directory}:
+        directory.mkdir(parents=True, exist_ok=True)
+    if product:
+        (job.directory / STAGES[job.stage].gives).touch()
+    result = (where or job.directory) / "result.json"
+    result.write_text(json.dumps({"metrics": {"loss": 1.0}}))
+    return result
+
+
+def kept(job, tmp_path):
+    return tmp_path / "results" / job.stage / job.id
+
+
+def test_finished_parents_with_their_products_are_built_upon(chain):
+    finish(chain[0])
+    finish(chain[1])
+    graph.check_products(chain)
+    assert graph.needed(chain) == {chain[2].directory}
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_finished_run_whose_product_is_gone_is_refused_with_what_to_do(chain, lost):
+    results = [finish(job, product=number != lost) for number, job in enumerate(chain[: lost + 1])]
+    with pytest.raises(UserError) as error:
+        graph.check_products(chain)
+    product = chain[lost].directory / STAGES[chain[lost].stage].gives
+    assert f"{chain[lost + 1].directory} needs {product}, which is gone" in str(error.value)
+    assert f"move {results[lost]} away" in str(error.value) and "\n" not in str(error.value)
+    results[lost].unlink()
+    graph.check_products(chain)
+    assert chain[lost].directory in graph.needed(chain)
+
+
+def test_a_checkpoint_that_nobody_needs_any_more_may_be_deleted(chain):
+    for job in chain:
+        finish(job, product=False)
+    graph.check_products(chain)
+
+
+def test_a_run_kept_in_results_is_not_made_again(chain, tmp_path):
+    for job in chain:
+        finish(job, where=kept(job, tmp_path), product=False)
+    assert [job.state for job in chain] == ["finished"] * 3 and graph.needed(chain) == set()
+
+
+def test_a_kept_pretraining_without_its_checkpoint_is_no_parent(chain, tmp_path):
+    result = finish(chain[0], where=kept(chain[0], tmp_path), product=False)
+    with pytest.raises(UserError, match=f"{result}.*put it there again, or move {result} away"):
+        graph.check_products(chain)
+    (chain[0].directory / "checkpoint.pt").touch()
+    graph.check_products(chain)
+    assert graph.needed(chain) == {chain[1].directory, chain[2].directory}
+
+
+def test_the_launcher_refuses_before_anything_starts(chain, tmp_path):
+    finish(chain[0], product=False)
+    with pytest.raises(UserError, match="which is gone, though its run is finished"):
+        launch.execute(chain, "local", tmp_path / "runs")
+    assert not chain[1].directory.exists()
+
+
+def test_runs_in_the_current_directory_have_states(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for runs_dir in (".", "runs"):
+        job = graph.jobs(select(["table7/moco/mixmask/voc/box_AP"]), budget("paper"), Path(runs_dir))[0]
+        assert job.state == "new"
+    finish(job, where=Path("results") / job.stage / job.id, product=False)
+    assert job.state == "finished"
