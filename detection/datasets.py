@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from detection import photos
-from mixmask.config import ConfigError, Detection
+from mixmask.config import ConfigError, Detection, flatten
 from mixmask.data import DataError
 from mixmask.randomness import numpy_generator
 
@@ -34,6 +34,13 @@ SPLITS = {  # task -> what is trained on, what is tested on
     ),
     "coco": ((Split("coco", "train2017", 118_287),), Split("coco", "val2017", 5_000)),
 }
+
+
+WANTED = {  # task -> keys of Detectron2, and what they must be
+    "voc": {"MODEL.ROI_HEADS.NUM_CLASSES": 20, "MODEL.MASK_ON": False},
+    "coco": {"MODEL.ROI_HEADS.NUM_CLASSES": 80, "MODEL.MASK_ON": True},
+}
+DEFAULTS = {"MODEL.ROI_HEADS.NUM_CLASSES": 80, "MODEL.MASK_ON": False}  # Detectron2's
 
 
 class Found(NamedTuple):
@@ -150,6 +157,20 @@ def batches(wide: Sequence[bool], size: int, group: int, seed: int, purpose: str
             if len(batch) == size:
                 yield batch
                 batch = []
+
+
+def check_task(task: str, detectron2: Mapping[str, Any]) -> None:
+    """Raises ConfigError where the recipe's section `detectron2` is of a detector for the other task.
+
+    With fewer classes than the data have, training breaks off; with more, or without masks, it says nothing.
+    """
+    found = DEFAULTS | flatten(detectron2)
+    for key, wanted in WANTED[task].items():
+        if found[key] != wanted:
+            raise ConfigError(
+                f"detectron2.{key}: expected {wanted} for task {task}, found {found[key]}; the recipe of {task} is "
+                f"detection/configs/{task}.yaml"
+            )
 
 
 def check_batches(size: int, group: int, processes: int) -> None:

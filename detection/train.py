@@ -43,6 +43,7 @@ def train(config: Detection, backbone: weights.Weights, directory: Path) -> dict
 
     Raises UserError for bad configs, weights and data, and when the loss is no longer finite.
     """
+    datasets.check_task(config.task, config.detectron2)
     weights.check_recipe(config.detectron2, backbone.note)
     detectron = detectron2()
     world = distributed.find()
@@ -65,7 +66,7 @@ def train(config: Detection, backbone: weights.Weights, directory: Path) -> dict
             resume(run, state)
         distributed.agreed(model.state_dict(), state.step)
         norm = detectron.norm_used(cfg, world.size)
-        say(header(run, task, backbone, norm, notes, state.step))
+        say(header(run, task, backbone, norm, notes, state))
         if state.step < cfg.SOLVER.MAX_ITER:
             learn(run, task, state)
         metrics = test(run, task, state)
@@ -293,12 +294,13 @@ def summary(result: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in result["metrics"].items())
 
 
-def header(run: Run, task: Any, backbone: weights.Weights, norm: str, notes: list[str], step: int) -> str:
+def header(run: Run, task: Any, backbone: weights.Weights, norm: str, notes: list[str], state: State) -> str:
+    fresh = [part for part in weights.NEW if any(name.startswith(part) for name in state.model.state_dict())]
     solver, dropped = task.cfg.SOLVER, ", ".join(f"{what} {count}" for what, count in backbone.dropped.items())
     return (
-        f"{run.id}" + (f" (resumed after iteration {step})" if step else "") + "\n"
+        f"{run.id}" + (f" (resumed after iteration {state.step})" if state.step else "") + "\n"
         f"  weights of {task.config.checkpoint}: {len(backbone.tensors)} tensors set, dropped: {dropped or 'none'}; "
-        f"at random: {', '.join(weights.NEW)}\n"
+        f"at random: {', '.join(fresh)}\n"
         f"  {task.config.task}: {len(task.images)} training images; total batch {solver.IMS_PER_BATCH}, "
         f"{solver.MAX_ITER} iterations, lr {solver.BASE_LR:g} (used as it is); {norm}"
         + "".join(f"\n  note: {note}" for note in notes)

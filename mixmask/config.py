@@ -288,6 +288,17 @@ class Convert:
     run: Execution = Execution()
 
 
+GIVEN = {  # keys of Detectron2 -> what gives their value here
+    "detectron2.MODEL.DEVICE": "run.device",
+    "detectron2.MODEL.WEIGHTS": "--weights",
+    "detectron2.DATALOADER.NUM_WORKERS": "run.workers",
+    "detectron2.SEED": "seed",
+    "detectron2.OUTPUT_DIR": "--run-dir",
+    "detectron2.DATASETS.TRAIN": "task",
+    "detectron2.DATASETS.TEST": "task",
+}
+
+
 @dataclass(frozen=True)
 class Detection:
     """Transfer to object detection (`detection/train.py`; Section 4.5, Table 7).
@@ -307,10 +318,9 @@ class Detection:
     run: Execution = Execution()
 
     def __post_init__(self) -> None:
-        own = {"MODEL.DEVICE": "run.device", "MODEL.WEIGHTS": "--weights", "DATALOADER.NUM_WORKERS": "run.workers"}
-        own |= {"SEED": "seed", "OUTPUT_DIR": "--run-dir", "DATASETS.TRAIN": "task", "DATASETS.TEST": "task"}
-        for key in own.keys() & flatten(self.detectron2).keys():
-            raise ConfigError(f"detectron2.{key}: is given by {own[key]}")
+        for key in flatten({"detectron2": self.detectron2}):
+            if key in GIVEN:
+                raise ConfigError(f"{key}: is given by {GIVEN[key]}")
 
 
 Config = Pretrain | KNNEval | Linear | Finetune | Convert | Detection  # of a stage
@@ -448,7 +458,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any], cls
     result = copy.deepcopy(values)
     known = set(flatten(result)) | _dotted_fields(cls)
     for key, value in overrides.items():
-        if key not in known:
+        if key not in known and key not in GIVEN:  # those are refused with their reason
             raise ConfigError(f"unknown key '{key}'{nearest(key, known)}")
         *sections, last = key.split(".")
         target = result

@@ -3,6 +3,9 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import foreign
 import numpy as np
@@ -248,6 +251,14 @@ def test_counters_that_were_added_are_mentioned(cli, tmp_path):
     torch.save(old, tmp_path / "in.pth")
     _, out, _ = cli(convert.main, tmp_path / "in.pth", tmp_path / "x.pth", "--to", "torchvision")
     assert "used     265 of 265 keys" in out and "added    53 counters" in out
+
+
+@pytest.mark.parametrize("script", ["detection/convert.py", "eval/finetune.py"])
+def test_script_runs_from_another_folder_without_an_installed_package(script, tmp_path):
+    """As in an environment of Detectron2's own, without PYTHONPATH."""
+    path = Path(__file__).resolve().parents[1] / script
+    done = subprocess.run([sys.executable, "-E", path, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
 
 
 # -------------------------------------------------------------------------------------------------- as a stage

@@ -215,6 +215,22 @@ def test_recipe_that_does_not_fit_the_weights_is_refused(item, message, backbone
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("task", "item", "message"),
+    [
+        ("voc", "task=coco", "NUM_CLASSES: expected 80 for task coco, found 20"),
+        ("coco", "task=voc", "NUM_CLASSES: expected 20 for task voc, found 80"),
+        ("voc", "detectron2.MODEL.ROI_HEADS.NUM_CLASSES=80", "NUM_CLASSES: expected 20 for task voc, found 80"),
+        ("voc", "detectron2.MODEL.MASK_ON=true", "MASK_ON: expected False for task voc, found True"),
+        ("coco", "detectron2.MODEL.MASK_ON=false", "MASK_ON: expected True for task coco, found False"),
+    ],
+)
+def test_recipe_of_a_detector_for_the_other_task_is_refused(task, item, message, backbone, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        train.train(recipe(task, item), backbone, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_key_that_the_recipe_lacks_counts_as_detectron2s_default(backbone):
     note, config = backbone.note, recipe("voc")
     for section, key in (("INPUT", "FORMAT"), ("MODEL", "PIXEL_MEAN"), ("MODEL", "PIXEL_STD")):
@@ -254,6 +270,8 @@ def test_keys_that_the_script_gives_are_refused_in_the_recipe():
     values["detectron2"]["MODEL"]["DEVICE"] = "cpu"
     with pytest.raises(ConfigError, match=r"detectron2\.MODEL\.DEVICE: is given by run\.device"):
         configs.resolve(values, {}, Detection)
+    with pytest.raises(ConfigError, match=r"detectron2\.MODEL\.WEIGHTS: is given by --weights"):
+        recipe("voc", "detectron2.MODEL.WEIGHTS=/x")
     with pytest.raises(ConfigError, match=r"did you mean 'detectron2\.SOLVER\.MAX_ITER'"):
         recipe("voc", "detectron2.SOLVER.MAX_ITR=3")
 
@@ -522,7 +540,9 @@ def test_killed_run_goes_on_to_the_same_numbers(whole, pkl, backbone, tmp_path, 
     process.wait()
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "run" / "result.json").exists()
     run("voc", backbone, tmp_path / "run")
-    assert "(resumed after iteration " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "(resumed after iteration " in out
+    assert "roi_heads.res5.norm." in out and "mask_head" not in out  # VOC's detector has none
     assert lines(tmp_path / "run") == lines(whole)
 
 
