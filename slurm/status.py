@@ -1,13 +1,15 @@
 """What has become of each run, from finished to not started, and what to do about it. No torch here.
 
 A result file says finished, squeue waiting or running, a held lock running without SLURM. Of what is neither, the
-last job's accounting and the last lines of its log say why; for runs on this machine the log alone.
+last job's accounting and the logs of its tasks say why; for runs on this machine the log alone. Whatever lies in the
+runs directory is read with care: what is damaged costs its own run's line, not the table.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -18,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixmask.runs import is_busy, read_result
+from mixmask.config import UserError
+from mixmask.runs import ResultError, is_busy, read_result
 from paper.cells import Cell
 from slurm import cost, squeue
 from slurm.graph import Job, needed
@@ -34,6 +37,13 @@ ADVICE = {
 TAIL = 65_536  # bytes at the end of a log that are read
 SHOWN = 3  # lines of a log that are shown
 NOISE = re.compile(r"srun: (?!error)|slurmstepd: |submitit |interrupted: ")
+STARTED = re.compile(r"submitit .*Starting with JobEnvironment")  # in each task's log, at each start of its job
+CAUSES = {re.compile(r"error: "): 0, re.compile(r"[\w.]*(Error|Exception)\b"): -1}  # our first line, a traceback's last
+ECHO = re.compile(  # the end of one process in the words of those that it took with it
+    r"error: another process of this run has ended|srun: error: .*(Exited with exit code|Terminated|Killed)"
+    r"|(?!error: )(.*[\s:])?(Terminated|Killed)(\s|$)"
+)
+LOST = re.compile(r"no such (checkpoint|file)|(damaged)")
 
 
 @dataclass(frozen=True)
@@ -45,9 +55,39 @@ class Report:
     ended: str = ""  # how its job ended, in SLURM's word
 
 
+class Seen(Job):
+    """A job whose result, where it cannot be read, counts as none."""
+
+    @property
+    def state(self) -> str:
+        return "unfinished" if damage(self.directory) else super().state
+
+
+def damage(directory: Path) -> str:
+    """Why the result that is there cannot be read, and what to do; empty where it can, or there is none."""
+    path = directory / "result.json"
+    if os.path.exists(path) and not path.is_file():  # reading from a pipe would wait
+        return f"{path} is no regular file; move it away to run again"
+    try:
+        read_result(directory)
+    except ResultError as error:
+        return str(error)
+    except (RecursionError, OverflowError):  # JSON, but neither ours nor anybody's
+        return f"{path} is no result; move it away to run again"
+    return ""
+
+
+def busy(directory: Path) -> bool:
+    """`is_busy`; False where there is a lock that cannot be tried."""
+    try:
+        return (directory / "lock").is_file() and is_busy(directory)
+    except (OSError, UserError):
+        return False
+
+
 def reports(jobs: list[Job], runs_dir: Path) -> dict[Path, Report]:
     """Run directory -> report. Takes two seconds more where a job seems to have failed: one look may be too early."""
-    known = squeue.records(runs_dir)
+    known, jobs = squeue.records(runs_dir), [Seen(**vars(job)) for job in jobs]
     found = _look(jobs, runs_dir, known)
     if any(report.state == "failed" and str(path.resolve()) in known for path, report in found.items()):
         time.sleep(squeue.AGAIN)
@@ -67,40 +107,54 @@ def _look(jobs: list[Job], runs_dir: Path, known: dict[str, dict[str, Any]]) -> 
         if report is None and job.directory not in wanted:
             report = Report("not needed", "all that needs it is finished")
         if report is None and key in last:
-            report = _ended(last[key], ended.get(last[key], "ended"), runs_dir)
+            report = _ended(job, last[key], ended.get(last[key], "ended"), runs_dir)
         report = report or _stopped(job)
         found[job.directory] = _blamed(report, job, found)
     return found
 
 
 def _alive(job: Job, live: Live | None) -> Report | None:
-    """Finished, waiting or running; None for anything else."""
+    """Finished, waiting or running, or with a result that cannot be read; None for anything else."""
+    if unreadable := damage(job.directory):
+        return Report("failed", f"unreadable result: {unreadable}")
     result = read_result(job.directory)
     if result is not None:
         return Report("finished", headline(result["metrics"]))
     if live is None:
-        return Report("running", f"without SLURM{progress(job)}") if is_busy(job.directory) else None
+        return Report("running", f"without SLURM{progress(job)}") if busy(job.directory) else None
     if live.state == "PENDING":
         return Report("waiting", f"job {live.job}: {live.reason}")
     return Report("running", f"job {live.job} on {live.reason}{progress(job)}")
 
 
-def _ended(number: str, state: str, runs_dir: Path) -> Report:
+def _ended(job: Job, number: str, state: str, runs_dir: Path) -> Report:
     """A job that is over and has left no result."""
-    log = squeue.log_path(runs_dir, number)
-    advice = ADVICE.get(state, AGAIN)
-    return Report("failed", f"job {number} {state}; {advice}{_quote(log)}", ended=state)
+    logs = task_logs(runs_dir, number)
+    log, lines = telling(logs) if logs else (squeue.log_path(runs_dir, number), [])
+    advice = _lost_parent(job, lines) or ADVICE.get(state, AGAIN)
+    task = f" of task {_task(log)}" if len(logs) > 1 else ""
+    return Report("failed", f"job {number} {state}; {advice}{_quote(log, lines, task)}", ended=state)
 
 
 def _stopped(job: Job) -> Report:
     """Nobody works on it, and no job has."""
     log = job.directory / "output.log"
-    lines = last_lines(log)
-    if lines and re.match(r"error: |[\w.]*(Error|Exception)\b", lines[-1]):
-        return Report("failed", f"{ADVICE['FAILED']}{_quote(log)}")
+    lines = said(log)[-SHOWN:]
+    if lines and any(cause.match(lines[-1]) for cause in CAUSES):
+        return Report("failed", f"{_lost_parent(job, lines) or ADVICE['FAILED']}{_quote(log, lines)}")
     if job.state == "unfinished":
         return Report("stopped", f"{AGAIN}{progress(job)}")
     return Report("not started")
+
+
+def _lost_parent(job: Job, lines: list[str]) -> str:
+    """What to do where the job has missed what a finished parent has made: no launch makes that again by itself."""
+    for parent in job.parents:
+        found = [match for line in lines if parent.name in line and (match := LOST.search(line))]
+        if found and (parent / "result.json").exists():
+            too = " and the damaged file" if found[-1].group(2) else ""
+            return f"what {parent} has made is lost: move its result.json{too} away and launch again, it is made anew"
+    return ""
 
 
 def _blamed(report: Report, job: Job, found: dict[Path, Report]) -> Report:
@@ -116,26 +170,26 @@ def _blamed(report: Report, job: Job, found: dict[Path, Report]) -> Report:
 
 def progress(job: Job) -> str:
     """Epoch, loss, images/s and time left, as far as log.jsonl says."""
-    lines = [line for line in _log_lines(job.directory / "log.jsonl") if line.get("epoch")]
+    lines = _log_lines(job.directory / "log.jsonl")
     if not lines:
         return ", no step logged yet"
     last, epochs = lines[-1], getattr(job.config, "epochs", 0)
     text = f", epoch {last['epoch']}/{epochs}" if epochs else f", epoch {last['epoch']}"
     text += f", loss {last['loss']:.3f}" if "loss" in last else ""
-    rate = last.get("timing", {}).get("images_per_second")
+    rate = last["timing"].get("images_per_second")
     text += f", {rate:.0f} images/s" if rate else ""
     left = time_left(job.config, lines)
-    return text + (f", {_clock(left)} left" if left is not None else "")
+    return text + (f", {_clock(left)} left" if left is not None and math.isfinite(left) else "")
 
 
 def time_left(config: Any, lines: list[dict[str, Any]]) -> float | None:
     """Seconds, from the last epoch's duration; in the first epoch from images/s. None where nothing says."""
-    last, ends = lines[-1], [line for line in lines if line["kind"] == "epoch" and "seconds" in line.get("timing", {})]
-    within = last.get("timing", {}).get("seconds", 0.0) if last["kind"] == "step" else 0.0
+    last, ends = lines[-1], [line for line in lines if line["kind"] == "epoch" and "seconds" in line["timing"]]
+    within = last["timing"].get("seconds", 0.0) if last["kind"] == "step" else 0.0
     epochs = getattr(config, "epochs", 0)
     if ends and epochs:
         return max(0.0, (epochs - ends[-1]["epoch"]) * ends[-1]["timing"]["seconds"] - within)
-    rate = last.get("timing", {}).get("images_per_second")
+    rate = last["timing"].get("images_per_second")
     if not rate or not epochs:
         return None
     images = cost.IMAGES.get(config.dataset, cost.PHOTOS)[0]
@@ -150,16 +204,36 @@ def _clock(seconds: float) -> str:
 
 
 def _log_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines at the end of a log that may be growing."""
+    """Of the whole lines at the end of a log that may be growing: kind, epoch, loss if there is one, timing."""
     lines = []
     for text in _tail(path):
-        with contextlib.suppress(ValueError):  # cut off by the start of what is read, or not yet written out
+        with contextlib.suppress(ValueError, RecursionError):  # cut off by the start of what is read, or not yet whole
             lines.append(json.loads(text))
-    return [line for line in lines if isinstance(line, dict)]
+    return [_sound(line) for line in lines if isinstance(line, dict) and _is_epoch(line.get("epoch"))]
+
+
+def _is_epoch(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1e9
+
+
+def _sound(line: dict[str, Any]) -> dict[str, Any]:
+    """What `progress` shows of a line: numbers where they are some."""
+    timing = line.get("timing")
+    timing = _numbers(timing) if isinstance(timing, dict) else {}
+    return {"kind": line.get("kind"), "epoch": line["epoch"], "timing": timing, **_numbers({"loss": line.get("loss")})}
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    """Those values that are finite numbers."""
+    numbers = {key: value for key, value in values.items() if type(value) in (int, float)}
+    return {key: float(value) for key, value in numbers.items() if abs(value) < 1e300}
 
 
 def _tail(path: Path) -> list[str]:
+    """The lines at the end of a regular file; none of anything else: a pipe would keep its reader waiting."""
     try:
+        if not path.is_file():
+            return []
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL))
             return file.read().decode(errors="replace").splitlines()
@@ -167,15 +241,38 @@ def _tail(path: Path) -> list[str]:
         return []
 
 
-def last_lines(path: Path) -> list[str]:
-    """The last lines of a job's log that say something."""
-    lines = [line.rpartition("\r")[2].rstrip() for line in _tail(path)]
-    return [line for line in lines if line.strip() and not NOISE.match(line)][-SHOWN:]
+def task_logs(runs_dir: Path, number: str) -> list[Path]:
+    """What each task of a job has printed; the first's also has what SLURM says of the whole job."""
+    logs = squeue.log_path(runs_dir, number).parent.glob(f"{number}_*_log.out")
+    return sorted((log for log in logs if _task(log).isdecimal()), key=lambda log: int(_task(log)))
 
 
-def _quote(log: Path) -> str:
-    lines = "".join(f"\n             | {line[:200]}" for line in last_lines(log))
-    return f"; log: {log}{lines}" if log.exists() else "; it left no log"
+def _task(log: Path) -> str:
+    return log.name.split("_")[-2]
+
+
+def telling(logs: list[Path]) -> tuple[Path, list[str]]:
+    """The log that says why the job ended, and its last lines up to there; without a cause, the first task's end."""
+    lines = {log: said(log) for log in logs}
+    for cause, which in CAUSES.items():
+        for log, whole in lines.items():
+            own = [line for line in whole if not ECHO.match(line)]
+            ends = [end for end, line in enumerate(own, 1) if cause.match(line)]
+            if ends:
+                return log, own[: ends[which]][-SHOWN:]
+    return logs[0], lines[logs[0]][-SHOWN:]
+
+
+def said(path: Path) -> list[str]:
+    """The lines of a log, since its job was last started, that say something."""
+    lines = _tail(path)
+    starts = [number for number, line in enumerate(lines) if STARTED.match(line)]
+    return [line.rstrip() for line in lines[starts[-1] if starts else 0 :] if line.strip() and not NOISE.match(line)]
+
+
+def _quote(log: Path, lines: list[str], task: str = "") -> str:
+    text = "".join(f"\n             | {line[:200]}" for line in lines)
+    return f"; log{task}: {log}{text}" if os.path.exists(log) else "; it left no log"
 
 
 def headline(metrics: dict[str, float]) -> str:
@@ -196,10 +293,16 @@ def print_status(cells: list[Cell], jobs: list[Job], runs_dir: Path) -> None:
         for job in jobs:
             if cell.id in job.cells:
                 report = found[job.directory]
-                print(f"  {report.state:<12}{job.directory}" + (f": {report.text}" if report.text else ""))
+                text = f": {report.text}" if report.text else ""
+                print(printable(f"  {report.state:<12}{job.directory}{text}"))
     states = ", ".join(f"{number} {state}" for state, number in Counter(r.state for r in found.values()).items())
     whole = [c for c in cells if all(found[j.directory].state in ("finished", "not needed") for j in _of(c, jobs))]
     print(f"\n{len(jobs)} runs: {states}; {len(whole)} of {len(cells)} cells are complete")
+
+
+def printable(text: str) -> str:
+    """Lines without what a terminal would obey: a log may hold anything."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text.expandtabs(1))
 
 
 def _of(cell: Cell, jobs: list[Job]) -> list[Job]:
@@ -217,7 +320,7 @@ def cancel(jobs: list[Job], runs_dir: Path) -> None:
         squeue.cancel(numbers.values())
     for directory, number in numbers.items():
         print(f"cancelled job {number}: {directory}")
-    here = [job.directory for job in jobs if job.directory not in numbers and is_busy(job.directory)]
+    here = [job.directory for job in jobs if job.directory not in numbers and busy(job.directory)]
     for directory in here:
         processes = list(holders(directory))
         for process in processes:

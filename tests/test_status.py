@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from mixmask.config import UserError
 from paper.cells import select
 from paper.presets import budget
 from slurm import graph, launch, squeue, status
@@ -94,10 +93,181 @@ def test_stopped_says_how_far_it_came_and_failed_quotes_its_log(jobs, tmp_path):
     assert second == status.Report("not started", f"it needs {jobs[0].directory}, which failed")
 
 
-def test_a_result_that_cannot_be_read_is_named(jobs, tmp_path):
-    (jobs[1].directory / "result.json").write_text("{")
-    with pytest.raises(UserError, match=r"result\.json"):
-        launch.main(["status", CELL, "--preset", "smoke", "--runs-dir", str(tmp_path)])
+def status_of(tmp_path, capsys):
+    launch.main(["status", CELL, "--preset", "smoke", "--runs-dir", str(tmp_path)])
+    return capsys.readouterr().out
+
+
+def test_a_result_that_cannot_be_read_is_named_in_its_own_line(jobs, tmp_path, capsys):
+    path = jobs[0].directory / "result.json"
+    broken = ["{", "[" * 100_000, '{"metrics": 1}', '{"metrics": {"a": %s}}' % ("9" * 400), "\xff"]
+    for text in broken:
+        path.write_bytes(text.encode("latin-1"))
+        assert f"failed      {jobs[0].directory}: unreadable result: {path} " in status_of(tmp_path, capsys)
+        assert report(jobs, tmp_path)[1].text == f"it needs {jobs[0].directory}, which failed"
+    assert "move it away to run again" in report(jobs, tmp_path)[0].text
+    path.unlink()
+    path.mkdir()
+    assert report(jobs, tmp_path)[0].text.startswith("unreadable result: ")
+
+
+@pytest.mark.parametrize("name", ["result.json", "log.jsonl", "lock", "output.log"])
+def test_a_pipe_in_the_place_of_a_file_does_not_make_status_wait(jobs, tmp_path, name):
+    os.mkfifo(jobs[0].directory / name)
+    (jobs[0].directory / "config.yaml").touch()
+    code = (
+        f"from slurm import launch\nlaunch.main(['status', {CELL!r}, '--preset', 'smoke', '--runs-dir', '{tmp_path}'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    said = "is no regular file" if name == "result.json" else f"stopped     {jobs[0].directory}"
+    assert done.returncode == 0 and said in done.stdout
+
+
+def test_a_lock_that_is_a_directory_holds_nothing(jobs, tmp_path, capsys):
+    (jobs[0].directory / "lock").mkdir()
+    assert report(jobs, tmp_path)[0].state == "not started"
+    launch.main(["cancel", CELL, "--preset", "smoke", "--runs-dir", str(tmp_path)])
+    assert "0 runs without SLURM" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ({"step": 1, "epoch": 1, "loss": 2.0}, "epoch 1/4, loss 2.000"),
+        ({"kind": "step", "epoch": 1, "loss": "nan"}, "epoch 1/4"),
+        ({"kind": "step", "epoch": 1, "loss": None}, "epoch 1/4"),
+        ({"kind": "step", "epoch": 1, "loss": 10**400}, "epoch 1/4"),
+        ({"kind": "epoch", "epoch": 2, "timing": []}, "epoch 2/4"),
+        ({"kind": "epoch", "epoch": 2, "timing": {"seconds": "9", "images_per_second": []}}, "epoch 2/4"),
+        ({"kind": "step", "epoch": 1, "timing": {"images_per_second": 5e-324}}, "epoch 1/4, 0 images/s"),
+        ({"kind": "epoch", "epoch": "1"}, "no step logged yet"),
+        ([1, 2], "no step logged yet"),
+    ],
+)
+def test_a_line_of_the_log_that_is_not_as_it_should_be(jobs, line, shown):
+    write_log(jobs[0], line)
+    assert status.progress(jobs[0]) == f", {shown}"
+
+
+def test_a_log_that_is_no_json_at_all(jobs):
+    (jobs[0].directory / "log.jsonl").write_bytes(b"\xff\xfe\n" + b"[" * 60_000 + b"\n")
+    assert status.progress(jobs[0]) == ", no step logged yet"
+
+
+def test_what_a_terminal_would_obey_is_not_printed(jobs, tmp_path, capsys):
+    text = "\x1b]0;title\x07\x1b[2J\x9b31m\terror\n\x1b[1merror: \u202ebad\n\x1b[0m"
+    (jobs[0].directory / "output.log").write_text(f"{text}\nerror: \x1b[31mbad\n")
+    shown = status_of(tmp_path, capsys)
+    assert "| error: ?[31mbad" in shown and all(letter.isprintable() or letter == "\n" for letter in shown)
+
+
+# ------------------------------------------------------------------------------------------ jobs that have failed
+
+
+@pytest.fixture
+def ended(jobs, tmp_path, monkeypatch):
+    """SLURM answers, none of its jobs is live, and job 12 of the given run has ended as FAILED."""
+    monkeypatch.setattr(squeue, "available", lambda: True)
+    monkeypatch.setattr(squeue, "live_jobs", dict)
+    monkeypatch.setattr(squeue, "ended_as", lambda numbers: dict.fromkeys(numbers, "FAILED"))
+    monkeypatch.setattr(squeue, "AGAIN", 0)
+
+    def write(job, *logs):
+        folder = tmp_path / "slurm" / "12"
+        folder.mkdir(parents=True, exist_ok=True)
+        squeue.record(tmp_path, directory=str(job.directory.resolve()), job="12")
+        for task, lines in enumerate(logs):
+            (folder / f"12_{task}_log.out").write_text("".join(f"{line}\n" for line in lines))
+        return report(jobs, tmp_path)[jobs.index(job)].text
+
+    return write
+
+
+def quoted(text):
+    return [line.strip().removeprefix("|").strip() for line in text.splitlines()[1:]]
+
+
+GONE = (
+    "error: another process of this run has ended, and says itself why (reset by peer); the last checkpoint is intact"
+)
+SRUN = "srun: error: n1: task 2: Exited with exit code 1"
+START = "submitit INFO (2026-01-01 00:00:00,000) - Starting with JobEnvironment(job_id=12, hostname=n1)"
+
+
+def test_of_several_processes_the_one_that_failed_by_itself_is_quoted(jobs, ended):
+    own = ["epoch 1", "error: no such file: data", "Terminated"]
+    text = ended(jobs[0], ["epoch 1", GONE, SRUN], ["epoch 1", GONE], own, *[[GONE]] * 8, ["error: later"])
+    assert "log of task 2: " in text and "12_2_log.out" in text
+    assert quoted(text) == ["epoch 1", "error: no such file: data"]
+
+
+def test_a_traceback_is_quoted_where_no_process_has_a_line_of_its_own(jobs, ended):
+    text = ended(jobs[0], [GONE, SRUN], ["Traceback", "  x = 1", "KeyError: 'a'", "slurmstepd: error: ***"])
+    assert "log of task 1: " in text and quoted(text) == ["Traceback", "x = 1", "KeyError: 'a'"]
+
+
+def test_the_end_of_another_is_quoted_where_there_is_nothing_else(jobs, ended):
+    killed = "srun: error: n1: task 1: Killed"
+    text = ended(jobs[0], ["epoch 1", GONE, killed], ["epoch 1"])
+    assert "log of task 0: " in text and quoted(text) == ["epoch 1", GONE, killed]
+
+
+def test_of_a_job_that_was_requeued_only_the_last_start_counts(jobs, ended):
+    text = ended(
+        jobs[0], [START, "error: old", START, "epoch 2", "error: new", "srun: error: x: Exited with exit code 1"]
+    )
+    assert "; log: " in text and quoted(text) == ["epoch 2", "error: new"]
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("error: no such checkpoint: {}/checkpoint.pt", "move its result.json away and launch again"),
+        (
+            "error: {}/checkpoint.pt is damaged: its checksum (SHA-256) is wrong",
+            "move its result.json and the damaged file away and launch again",
+        ),
+    ],
+)
+def test_a_finished_parent_whose_checkpoint_is_lost_is_to_be_made_anew(jobs, tmp_path, ended, line, advice):
+    parent, child = jobs
+    (parent.directory / "result.json").write_text('{"metrics": {"loss": 1.5}}')
+    line = line.format(parent.directory)
+    assert f"what {parent.directory} has made is lost: {advice}" in ended(child, [line])
+    (tmp_path / "slurm" / "jobs.jsonl").unlink()
+    (child.directory / "output.log").write_text(f"{line}\n")
+    assert advice in report(jobs, tmp_path)[1].text
+    (parent.directory / "result.json").unlink()
+    assert "is lost" not in report(jobs, tmp_path)[1].text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[1, 2]",
+        b"\xff\xfe",
+        b"[" * 99_999,
+        b'{"job": "7"}',
+        b'{"directory": "D"}',
+        b'{"directory": "D", "job": 7}',
+        b'{"directory": "D", "job": "../7"}',
+        b'{"directory": ["D"], "job": "7"}',
+    ],
+    ids=range(8),
+)
+def test_a_record_of_a_submission_that_is_none_is_passed_over(jobs, tmp_path, ended, line):
+    ended(jobs[0], ["error: bad"])
+    with open(tmp_path / "slurm" / "jobs.jsonl", "ab") as file:
+        file.write(line.replace(b"D", str(jobs[0].directory).encode()) + b"\n")
+    assert "job 12 FAILED" in report(jobs, tmp_path)[0].text
+
+
+def test_records_of_submissions_that_are_a_directory(jobs, tmp_path):
+    (tmp_path / "slurm" / "jobs.jsonl").mkdir(parents=True)
+    assert report(jobs, tmp_path) == [status.Report("not started")] * 2
+
+
+# ----------------------------------------------------------------------------------------- the summary, and cancel
 
 
 def test_the_summary_counts_runs_and_cells(jobs, tmp_path, capsys):
