@@ -146,10 +146,12 @@ def _accounted(wanted: list[str]) -> dict[str, str]:
 def records(runs_dir: Path) -> dict[str, dict[str, Any]]:
     """Run directory -> the record of its last submission; a line that is none, such as one cut off, is passed over."""
     path = runs_dir / "slurm" / "jobs.jsonl"
-    if not path.is_file():
-        return {}
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     found = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in text.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             values = json.loads(line)
             if _is_record(values):
