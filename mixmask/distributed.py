@@ -26,6 +26,7 @@ from mixmask.config import ConfigError, Pretrain, UserError
 from mixmask.runs import Run
 
 ARRIVAL = timedelta(minutes=10)  # for all processes to start
+VARIABLES = "the process group's environment variables"
 PATIENCE = timedelta(hours=1)  # for one that downloads or evaluates; one that ends is noticed at once
 
 
@@ -65,30 +66,57 @@ def find(environ: Mapping[str, str] = os.environ) -> World:
     """This process as torchrun or SLURM started it; a world of one outside of both.
 
     Under SLURM only the tasks of one `srun` (submitit starts its tasks so) belong together: a batch script, or a shell
-    inside an allocation, is a single process. Raises ConfigError for variables that make no sense.
+    inside an allocation, is a single process. Raises ConfigError for variables that are missing or make no sense.
     """
-    try:
-        if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
-            rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
-            world = World(rank, size, int(environ.get("LOCAL_RANK", rank)), "env://")
-        elif "SLURM_STEP_ID" in environ:
-            size = int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", 1))
-            world = World(int(environ["SLURM_PROCID"]), size, int(environ["SLURM_LOCALID"]), _slurm_address(environ))
-        else:
-            return World()
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"the process group's environment variables are incomplete or wrong: {error!r}") from None
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
+        world = _torchrun(environ)
+    elif "SLURM_STEP_ID" in environ:
+        tasks = "SLURM_STEP_NUM_TASKS" if environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
+        rank, size = _number(environ, "SLURM_PROCID"), _number({"SLURM_NTASKS": "1", **environ}, tasks)
+        world = World(rank, size, _number(environ, "SLURM_LOCALID"), _slurm_address(environ))
+    elif {"RANK", "WORLD_SIZE"} <= environ.keys() and environ["WORLD_SIZE"] != "1":
+        world = _torchrun(environ)
+    else:
+        return World()
     if not 0 <= world.rank < world.size:
-        raise ConfigError(f"the process group's environment variables: rank {world.rank} of {world.size} processes")
+        raise ConfigError(f"{VARIABLES}: rank {world.rank} of {world.size} processes")
     return world if world.size > 1 else World()
+
+
+def _torchrun(environ: Mapping[str, str]) -> World:
+    """As torchrun says, or whoever sets the same variables."""
+    rank, size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
+    _value(environ, "MASTER_ADDR"), _port(environ)
+    return World(rank, size, _number({"LOCAL_RANK": str(rank), **environ}, "LOCAL_RANK"), "env://")
+
+
+def _value(environ: Mapping[str, str], name: str) -> str:
+    if not environ.get(name):
+        raise ConfigError(f"{VARIABLES}: {name} is missing")
+    return environ[name]
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    text = _value(environ, name)
+    if not re.fullmatch(r"\s*[+-]?[0-9]+\s*", text):
+        raise ConfigError(f"{VARIABLES}: {name}: expected a number, found {text!r}")
+    return int(text)
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    port = _number(environ, "MASTER_PORT")
+    if not 0 < port < 65_536:
+        raise ConfigError(f"{VARIABLES}: MASTER_PORT: expected a port from 1 to 65535, found {port}")
+    return port
 
 
 def _slurm_address(environ: Mapping[str, str]) -> str:
     """The step's first node, and a port that follows from the job, its step and its restarts (or MASTER_PORT)."""
-    nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
-    job, step = int(environ["SLURM_JOB_ID"]), int(environ["SLURM_STEP_ID"])
-    restarts = int(environ.get("SLURM_RESTART_COUNT", 0))
-    port = environ.get("MASTER_PORT") or 15_000 + (job + 4001 * step + 997 * restarts) % 16_000
+    nodes = environ.get("SLURM_STEP_NODELIST") or _value(environ, "SLURM_JOB_NODELIST")
+    job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
+    restarts = _number({"SLURM_RESTART_COUNT": "0", **environ}, "SLURM_RESTART_COUNT")
+    own = 15_000 + (job + 4001 * step + 997 * restarts) % 16_000
+    port = _port(environ) if environ.get("MASTER_PORT") else own
     return f"tcp://{environ.get('MASTER_ADDR') or first_host(nodes)}:{port}"
 
 
@@ -129,7 +157,7 @@ def _contact(failure: str = "another process of this run has ended") -> Iterator
         yield
     except RuntimeError as error:
         reason = " ".join(str(error).split("\n")[0].split())
-        raise LostProcess(f"{failure}, and says itself why ({reason}); the last checkpoint is intact") from None
+        raise LostProcess(f"{failure}, and says itself why ({reason}); all up to the last checkpoint is kept") from None
 
 
 # ---------------------------------------------------------------------------------------------- who holds what

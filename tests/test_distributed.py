@@ -333,11 +333,28 @@ def test_place_among_the_processes(environ, world):
         {**TORCHRUN, "RANK": "-1"},
         {k: v for k, v in STEP.items() if k != "SLURM_JOB_NODELIST"},
         {k: v for k, v in STEP.items() if k != "SLURM_LOCALID"},
+        {**TORCHRUN, "LOCAL_RANK": "first"},
+        {**TORCHRUN, "MASTER_PORT": "0"},
+        {**TORCHRUN, "MASTER_PORT": "65536"},
+        {**STEP, "MASTER_PORT": "abc"},
     ],
 )
 def test_environment_that_makes_no_sense_is_refused(environ):
     with pytest.raises(ConfigError, match="the process group's environment variables"):
         find(environ)
+
+
+@pytest.mark.parametrize("name", ["MASTER_ADDR", "MASTER_PORT"])
+def test_several_processes_that_are_not_told_where_to_meet_are_refused(name):
+    """They would each train alone, in the same directory."""
+    for environ in ({**TORCHRUN, name: ""}, {k: v for k, v in TORCHRUN.items() if k != name}):
+        with pytest.raises(ConfigError, match=f"environment variables: {name} is missing$"):
+            find(environ)
+
+
+def test_a_port_that_is_no_number_is_one_line():
+    with pytest.raises(ConfigError, match=r"variables: MASTER_PORT: expected a number, found 'abc'$"):
+        find({**TORCHRUN, "MASTER_PORT": "abc"})
 
 
 @pytest.mark.parametrize(
