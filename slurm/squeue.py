@@ -58,7 +58,8 @@ def available() -> bool:
         return True
     if "configuration source" in answer.stderr:
         return False
-    raise UserError(f"{NO_ANSWER}: {' '.join((answer.stdout + answer.stderr).split())}")
+    said = (answer.stdout + answer.stderr).strip().splitlines()[:1]  # a banner may follow
+    raise UserError(": ".join([NO_ANSWER, *said]))
 
 
 def live_jobs() -> dict[str, Live]:

@@ -16,7 +16,7 @@ from mixmask import config as configs
 from mixmask.config import Backbone, ConfigError, UserError
 from paper.cells import select
 from paper.presets import budget, steps
-from slurm import cost, graph, launch, local
+from slurm import cost, graph, launch, local, squeue
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -243,6 +243,34 @@ def test_local_runs_what_is_not_finished_and_keeps_the_output(tmp_path, monkeypa
     assert shown.count(b"hello") == 1 and b"1 of 2 runs are finished already" in shown and b"a_last 12.3" in shown
     assert (jobs[1].directory / "output.log").read_text() == "hello\n"
     assert [job.state for job in jobs] == ["finished", "finished"]
+
+
+def test_local_leaves_a_run_that_slurm_has_a_job_for(tmp_path, monkeypatch, capfdbinary):
+    jobs = scripted(tmp_path, monkeypatch, SUCCEED, SUCCEED, SUCCEED)
+    live = {str(jobs[0].directory): squeue.Live("12_3", "PENDING", "Priority")}
+    monkeypatch.setattr(squeue, "available", lambda: True)
+    monkeypatch.setattr(squeue, "live_jobs", lambda: live)
+    with pytest.raises(UserError, match=f"{jobs[0].directory}: left to SLURM: job 12_3 is PENDING"):
+        local.launch(jobs)
+    assert [job.state for job in jobs] == ["new", "new", "finished"]
+    assert not jobs[0].directory.exists() and b"left to SLURM: job 12_3" in capfdbinary.readouterr().out
+
+
+def test_local_goes_on_with_a_note_where_slurm_does_not_answer(tmp_path, monkeypatch, capfdbinary):
+    def unanswered():
+        raise UserError("no answer")
+
+    (job,) = scripted(tmp_path, monkeypatch, SUCCEED)
+    monkeypatch.setattr(squeue, "available", unanswered)
+    local.launch([job])
+    assert job.state == "finished" and b"note: no answer; a run that it has a job for" in capfdbinary.readouterr().out
+
+
+def test_local_says_in_one_line_that_a_log_cannot_be_written(tmp_path, monkeypatch):
+    (job,) = scripted(tmp_path, monkeypatch, SUCCEED)
+    (job.directory / "output.log").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"cannot write {job.directory}/output.log: Is a directory"):
+        local.launch([job])
 
 
 def test_local_skips_the_descendants_of_a_failure_names_them_and_goes_on(tmp_path, monkeypatch, capfdbinary):

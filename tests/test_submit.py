@@ -1,6 +1,7 @@
 """slurm/submit.py, snapshot.py and command.py as far as they need no SLURM (the rest: tests/test_slurm.py)."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from mixmask import runs
 from paper.cells import select
 from paper.presets import budget
-from slurm import command, graph, snapshot, submit
+from slurm import command, graph, launch, snapshot, squeue, submit
 from slurm.squeue import Live
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,6 +140,46 @@ def test_the_batch_script_is_printed_without_slurm(tmp_path):
     assert "afterok" not in submit.batch_text(jobs[1], tmp_path)
 
 
+def test_no_character_of_the_runs_directory_s_path_is_taken_for_a_command(tmp_path):
+    """The first lines of the batch script, as bash runs them."""
+    place = tmp_path / "a b $(touch ran) `touch ran` & $HOME;"
+    (setup, _) = submit.parameters(table4(place)[0], [], place)["setup"]
+    words = ["bash", "-c", f'{setup}\nprintf %s "$PYTHONPATH"']
+    done = subprocess.run(words, cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": "/x y"}, capture_output=True)
+    assert done.stdout.decode() == f"{place}:/x y" and not (tmp_path / "ran").exists()
+    assert f"'{place.resolve()}/slurm/%j'" in submit.batch_text(table4(place)[0], place)
+
+
+@pytest.mark.parametrize("name", ["a%j", "a:b", "a'b", 'a"b', "a\\b"])
+def test_a_runs_directory_that_sbatch_would_expand_is_refused_in_one_line(tmp_path, name):
+    with pytest.raises(runs.UserError, match="in its path, which sbatch expands") as error:
+        submit.launch(table4(tmp_path / name), tmp_path / name)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("hours", "seconds", "limit"), [(0.02, 120, 60), (2, 7200, 7200)])
+def test_a_warning_that_would_come_before_the_job_is_refused_by_both_keys(tmp_path, hours, seconds, limit):
+    jobs = table4(tmp_path / "runs", f"cluster.hours={hours}", f"cluster.warning_seconds={seconds}")
+    said = f"cluster.warning_seconds: {seconds} s before the time limit, which is {limit} s .cluster.hours {hours}.;"
+    for refused in (submit.launch, lambda jobs, place: submit.batch_text(jobs[0], place)):
+        with pytest.raises(runs.UserError, match=said):
+            refused(jobs, tmp_path / "runs")
+    submit.check(table4(tmp_path, "cluster.hours=2", "cluster.warning_seconds=7199"), tmp_path)
+
+
+def test_a_runs_directory_that_cannot_be_written_or_locked_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / ".launch.lock").mkdir()
+    with pytest.raises(runs.UserError, match=f"cannot write or lock {tmp_path}/.launch.lock: Is a directory"):
+        submit.launch(table4(tmp_path), tmp_path)
+
+    def unable(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(submit.fcntl, "flock", unable)
+    with pytest.raises(runs.UserError, match="No locks available"):
+        submit.launch(table4(tmp_path / "runs"), tmp_path / "runs")
+
+
 def test_equal_jobs_that_wait_for_none_are_an_array_where_their_number_is_limited(tmp_path):
     jobs = table4(tmp_path, "cluster.parallel=3")[:4]
     assert list(submit._groups(jobs)) == [[jobs[0], jobs[2]], [jobs[1]], [jobs[3]]]
@@ -154,6 +195,107 @@ def test_the_job_s_command_has_its_own_absolute_data_directory(tmp_path):
     assert submit.command(absolute).words == absolute.command
     convert = next(job for job in table7(tmp_path) if job.stage == "convert")
     assert submit.command(convert).words == convert.command  # it reads no data, and has no --set
+
+
+# ---------------------------------------------------------------------------------------------- what SLURM says
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """`programs(squeue="echo ...")`: SLURM's programs as shell scripts; no others are on PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.setattr(squeue, "AGAIN", 0)
+
+    def write(**scripts):
+        for name, text in scripts.items():
+            (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+            (folder / name).chmod(0o755)
+
+    return write
+
+
+def test_slurm_is_here_or_not_or_does_not_answer(programs, monkeypatch):
+    programs(sbatch="", scontrol="echo 'Slurmctld(primary) at a is DOWN'; echo 'Slurmctld(backup) at b is UP'; exit 1")
+    assert squeue.available()
+    programs(scontrol="echo 'scontrol: fatal: Could not establish a configuration source' >&2; exit 1")
+    assert not squeue.available()
+    programs(scontrol="echo 'Slurmctld(primary) at a is DOWN'; echo '**** RESTORE ****'; exit 1")
+    with pytest.raises(runs.UserError, match=r"controller does not answer: Slurmctld\(primary\) at a is DOWN$"):
+        squeue.available()
+    programs(scontrol="exec sleep 9", squeue="exec sleep 9")
+    monkeypatch.setattr(squeue, "PATIENCE", 0.1)
+    for ask in (squeue.available, squeue.live_jobs):
+        with pytest.raises(runs.UserError, match="controller does not answer"):
+            ask()
+    monkeypatch.setattr(squeue.shutil, "which", lambda name: None)
+    assert not squeue.available()
+
+
+@pytest.mark.parametrize("verb", [["status"], ["cancel"], []])
+def test_where_slurm_does_not_answer_nothing_is_said_of_runs_and_nothing_runs_here(programs, tmp_path, cli, verb):
+    programs(sbatch="", scontrol="echo 'Slurmctld(primary) at a is DOWN'; exit 1")
+    words = [*verb, "table4", "--preset", "smoke", "--runs-dir", tmp_path / "runs"]
+    status, out, errors = cli(launch.main, *words)
+    assert status == 1 and not out and errors.count("\n") == 1 and "does not answer" in errors
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("reason", "stuck"),
+    [
+        ("PartitionConfig", True),
+        ("PartitionTimeLimit", True),
+        ("JobHeldUser", True),
+        ("launch failed requeued held", True),
+        ("QOSMaxWallDurationPerJobLimit", True),
+        ("Resources", False),
+        ("Dependency", False),
+        ("QOSMaxJobsPerUserLimit", False),
+        ("BeginTime", False),
+    ],
+)
+def test_a_job_that_can_never_start_is_said_with_what_to_do(programs, tmp_path, reason, stuck):
+    jobs = table4(tmp_path)
+    programs(squeue=f"echo '7|PENDING|({reason})|{jobs[0].directory}'")
+    live = squeue.live_jobs()
+    advice = f"{reason}, which has no end by itself: cancel, mend, launch"
+    assert live[str(jobs[0].directory)].reason == (advice if stuck else reason)
+    assert placing(jobs, tmp_path, live).leave(jobs[0]) == "live, job 7" + (f": {advice}" if stuck else "")
+
+
+def test_the_jobs_that_an_interrupted_launch_has_left_without_a_pickle_are_cancelled(programs, tmp_path, capsys):
+    """Those of this launch's runs alone; in an array those tasks alone; also the second job of a run."""
+    jobs = table4(tmp_path)
+    one, two, other = (str(job.directory) for job in jobs[:3])
+    (tmp_path / "array.json").write_text(json.dumps([one, two]))
+    lines = [f"7|RUNNING|n1|{one}", f"8|PENDING|(Priority)|{one}", f"9|PENDING|(Priority)|{other}"]
+    lines += [f"10_{task}|PENDING|(Priority)|{tmp_path}/array.json" for task in (0, 1)]
+    programs(squeue="\n".join(f"echo '{line}'" for line in lines), scancel=f"echo $* >> {tmp_path}/cancelled")
+    for job in ("8", "10_0"):
+        squeue.pickle_path(tmp_path, job).parent.mkdir(parents=True)
+        squeue.pickle_path(tmp_path, job).touch()
+    submit.clear({one, two}, tmp_path)
+    assert (tmp_path / "cancelled").read_text() == "7 10_1\n"
+    shown = capsys.readouterr().out
+    assert shown.count("\n") == 2 and f"cancelled job 7 of {one}, which an interrupted launch has left" in shown
+
+
+def test_an_sbatch_that_fails_on_its_way_is_not_called_a_refusal(programs, tmp_path):
+    job = table4(tmp_path)[0]
+    programs(squeue=f"echo '7|PENDING|(Priority)|{job.directory}'", scancel=f"echo $* >> {tmp_path}/cancelled")
+    assert (
+        submit._failure([job], "Invalid partition name", tmp_path) == f"SLURM refused {job.id}: Invalid partition name"
+    )
+    late = "Socket timed out on send/recv operation"
+    said = submit._failure([job], late, tmp_path)
+    assert "refused" not in said and f"({late}); cancelled what it has left, 7; launch again" in said
+    assert (tmp_path / "cancelled").read_text() == "7\n"
+    programs(squeue="true")
+    assert submit._failure([job], late, tmp_path).endswith("; it is not in the queue; launch again")
+    programs(squeue="exit 1")
+    assert submit._failure([job], late, tmp_path).endswith("launch again: what it has left is then cancelled")
 
 
 # -------------------------------------------------------------------------------------------- what a job runs
