@@ -35,7 +35,7 @@ from mixmask.interrupt import Interrupt  # noqa: E402
 from mixmask.optim import pick_device  # noqa: E402
 from mixmask.progress import Progress, say  # noqa: E402
 from mixmask.randomness import seed_globals  # noqa: E402
-from mixmask.runs import Run, previous_checkpoint, read_log, run_directory  # noqa: E402
+from mixmask.runs import Run, previous_checkpoint, read_log, run_directory, what_is_left  # noqa: E402
 
 
 def train(config: Detection, backbone: weights.Weights, directory: Path) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def finite(values: dict[str, Tensor], run: Run, task: Any, state: State) -> dict
         if distributed.rank() == 0:
             report = {"run": run.id, **report, "noticed": f"{what} after {state.step} iterations"}
             where = checkpoint.post_mortem(run, report, snapshot(run, task.config, state))
-    raise UserError(f"{run.id}: {what} at step {report['step']}; stopped, {where}, the last checkpoint is intact")
+    raise UserError(f"{run.id}: {what} at step {report['step']}; stopped, {where}, {what_is_left(run.checkpoint)}")
 
 
 def autopsy(task: Any, state: State) -> dict[str, Any]:

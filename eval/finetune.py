@@ -41,7 +41,7 @@ from mixmask.interrupt import Interrupt  # noqa: E402
 from mixmask.optim import build_optimizer, pick_device  # noqa: E402
 from mixmask.progress import Progress, Stopwatch, say  # noqa: E402
 from mixmask.randomness import seed_globals, seed_of  # noqa: E402
-from mixmask.runs import Run, read_log, run_directory  # noqa: E402
+from mixmask.runs import Run, read_log, run_directory, what_is_left  # noqa: E402
 from mixmask.schedules import cautions, learning_rate  # noqa: E402
 from mixmask.views import train_batches  # noqa: E402
 
@@ -245,7 +245,7 @@ def check_finite(run: Run, config: Finetune, state: State, labelled: Tensor) -> 
         report = {"run": run.id, **autopsy(config, state, labelled), "noticed": f"{what} after step {state.step - 1}"}
         where = checkpoint.post_mortem(run, report, snapshot(run, config, state))
         what = f"{run.id}: {what} at step {report['step']}"
-        raise UserError(f"{what}; stopped, {where}, the last checkpoint is intact")
+        raise UserError(f"{what}; stopped, {where}, {what_is_left(run.checkpoint)}")
 
 
 def autopsy(config: Finetune, state: State, labelled: Tensor) -> dict[str, Any]:

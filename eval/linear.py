@@ -32,7 +32,7 @@ from mixmask.interrupt import Interrupt
 from mixmask.optim import build_optimizer, pick_device, set_learning_rate
 from mixmask.progress import Progress, Stopwatch, say
 from mixmask.randomness import seed_of
-from mixmask.runs import Run, read_log, run_directory
+from mixmask.runs import Run, read_log, run_directory, what_is_left
 from mixmask.schedules import cautions, learning_rate
 from mixmask.views import train_batches
 
@@ -81,7 +81,7 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
                 if what := not_finite(mean_loss, classifier):
                     where = autopsy(run, config, classifier, optimizer, losses, epoch, len(train_set))
                     what = f"{run.id}: {what} in epoch {epoch + 1}"
-                    raise UserError(f"{what}; stopped, {where}, the last checkpoint is intact")
+                    raise UserError(f"{what}; stopped, {where}, {what_is_left(run.checkpoint)}")
                 values = {"loss": mean_loss, "test_top1": test(classifier, test_features, test_set.labels), "lr": rate}
                 run.log("epoch", epoch, epoch=epoch + 1, **values, timing={"seconds": round(watch.lap(), 3)})
                 say(epoch_line(epoch + 1, config.epochs, values))

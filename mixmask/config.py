@@ -581,16 +581,22 @@ def main_guard(main: Callable[[], Any]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(f"error: {error}\n")
         sys.exit(1)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
         reason = "out of memory, or of space in /dev/shm (fewer: --set run.workers=2)?"
-        print(f"error: {str(error).split('. ')[0]}: {reason} The last checkpoint is intact", file=sys.stderr)
+        _complain(f"error: {str(error).split('. ')[0]}: {reason} The last checkpoint is intact\n")
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\ninterrupted: all up to the last checkpoint is kept; the same command continues", file=sys.stderr)
+        _complain("\ninterrupted: all up to the last checkpoint is kept; the same command continues\n")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _complain(text: str) -> None:
+    """To stderr in one write: the lines of several processes do not run together."""
+    sys.stderr.write(text)
+    sys.stderr.flush()

@@ -33,7 +33,7 @@ from mixmask.objective import objective
 from mixmask.optim import build_optimizer, pick_device, set_learning_rate
 from mixmask.progress import Progress, say
 from mixmask.randomness import numpy_generator, seed_globals, torch_generator
-from mixmask.runs import Run, read_log, run_directory
+from mixmask.runs import Run, read_log, run_directory, what_is_left
 from mixmask.schedules import cautions, learning_rate
 from mixmask.views import train_batches
 
@@ -317,7 +317,7 @@ def explained(run: Run, config: Pretrain, state: State, images: int) -> Iterator
                 report = {"run": run.id, **autopsy(config, state, images, step), "noticed": str(error)}
                 where = checkpoint.post_mortem(run, report, snapshot(run, config, state))
         what = f"{error.name} is {error.number} at step {step}"
-        raise UserError(f"{run.id}: {what}; stopped, {where}, the last checkpoint is intact") from None
+        raise UserError(f"{run.id}: {what}; stopped, {where}, {what_is_left(run.checkpoint)}") from None
 
 
 def autopsy(config: Pretrain, state: State, images: int, step: int) -> dict[str, Any]:
