@@ -60,16 +60,16 @@ class Seen(Job):
 
     @property
     def state(self) -> str:
-        return "unfinished" if damage(self.directory) else super().state
+        return "unfinished" if damage(self) else super().state
 
 
-def damage(directory: Path) -> str:
+def damage(job: Job) -> str:
     """Why the result that is there cannot be read, and what to do; empty where it can, or there is none."""
-    path = directory / "result.json"
+    path = job.directory / "result.json"
     if os.path.exists(path) and not path.is_file():  # reading from a pipe would wait
         return f"{path} is no regular file; move it away to run again"
     try:
-        read_result(directory)
+        _ = job.finished_in
     except ResultError as error:
         return str(error)
     except (RecursionError, OverflowError):  # JSON, but neither ours nor anybody's
@@ -115,11 +115,11 @@ def _look(jobs: list[Job], runs_dir: Path, known: dict[str, dict[str, Any]]) -> 
 
 def _alive(job: Job, live: Live | None) -> Report | None:
     """Finished, waiting or running, or with a result that cannot be read; None for anything else."""
-    if unreadable := damage(job.directory):
+    if unreadable := damage(job):
         return Report("failed", f"unreadable result: {unreadable}")
-    result = read_result(job.directory)
-    if result is not None:
-        return Report("finished", headline(result["metrics"]))
+    if place := job.finished_in:
+        kept = f"; kept in {place}" if place != job.directory else ""
+        return Report("finished", headline(read_result(place)["metrics"]) + kept)
     if live is None:
         return Report("running", f"without SLURM{progress(job)}") if busy(job.directory) else None
     if live.state == "PENDING":

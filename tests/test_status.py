@@ -93,6 +93,19 @@ def test_stopped_says_how_far_it_came_and_failed_quotes_its_log(jobs, tmp_path):
     assert second == status.Report("not started", f"it needs {jobs[0].directory}, which failed")
 
 
+def test_a_result_that_is_kept_beside_the_runs_is_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr(squeue, "available", lambda: False)
+    _, second = jobs = graph.jobs(select([CELL]), budget("smoke"), tmp_path / "runs")
+    kept = tmp_path / "results" / second.stage / second.id
+    kept.mkdir(parents=True)
+    (kept / "result.json").write_text('{"metrics": {"linear_sgd_last": 61.25}}')
+    found = report(jobs, tmp_path / "runs")
+    assert found[0].state == "not needed"
+    assert found[1] == status.Report("finished", f"linear_sgd_last 61.2 %; kept in {kept}")
+    (kept / "result.json").write_text("{")
+    assert f"unreadable result: {kept}" in report(jobs, tmp_path / "runs")[1].text
+
+
 def status_of(tmp_path, capsys):
     launch.main(["status", CELL, "--preset", "smoke", "--runs-dir", str(tmp_path)])
     return capsys.readouterr().out
