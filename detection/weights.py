@@ -92,6 +92,8 @@ def check_file(file: Detectron2File, path: str | Path) -> tuple[dict[str, Tensor
             )
         if not torch.isfinite(value).all() or (name.endswith("running_var") and (value < 0).any()):
             raise FormatError(f"{path}: '{name}' is not finite, or a variance is negative")
+        if value.ndim == 4 and not value.any():
+            raise FormatError(f"{path}: all weights of the convolution '{name}' are zero")
     head = sum(name.startswith(HEAD) for name in file.weights)
     return {detector_name(name): file.weights[name] for name in shapes}, {"head": head} if head else {}
 

@@ -6,11 +6,13 @@ that would run code are refused. docs/checkpoints.md has the table of layouts an
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import pickle
 import re
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
@@ -23,9 +25,10 @@ import torch
 from torch import Tensor
 
 from mixmask import checkpoint
+from mixmask import config as configs
 from mixmask.backbones import ResNet, build_backbone
 from mixmask.checkpoint import CheckpointError
-from mixmask.config import Backbone, Pretrain
+from mixmask.config import Backbone, ConfigError, Convert, Detection, Finetune, KNNEval, Linear, Pretrain
 from mixmask.frameworks import build_framework
 from mixmask.runs import file_identity, file_sha256
 
@@ -45,7 +48,7 @@ class Source:
     format: str  # mixmask, moco, unmix, simsiam, byol, swav, barlowtwins, torchvision, detectron2, ...
     weights: dict[str, Tensor]
     backbone: Backbone  # bn_groups 1: evaluation and fine-tuning use plain BatchNorm
-    dropped: dict[str, int]  # what was dropped -> how many keys
+    dropped: dict[str, int]  # what was dropped -> how many keys; "entry NAME": what the file has beside its state dict
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
     identity: str  # a run of ours (RUN or RUN@STEP), or NAME@SHA256 (8 digits)
@@ -149,6 +152,7 @@ def read(path: str | Path, trust_pickle: bool = False) -> Source:
         state = _torch_file(path, trust_pickle)
         ours = isinstance(state, dict) and "format" in state and isinstance(state.get("config"), dict)
         source = _ours(state, path) if ours else _foreign(_tensors(state, path), path)
+        source = source if ours else replace(source, dropped=source.dropped | _entries(state))
     _check_values(source.weights, path)
     source = replace(source, identity=source.identity or file_identity(path), sha256=file_sha256(path))
     return _with_sidecar(source, path)
@@ -183,9 +187,25 @@ def read_sidecar(path: str | Path) -> dict[str, Any] | None:
     missing = sorted(NOTED - note.keys()) if isinstance(note, dict) else sorted(NOTED)
     if missing:
         raise FormatError(f"{sidecar(path)} is no note of a conversion: it has no '{missing[0]}'")
+    _check_note(note, sidecar(path))
     if note["sha256"] != file_sha256(path):
         raise FormatError(f"{path} is not the file that {sidecar(path)} describes (another SHA-256): convert again")
     return note
+
+
+def _check_note(note: dict[str, Any], path: Path) -> None:
+    """Raises FormatError for values that `detection/convert.py` does not write."""
+    triple = tuple[float, float, float]
+    hints = {"target": str, "sha256": str, "identity": str, "tensors": int, "mean": triple, "std": triple}
+    try:
+        configs.build(Backbone, {key: note[key] for key in ("arch", "stem", "width")} | {"bn_groups": 1})
+        values = {key: configs.convert(note[key], hint, key) for key, hint in hints.items()}
+        if not isinstance(note["source"], dict) or not isinstance(note["source"].get("sha256"), str):
+            raise ConfigError(f"source: expected a section with 'sha256', found {note['source']!r}")
+        if min(values["std"]) <= 0:
+            raise ConfigError(f"std: expected numbers above 0, found {note['std']}")
+    except ConfigError as error:
+        raise FormatError(f"{path} is no note of a conversion: {error}") from None
 
 
 def _with_sidecar(source: Source, path: Path) -> Source:
@@ -193,7 +213,13 @@ def _with_sidecar(source: Source, path: Path) -> Source:
     note = read_sidecar(path)
     if note is None:
         return source
-    backbone = replace(source.backbone, stem=note["stem"])
+    backbone = Backbone(note["arch"], note["stem"], note["width"], 1)
+    if _shapes(backbone) != _shapes(source.backbone):
+        what = " of width {0.width} with the {0.stem} stem".format
+        raise FormatError(
+            f"{sidecar(path)} describes a {backbone.arch}{what(backbone)}, but {path} holds a "
+            f"{source.backbone.arch}{what(source.backbone)}"
+        )
     return replace(
         source, backbone=backbone, mean=tuple(note["mean"]), std=tuple(note["std"]), identity=note["identity"]
     )
@@ -201,7 +227,8 @@ def _with_sidecar(source: Source, path: Path) -> Source:
 
 def _check_file(path: Path) -> None:
     if path.is_dir():
-        raise FormatError(f"{path} is a directory; expected a file: {path / 'checkpoint.pt'}?")
+        inside = path / "checkpoint.pt"
+        raise FormatError(f"{path} is a directory; expected a file" + (f": {inside}?" if inside.is_file() else ""))
     if not path.is_file():
         raise FormatError(f"no such file: {path}")
 
@@ -213,6 +240,8 @@ def _ours(state: dict[str, Any], path: Path) -> Source:
     """A pre-training checkpoint: the recipe says what every key must be."""
     if state["format"] != checkpoint.FORMAT:
         raise FormatError(f"{path} is of format {state['format']!r}; this version reads {checkpoint.FORMAT}")
+    if stage := _other_stage(state["config"]):
+        raise FormatError(f"{path} is a checkpoint of a {stage} run, not a pre-training checkpoint")
     recipe, identity = checkpoint.pretraining(state, path)
     prefix, model = "encoder.backbone.", _tensors({"model": state["model"]}, path)
     with torch.device("meta"):
@@ -227,6 +256,16 @@ def _ours(state: dict[str, Any], path: Path) -> Source:
     return Source(
         "mixmask", weights, backbone, dict(dropped), recipe.augment.mean, recipe.augment.std, identity, "", recipe
     )
+
+
+def _other_stage(config: dict[str, Any]) -> str | None:
+    """Which stage's config this is, unless it is the pre-training's or nobody's."""
+    stages = {"kNN": KNNEval, "linear": Linear, "finetune": Finetune, "convert": Convert, "detection": Detection}
+    for stage, cls in stages.items():
+        with contextlib.suppress(ConfigError):
+            configs.build(cls, config)
+            return stage
+    return None
 
 
 def _foreign(tensors: dict[str, Tensor], path: Path) -> Source:
@@ -346,10 +385,12 @@ def _check_values(weights: Mapping[str, Tensor], path: Path) -> None:
             raise FormatError(f"{path}: {count} of the {value.numel()} values of '{key}' are not finite")
         if key.endswith(("running_var", "num_batches_tracked")) and (value < 0).any():
             raise FormatError(f"{path}: '{key}' has a negative value ({value.min().item():g}); expected 0 or more")
+        if value.ndim == 4 and not value.any():
+            raise FormatError(f"{path}: all {value.numel()} weights of the convolution '{key}' are zero")
 
 
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _word(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def _some(keys: Any) -> str:
@@ -380,7 +421,9 @@ def _torch_file(path: Path, trust_pickle: bool) -> Any:
     """What torch.save wrote, in either of its two file formats."""
     _check_archive(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+        with warnings.catch_warnings():  # about sparse tensors, which are refused by name
+            warnings.filterwarnings("ignore", "Sparse ")
+            return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except (ImportError, AttributeError) as error:
         raise FormatError(f"{path} needs code that is not here ({_one_line(error)})") from None
     except Exception as error:  # bytes that are no checkpoint end in any error of torch's reader
@@ -419,7 +462,7 @@ def _reason(error: Exception) -> str:
 def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
     """The state dict: the file's content itself, or its entry `state_dict` or `model`."""
     if isinstance(state, dict):
-        inner = [name for name in ("state_dict", "model") if isinstance(state.get(name), dict)]
+        inner = _state_dicts(state)
         if len(inner) > 1:
             raise FormatError(f"{path} has both 'state_dict' and 'model'; expected one of them")
         state = state[inner[0]] if inner else state
@@ -432,7 +475,22 @@ def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
             f"{path} holds no state dict ({found}; entries: {', '.join(map(str, list(state)[:6])) or 'none'}); "
             "expected tensors by name, as such or under 'state_dict' or 'model'"
         )
-    return dict(state)
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            kind = "quantized" if value.is_quantized else "on the meta device" if value.is_meta else _word(value.layout)
+            raise FormatError(f"{path}: '{key}' is {kind}; expected a dense tensor with its values")
+    return {key: value.detach() for key, value in state.items()}
+
+
+def _state_dicts(state: dict[str, Any]) -> list[str]:
+    return [name for name in ("state_dict", "model") if isinstance(state.get(name), dict)]
+
+
+def _entries(state: dict[str, Any]) -> dict[str, int]:
+    """What stands beside the state dict and is more than a plain value: "entry NAME" -> how many entries it has."""
+    used = _state_dicts(state)
+    parts = {k: v for k, v in state.items() if used and k not in used and isinstance(v, dict | list | Tensor)}
+    return {f"entry {k}": 1 if isinstance(v, Tensor) else len(v) for k, v in parts.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- safetensors

@@ -164,11 +164,15 @@ TORCH: dict[str, tuple[Callable[[Weights], dict], str, dict[str, int]]] = {  # w
         {"head": 2, "target network": 320, "predictor": 2, "copy of backbone and head": 320},
     ),
     "swav": (swav, "swav", {"head": 5, "prototypes": 1}),
-    "swav training": (swav_training, "swav", {"head": 5, "prototypes": 1}),
-    "barlow twins": (barlowtwins, "barlowtwins", {"head": 2, "normalisation of the loss": 3}),
+    "swav training": (swav_training, "swav", {"head": 5, "prototypes": 1, "entry optimizer": 1, "entry amp": 1}),
+    "barlow twins": (
+        barlowtwins,
+        "barlowtwins",
+        {"head": 2, "normalisation of the loss": 3, "entry optimizer": 1},
+    ),
     "barlow twins resnet50.pth": (plain, "torchvision", {}),
     "torchvision": (torchvision, "torchvision", {"classifier": 2}),
-    "unmix": (unmix, "unmix", {"head": 2, "momentum encoder": 320, "queue": 2}),
+    "unmix": (unmix, "unmix", {"head": 2, "momentum encoder": 320, "queue": 2, "entry optimizer": 1}),
 }
 
 
@@ -180,7 +184,7 @@ def write(name: str, weights: Weights, path: Path) -> Path:
 
 def write_safetensors(tensors: Weights, path: Path) -> Path:
     """Written independently of the project's writer: numpy's bytes, the names in reverse order."""
-    header, blob = {}, b""
+    header, blob = {"__metadata__": {"format": "pt"}}, b""
     for name, value in reversed(tensors.items()):
         raw = value.numpy().tobytes()
         dtype = {torch.float32: "F32", torch.int64: "I64", torch.float16: "F16"}[value.dtype]
@@ -189,3 +193,8 @@ def write_safetensors(tensors: Weights, path: Path) -> Path:
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + blob)
     return path
+
+
+def write_timm(weights: Weights, path: Path) -> Path:
+    """timm's model.safetensors: torchvision's names, with the classifier."""
+    return write_safetensors({**weights, **linear("fc")}, path)

@@ -221,6 +221,28 @@ def test_file_that_changed_after_its_note_is_refused(small, cli, tmp_path):
         read(tmp_path / "x.pth")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": None, "stem": "banana"}, "stem: expected one of"),
+        ({"mean": None}, "mean: expected a list, found None"),
+        ({"std": [0.2, 0.2]}, "std: expected 3 values, found 2"),
+        ({"std": [0.2, 0.2, 0]}, "std: expected numbers above 0"),
+        ({"mean": [0.5, float("nan"), 0.5]}, "mean[1]: expected a number, found nan"),
+        ({"identity": 3}, "identity: "),
+        ({"source": None}, "source: expected a section"),
+        ({"stem": "cifar"}, "describes a resnet50 of width 4 with the cifar stem, but"),
+        ({"width": 64}, "describes a resnet50 of width 64"),
+    ],
+)
+def test_note_with_other_values_than_those_of_a_conversion_is_refused(change, message, small, cli, tmp_path):
+    assert cli(convert.main, small, tmp_path / "x.pth", "--to", "torchvision")[0] == 0
+    note = formats.sidecar(tmp_path / "x.pth")
+    note.write_text(json.dumps(json.loads(note.read_text()) | change))
+    error = fails(cli, tmp_path / "x.pth", tmp_path / "y.pth", "--to", "torchvision")
+    assert message in error and str(note) in error
+
+
 def test_the_same_command_writes_the_same_bytes_and_anything_else_is_kept(small, cli, tmp_path):
     output = tmp_path / "x.pth"
     assert cli(convert.main, small, output, "--to", "torchvision")[0] == 0

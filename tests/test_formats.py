@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pickle
 import random
+from pathlib import Path
 
 import foreign
 import numpy as np
@@ -16,6 +17,8 @@ from mixmask import config as configs
 from mixmask.checkpoint import CheckpointError
 from mixmask.formats import FormatError, detectron2_name, load_backbone, read, read_detectron2
 from mixmask.frameworks import build_framework
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def same(one, two) -> bool:
@@ -55,7 +58,8 @@ def test_every_key_is_used_or_dropped(weights, tmp_path):
         source = read(foreign.write(name, weights, tmp_path / "x.pth"))
         content = writer(weights)
         keys = content.get("state_dict", content.get("model", content))
-        assert len(source.weights) + sum(source.dropped.values()) == len(keys), name
+        beside = sum(len(v) for k, v in content.items() if isinstance(v, dict) and v is not keys)
+        assert len(source.weights) + sum(source.dropped.values()) == len(keys) + beside, name
 
 
 @pytest.mark.parametrize("ddp", ["", "module."])
@@ -71,8 +75,24 @@ def test_older_file_format_of_torch_save(weights, tmp_path):
 
 
 def test_safetensors_of_timm(weights, tmp_path):
-    source = read(foreign.write_safetensors(foreign.torchvision(weights), tmp_path / "model.safetensors"))
+    source = read(foreign.write_timm(weights, tmp_path / "model.safetensors"))
     assert same(source.weights, weights) and source.dropped == {"classifier": 2}
+    assert source.format == "torchvision" and source.backbone.arch == "resnet50"
+
+
+def test_other_weights_in_the_file_are_named_and_counted(weights, tmp_path):
+    beside = {"state_dict_ema": foreign.other(weights), "teacher": foreign.linear("fc"), "center": torch.rand(3)}
+    state = {**foreign.moco_released(weights), **beside, "optimizer": {"state": {}, "param_groups": []}, "epoch": 3}
+    source = read(saved(state, tmp_path / "x.pth.tar"))
+    assert same(source.weights, weights)
+    entries = {"entry state_dict_ema": 318, "entry teacher": 2, "entry center": 1, "entry optimizer": 2}
+    assert source.dropped == {"head": 2, **entries}
+
+
+def test_parameters_that_want_a_gradient_are_read_as_their_values(weights, tmp_path):
+    trained = {k: torch.nn.Parameter(v) if v.is_floating_point() else v for k, v in weights.items()}
+    source = read(saved(trained, tmp_path / "x.pth"))
+    assert same(source.weights, weights) and not any(v.requires_grad for v in source.weights.values())
 
 
 def test_file_from_before_the_counters_of_batches(weights, tmp_path):
@@ -220,6 +240,22 @@ def test_negative_variance_is_refused(weights, tmp_path):
     refused(saved(broken, tmp_path / "x.pth"), "'bn1.running_var' has a negative value (-0.5)")
 
 
+def test_convolution_whose_weights_are_all_zero_is_refused(weights, tmp_path):
+    key = "layer2.0.conv1.weight"
+    broken = {**weights, key: torch.zeros_like(weights[key])}
+    refused(saved(broken, tmp_path / "x.pth"), f"weights of the convolution '{key}' are zero")
+    silent = {**weights, "layer2.0.bn3.weight": torch.zeros_like(weights["layer2.0.bn3.weight"])}
+    assert same(read(saved(silent, tmp_path / "y.pth")).weights, silent)  # a residual branch may begin at zero
+
+
+@pytest.mark.parametrize(
+    ("change", "word"), [(torch.Tensor.to_sparse, "sparse_coo"), (lambda value: value.to("meta"), "on the meta device")]
+)
+def test_tensor_without_dense_values_is_refused_by_name(change, word, weights, tmp_path):
+    broken = {**weights, "conv1.weight": change(weights["conv1.weight"])}
+    refused(saved(broken, tmp_path / "x.pth"), f"'conv1.weight' is {word}; expected a dense tensor")
+
+
 class Code:
     """Creates a file when unpickled by a loader that runs code."""
 
@@ -293,7 +329,9 @@ def test_flipped_bit_is_noticed(weights, tmp_path):
 
 
 def test_directory_and_absent_file(tmp_path):
-    refused(tmp_path, "is a directory", "checkpoint.pt")
+    assert "checkpoint.pt" not in refused(tmp_path, "is a directory; expected a file")
+    (tmp_path / "checkpoint.pt").touch()
+    refused(tmp_path, "is a directory", f"{tmp_path / 'checkpoint.pt'}?")
     refused(tmp_path / "none.pth", "no such file")
 
 
@@ -308,6 +346,13 @@ def test_checkpoint_of_another_stage_or_of_a_later_format(tiny, tiny_linear, tmp
     checkpoint.save(tmp_path / "x.pt", {"run": "r", "config": configs.to_dict(tiny_linear()), "epoch": 1})
     with pytest.raises(CheckpointError, match="not a pre-training checkpoint"):
         read(tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", "is a checkpoint of a linear run")
+    detection = configs.load(ROOT / "detection" / "configs" / "voc.yaml", {}, configs.Detection)
+    checkpoint.save(tmp_path / "y.pt", {"run": "r", "config": configs.to_dict(detection), "step": 1, "model": {}})
+    refused(tmp_path / "y.pt", "is a checkpoint of a detection run, not a pre-training")
+    checkpoint.save(tmp_path / "y.pt", {"run": "r", "config": {"recipe": "nobody's"}})
+    with pytest.raises(CheckpointError, match="not a pre-training checkpoint"):
+        read(tmp_path / "y.pt")
     checkpoint.save(tmp_path / "x.pt", {**run_state(tiny()), "format": 99})
     refused(tmp_path / "x.pt", "format 99")
 
