@@ -23,7 +23,7 @@ from typing import Any
 from mixmask.config import UserError
 from mixmask.runs import ResultError, is_busy, read_result
 from paper.cells import Cell
-from slurm import cost, squeue
+from slurm import cost, logs, squeue
 from slurm.graph import Job, needed
 from slurm.squeue import Live
 
@@ -34,15 +34,6 @@ ADVICE = {
     "OUT_OF_MEMORY": f"{AGAIN}, with a larger cluster.memory_gb",
     "CANCELLED": AGAIN,
 }
-TAIL = 65_536  # bytes at the end of a log that are read
-SHOWN = 3  # lines of a log that are shown
-NOISE = re.compile(r"srun: (?!error)|slurmstepd: |submitit |interrupted: ")
-STARTED = re.compile(r"submitit .*Starting with JobEnvironment")  # in each task's log, at each start of its job
-CAUSES = {re.compile(r"error: "): 0, re.compile(r"[\w.]*(Error|Exception)\b"): -1}  # our first line, a traceback's last
-ECHO = re.compile(  # the end of one process in the words of those that it took with it
-    r"error: another process of this run has ended|srun: error: .*(Exited with exit code|Terminated|Killed)"
-    r"|(?!error: )(.*[\s:])?(Terminated|Killed)(\s|$)"
-)
 LOST = re.compile(r"no such (checkpoint|file)|(damaged)")
 
 
@@ -129,19 +120,19 @@ def _alive(job: Job, live: Live | None) -> Report | None:
 
 def _ended(job: Job, number: str, state: str, runs_dir: Path) -> Report:
     """A job that is over and has left no result."""
-    logs = task_logs(runs_dir, number)
-    log, lines = telling(logs) if logs else (squeue.log_path(runs_dir, number), [])
+    printed = logs.task_logs(runs_dir, number)
+    log, lines = logs.telling(printed) if printed else (squeue.log_path(runs_dir, number), [])
     advice = _lost_parent(job, lines) or ADVICE.get(state, AGAIN)
-    task = f" of task {_task(log)}" if len(logs) > 1 else ""
-    return Report("failed", f"job {number} {state}; {advice}{_quote(log, lines, task)}", ended=state)
+    task = f" of task {logs.task_of(log)}" if len(printed) > 1 else ""
+    return Report("failed", f"job {number} {state}; {advice}{logs.quote(log, lines, task)}", ended=state)
 
 
 def _stopped(job: Job) -> Report:
     """Nobody works on it, and no job has."""
     log = job.directory / "output.log"
-    lines = said(log)[-SHOWN:]
-    if lines and any(cause.match(lines[-1]) for cause in CAUSES):
-        return Report("failed", f"{_lost_parent(job, lines) or ADVICE['FAILED']}{_quote(log, lines)}")
+    lines = logs.said(log)[-logs.SHOWN :]
+    if lines and any(cause.match(lines[-1]) for cause in logs.CAUSES):
+        return Report("failed", f"{_lost_parent(job, lines) or ADVICE['FAILED']}{logs.quote(log, lines)}")
     if job.state == "unfinished":
         return Report("stopped", f"{AGAIN}{progress(job)}")
     return Report("not started")
@@ -165,7 +156,7 @@ def _blamed(report: Report, job: Job, found: dict[Path, Report]) -> Report:
     return report
 
 
-# ---------------------------------------------------------------------------------------------- logs and locks
+# -------------------------------------------------------------------------------------------------- progress
 
 
 def progress(job: Job) -> str:
@@ -206,7 +197,7 @@ def _clock(seconds: float) -> str:
 def _log_lines(path: Path) -> list[dict[str, Any]]:
     """Of the whole lines at the end of a log that may be growing: kind, epoch, loss if there is one, timing."""
     lines = []
-    for text in _tail(path):
+    for text in logs.tail(path):
         with contextlib.suppress(ValueError, RecursionError):  # cut off by the start of what is read, or not yet whole
             lines.append(json.loads(text))
     return [_sound(line) for line in lines if isinstance(line, dict) and _is_epoch(line.get("epoch"))]
@@ -227,52 +218,6 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
     """Those values that are finite numbers."""
     numbers = {key: value for key, value in values.items() if type(value) in (int, float)}
     return {key: float(value) for key, value in numbers.items() if abs(value) < 1e300}
-
-
-def _tail(path: Path) -> list[str]:
-    """The lines at the end of a regular file; none of anything else: a pipe would keep its reader waiting."""
-    try:
-        if not path.is_file():
-            return []
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL))
-            return file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def task_logs(runs_dir: Path, number: str) -> list[Path]:
-    """What each task of a job has printed; the first's also has what SLURM says of the whole job."""
-    logs = squeue.log_path(runs_dir, number).parent.glob(f"{number}_*_log.out")
-    return sorted((log for log in logs if _task(log).isdecimal()), key=lambda log: int(_task(log)))
-
-
-def _task(log: Path) -> str:
-    return log.name.split("_")[-2]
-
-
-def telling(logs: list[Path]) -> tuple[Path, list[str]]:
-    """The log that says why the job ended, and its last lines up to there; without a cause, the first task's end."""
-    lines = {log: said(log) for log in logs}
-    for cause, which in CAUSES.items():
-        for log, whole in lines.items():
-            own = [line for line in whole if not ECHO.match(line)]
-            ends = [end for end, line in enumerate(own, 1) if cause.match(line)]
-            if ends:
-                return log, own[: ends[which]][-SHOWN:]
-    return logs[0], lines[logs[0]][-SHOWN:]
-
-
-def said(path: Path) -> list[str]:
-    """The lines of a log, since its job was last started, that say something."""
-    lines = _tail(path)
-    starts = [number for number, line in enumerate(lines) if STARTED.match(line)]
-    return [line.rstrip() for line in lines[starts[-1] if starts else 0 :] if line.strip() and not NOISE.match(line)]
-
-
-def _quote(log: Path, lines: list[str], task: str = "") -> str:
-    text = "".join(f"\n             | {line[:200]}" for line in lines)
-    return f"; log{task}: {log}{text}" if os.path.exists(log) else "; it left no log"
 
 
 def headline(metrics: dict[str, float]) -> str:
