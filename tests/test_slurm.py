@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 import slurm_cluster
 
+from mixmask.config import UserError
 from mixmask.runs import read_log
 from paper.cells import select
 from paper.presets import budget
-from slurm import graph, launch, snapshot, squeue, status, submit
+from slurm import graph, launch, local, snapshot, squeue, status, submit
 from slurm.squeue import Live
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -249,6 +250,83 @@ def test_a_parent_that_slurm_has_forgotten_does_not_let_its_child_run(stages, tm
     lost = placing.lost()
     assert list(lost) == [child.directory] and "job 999999" in lost[child.directory]
     assert not lines(child, "starts")
+
+
+@pytest.fixture
+def full(cluster):
+    """Node n1 is busy, so that jobs wait; `full()` frees it."""
+    words = ["sbatch", "--parsable", "--output=/dev/null", "--constraint=n1", "--exclusive", "--wrap=sleep 60"]
+    blocker = shell(*words).strip()
+    yield lambda: shell("scancel", blocker)
+    shell("scancel", blocker)
+
+
+def _sbatch(tmp_path, monkeypatch, after):
+    """An sbatch first on PATH that submits, and does not live to tell the number: `after`, in shell."""
+    (tmp_path / "bin").mkdir()
+    path = tmp_path / "bin" / "sbatch"
+    path.write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@" >/dev/null\n{after}\n')
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+
+
+def test_a_launcher_killed_when_slurm_has_its_job_leaves_one_that_the_next_launch_replaces(
+    stages, full, tmp_path, monkeypatch, capsys
+):
+    jobs = stages(2, 5)
+    with monkeypatch.context() as patch:
+        _sbatch(tmp_path, patch, "kill -9 $PPID")
+        if not (launcher := os.fork()):
+            submit.launch(jobs, tmp_path / "runs")
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(launcher, 0)[1]) == signal.SIGKILL
+    left = squeue.live_jobs()[key(jobs[0])].job
+    submit.launch(jobs, tmp_path / "runs")
+    shown = capsys.readouterr().out
+    assert f"cancelled job {left} of {key(jobs[0])}" in shown and shown.count(": submitted, job ") == 2
+    full()
+    wait_finished(40, jobs)
+    assert [len(lines(job, "starts")) for job in jobs] == [1, 1] and left not in numbers(jobs[0])
+
+
+def test_an_sbatch_that_times_out_when_slurm_has_its_job_is_undone_and_a_launch_goes_on(
+    stages, full, tmp_path, monkeypatch, capfd
+):
+    (job,) = stages(1, 5)
+    with monkeypatch.context() as patch:
+        _sbatch(tmp_path, patch, "echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1")
+        with pytest.raises(UserError, match=r"which SLURM may have accepted.*; cancelled what it has left, "):
+            submit.launch([job], tmp_path / "runs")
+    assert "Socket" not in capfd.readouterr().err  # it is in the error
+    submit.launch([job], tmp_path / "runs")
+    full()
+    wait_finished(40, [job])
+    assert len(lines(job, "starts")) == 1
+
+
+def test_a_runs_directory_of_any_name_and_a_job_that_is_held(stages, full, tmp_path, capsys):
+    (job,) = stages(1, 1)
+    place = tmp_path / "a b $(touch ran) `id` & é;#"
+    job = dataclasses.replace(job, directory=place / "pretrain" / job.id)
+    job = dataclasses.replace(job, command=(*job.command[:2], str(job.directory), "1"))
+    submit.launch([job], place)
+    shell("scontrol", "hold", numbers(job)[0])
+    submit.launch([job], place)
+    status.print_status(select([CELL]), [job], place)
+    assert capsys.readouterr().out.count(": JobHeldAdmin, which has no end by itself: cancel, mend, launch") == 2
+    full()
+    shell("scontrol", "release", numbers(job)[0])
+    wait_finished(40, [job])
+    assert not list(place.rglob("ran"))
+
+
+def test_local_leaves_a_job_of_slurm_alone(stages, tmp_path):
+    (job,) = stages(1, 20)
+    submit.launch([job], tmp_path / "runs")
+    with pytest.raises(UserError, match="left to SLURM: job "):
+        local.launch([job])
+    wait_finished(40, [job])
+    assert len(lines(job, "starts")) == 1
 
 
 def test_a_job_runs_the_code_as_it_was_when_it_was_launched(stages, tmp_path, monkeypatch):
