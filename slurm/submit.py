@@ -56,9 +56,10 @@ def launch(jobs: list[Job], runs_dir: Path) -> None:
 
 def check(jobs: list[Job], runs_dir: Path) -> None:
     """Raises UserError for what sbatch would take, and no job would survive."""
-    if wrong := sorted(set(str(runs_dir.resolve())) & REFUSED):
+    path = str(runs_dir.resolve())
+    if wrong := ", ".join(map(repr, sorted(set(path) & REFUSED))):
         raise UserError(
-            f"the runs directory {runs_dir.resolve()} has {' '.join(wrong)} in its path, which sbatch expands"
+            f"the runs directory {path!r} has {wrong} in its path, which sbatch or PYTHONPATH would take apart"
         )
     for asked in {job.resources for job in jobs}:
         if asked.warning_seconds >= (limit := 60 * _minutes(asked)):

@@ -150,9 +150,9 @@ def test_no_character_of_the_runs_directory_s_path_is_taken_for_a_command(tmp_pa
     assert f"'{place.resolve()}/slurm/%j'" in submit.batch_text(table4(place)[0], place)
 
 
-@pytest.mark.parametrize("name", ["a%j", "a:b", "a'b", 'a"b', "a\\b"])
+@pytest.mark.parametrize("name", ["a%j", "a:b", "a'b", 'a"b', "a\\b", "a\nb"])
 def test_a_runs_directory_that_sbatch_would_expand_is_refused_in_one_line(tmp_path, name):
-    with pytest.raises(runs.UserError, match="in its path, which sbatch expands") as error:
+    with pytest.raises(runs.UserError, match="in its path, which sbatch or PYTHONPATH would take apart") as error:
         submit.launch(table4(tmp_path / name), tmp_path / name)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
