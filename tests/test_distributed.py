@@ -20,6 +20,7 @@ from mixmask import checkpoint, data, distributed
 from mixmask import config as configs
 from mixmask.config import ConfigError
 from mixmask.distributed import World, find, first_host
+from mixmask.frameworks import build_framework
 from mixmask.runs import read_log
 from mixmask.views import train_batches
 from pretrain import train as script
@@ -248,7 +249,7 @@ def test_a_loss_that_is_not_finite_stops_all_processes(tiny, tmp_path, capfd):
     """Each says so, at the same step; the first one writes what it was, once."""
     children, started = launch(tiny(*FOUR, "optimizer.lr=1e5", "epochs=20"), tmp_path, 2), time.monotonic()
     assert wait(children) == [1, 1] and time.monotonic() - started < 60
-    said = r"error: \S+: \S+ is (?:nan|inf) at step (\d+); stopped, (.*), the last"
+    said = r"error: \S+: \S+ is (?:nan|inf) at step (\d+); stopped, (.*), no checkpoint was written yet\n"
     steps, where = zip(*re.findall(said, capfd.readouterr().err), strict=True)
     written = f"batch and state are in {tmp_path / 'nonfinite.json'} and nonfinite.pt"
     assert len(set(steps)) == 1 and sorted(where) == [written, "the first process says why"]
@@ -376,6 +377,31 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
     assert slurm.device(gpu) == torch.device("cuda:0")  # SLURM shows each process its own
     with pytest.raises(ConfigError, match="process 2 of this machine, which has 1 GPU"):
         torchrun.device(gpu)
+
+
+def test_error_lines_of_several_processes_do_not_run_together(monkeypatch):
+    """Each is written at once, with its end of line."""
+    written = []
+
+    class Stderr:
+        write, flush = staticmethod(written.append), staticmethod(lambda: None)
+
+    def fail() -> None:
+        raise ConfigError("seed: expected a number")
+
+    monkeypatch.setattr(sys, "stderr", Stderr)
+    with pytest.raises(SystemExit):
+        configs.main_guard(fail)
+    assert written == ["error: seed: expected a number\n"]
+
+
+def test_checksum_covers_weights_statistics_and_queue(tiny):
+    state = build_framework(tiny()).state_dict()
+    whole = distributed.checksum(state)
+    for name in ("encoder.backbone.conv1.weight", "encoder.backbone.bn1.running_var", "queue", "pointer"):
+        flipped = state[name].clone()
+        flipped.reshape(-1).view(torch.uint8)[0] ^= 1
+        assert distributed.checksum({**state, name: flipped}) != whole
 
 
 def test_one_process_exchanges_nothing():

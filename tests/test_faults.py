@@ -170,7 +170,9 @@ def test_loss_not_finite_saves_step_indices_and_state(
     monkeypatch.setattr(script, "objective", broken)
     run = tmp_path / "run"
     status, _, err = cli(script.main, "--config", recipe, "--run-dir", run, "--set", *items)
-    assert status == 1 and one_line(err, "loss is nan at step 8; stopped", str(run / "nonfinite.json"), "intact")
+    assert status == 1 and one_line(
+        err, "loss is nan at step 8; stopped", str(run / "nonfinite.json"), "checkpoint is intact"
+    )
     report = json.loads((run / "nonfinite.json").read_text())
     batches = data.batch_indices(96, 16, 0, 1)
     assert (report["step"], report["epoch"]) == (8, 2) and report["sums"]["loss"] == "nan"
@@ -190,7 +192,8 @@ def assert_same_weights(directory: Path, undisturbed: Path) -> None:
 
 
 def test_probe_not_finite_saves_step_indices_and_state(tiny_linear, undisturbed, tmp_path):
-    with pytest.raises(UserError, match=r"the loss is \w+ in epoch 1; stopped, .*nonfinite\.json .*intact"):
+    line = r"the loss is \w+ in epoch 1; stopped, .*nonfinite\.json .*, no checkpoint was written yet$"
+    with pytest.raises(UserError, match=line):
         probe(tiny_linear("optimizer.lr=1e38"), undisturbed / "checkpoint.pt", tmp_path)
     report = json.loads((tmp_path / "nonfinite.json").read_text())
     step, batches = report["step"], data.batch_indices(96, 16, 0, 0)
@@ -208,7 +211,8 @@ def test_probe_whose_last_update_breaks_the_weights_saves_no_checkpoint(tiny_lin
 
 def test_not_finite_on_a_full_disk_still_says_what_happened(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_atomically", failing)
-    with pytest.raises(UserError, match=r"is (nan|inf) at step \d+; stopped, cannot write x: no space, .* intact"):
+    line = r"is (nan|inf) at step \d+; stopped, cannot write x: no space, no checkpoint was written yet$"
+    with pytest.raises(UserError, match=line):
         train(tiny("optimizer.lr=1e38", "epochs=20", "knn.every=0"), tmp_path)
 
 
