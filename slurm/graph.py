@@ -7,6 +7,7 @@ that need the same run share one job.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shlex
 from collections.abc import Iterable
@@ -102,6 +103,7 @@ def _job(step: Step, cell: Cell, origin: configs.Config, parent: Job | None, res
     where = directory(runs_dir, step)
     words = ("python", STAGES[step.stage].script, *_arguments(step, parent, where), "--run-dir", str(where))
     parents = (parent.directory,) if parent else ()
+    resources = dataclasses.replace(resources, **STAGES[step.stage].resources)
     expected = hours(step.config, origin, resources.gpus)
     return Job(step.stage, step.config, where, words, parents, resources, expected, (cell.id,), step.notes)
 
@@ -148,19 +150,40 @@ def needed(jobs: Iterable[Job]) -> set[Path]:
 def check_products(jobs: Iterable[Job]) -> None:
     """Raises UserError where a run still to be made reads what a finished one has made, and that is no longer there.
 
-    To make it again may take weeks: that is left to the user to say.
+    To make it again may take weeks: that is left to the user to say. What takes seconds is made again.
     """
     jobs = list(jobs)
     by_directory, wanted = {job.directory: job for job in jobs}, needed(jobs)
     for child in jobs:
         for parent in (by_directory[p] for p in child.parents if child.directory in wanted and p not in wanted):
             product = parent.directory / STAGES[parent.stage].gives
+            if not product.exists() and STAGES[parent.stage].repeatable:
+                print(f"{product} is gone: it is made again")
+                (parent.directory / "result.json").unlink()
+                return check_products(jobs)
             if not product.exists():
                 result = parent.finished_in / "result.json"
                 raise UserError(
                     f"{child.directory} needs {product}, which is gone, though its run is finished ({result}): put it "
                     f"there again, or move {result} away, and launching again makes it anew"
                 )
+
+
+def missing_package(job: Job) -> str:
+    """The package that `job` needs and this environment lacks, and how to get it; else nothing."""
+    package = STAGES[job.stage].package
+    if not package or importlib.util.find_spec(package):
+        return ""
+    return f"{job.stage} needs {package}, which is not installed: make {package} (docs/{job.stage}.md)"
+
+
+def check_packages(jobs: Iterable[Job]) -> None:
+    """Raises UserError where a run still to be made cannot be made here, before those that it needs are."""
+    jobs = list(jobs)
+    wanted = needed(jobs)
+    for job in jobs:
+        if job.directory in wanted and missing_package(job):
+            raise UserError(missing_package(job))
 
 
 def make_folder(folder: Path) -> None:

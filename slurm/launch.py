@@ -6,6 +6,7 @@ examples:
   python slurm/launch.py table4 --preset smoke --executor local    everything in minutes, on this machine
   python slurm/launch.py 'table4/*/mixmask/200' --set epochs=100 linear.epochs=50 cluster.partition=gpu
   python slurm/launch.py 'table5/cifar100/*' figure5 --dry-run     any tables, figures and cells together
+  python slurm/launch.py table6 table7 --set checkpoints.swav=swav_800ep_pretrain.pth.tar detection.run.data_root=/data
   python slurm/launch.py table4 --dry-run --executor slurm         the batch scripts, too
   python slurm/launch.py status table4                             what is finished, running, waiting, failed
   python slurm/launch.py cancel table4                             end its jobs; what was saved is kept
@@ -32,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from mixmask.config import UserError, main_guard  # noqa: E402
 from paper.cells import WITHOUT_RUNS, Cell, select  # noqa: E402
-from paper.presets import Budget, budget, missing_file, presets, remark  # noqa: E402
+from paper.presets import Budget, budget, missing_file, offer, presets, remark  # noqa: E402
 from slurm import cost, graph, local, squeue, status, submit  # noqa: E402
 from slurm.graph import Job  # noqa: E402
 
@@ -87,7 +88,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="keys of the pre-training recipe; of the probe as linear.KEY; of slurm/cluster.yaml as cluster.KEY",
+        help="keys of the pre-training recipe; of later stages as linear.KEY, finetune.KEY, detection.KEY "
+        "(detection.run.data_root); of slurm/cluster.yaml as cluster.KEY; public checkpoints as checkpoints.NAME=PATH",
     )
     return parser.parse_args(arguments)
 
@@ -115,8 +117,9 @@ def _executor(name: str, chosen: Budget) -> str:
 
 
 def execute(jobs: list[Job], executor: str, runs_dir: Path) -> None:
-    """Hand the graph to an executor. Raises UserError where a checkpoint that is needed is gone."""
+    """Hand the graph to an executor. Raises UserError where a checkpoint or a package that is needed is not there."""
     graph.check_products(jobs)
+    graph.check_packages(jobs)
     if executor == "slurm":
         submit.launch(jobs, runs_dir)
     else:
@@ -147,10 +150,15 @@ def _state(job: Job, wanted: set[Path]) -> str:
 def _notes(cells: list[Cell], jobs: list[Job], chosen: Budget) -> list[str]:
     """What a reader of the cells must know, and what keeps some from being launched."""
     found: dict[str, list[str]] = {}
-    texts = ((cell.id, (cell.note, remark(cell, chosen), missing_file(cell, chosen))) for cell in cells)
-    of_cells = [(name, text) for name, of_cell in texts for text in of_cell if text]
-    for name, text in of_cells + [(job.id, note) for job in jobs for note in job.notes]:
-        found.setdefault(text, []).append(name)
+    texts = [
+        (cell.id, text)
+        for cell in cells
+        for text in (cell.note, remark(cell, chosen), missing_file(cell, chosen), offer(cell, chosen))
+    ]
+    texts += [(job.id, text) for job in jobs for text in (*job.notes, graph.missing_package(job))]
+    for name, text in texts:
+        if text:
+            found.setdefault(text, []).append(name)
     return [f"{_some(names)}: {text}" for text, names in found.items()]
 
 
