@@ -421,8 +421,8 @@ def _torch_file(path: Path, trust_pickle: bool) -> Any:
     """What torch.save wrote, in either of its two file formats."""
     _check_archive(path)
     try:
-        with warnings.catch_warnings():  # about sparse tensors, which are refused by name
-            warnings.filterwarnings("ignore", "Sparse ")
+        with warnings.catch_warnings():  # about sparse and quantized tensors, which are refused by name
+            warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except (ImportError, AttributeError) as error:
         raise FormatError(f"{path} needs code that is not here ({_one_line(error)})") from None

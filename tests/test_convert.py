@@ -221,6 +221,15 @@ def test_file_that_changed_after_its_note_is_refused(small, cli, tmp_path):
         read(tmp_path / "x.pth")
 
 
+def test_other_weights_in_the_file_are_in_the_account_and_the_note(cli, tmp_path):
+    state = {**foreign.moco_released(foreign.backbone()), "state_dict_ema": foreign.linear("fc")}
+    torch.save(state, tmp_path / "in.pth")
+    _, out, _ = cli(convert.main, tmp_path / "in.pth", tmp_path / "x.pth", "--to", "torchvision")
+    assert "dropped  4: entry state_dict_ema 2, head 2" in out
+    note = json.loads(formats.sidecar(tmp_path / "x.pth").read_text())
+    assert note["source"]["dropped"] == {"head": 2, "entry state_dict_ema": 2}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -390,6 +399,12 @@ def broken(change: str) -> dict:
         keys[f"{stem}layer1.0.bn1.bias"][0] = float("nan")
     elif change == "negative variance":
         keys[f"{stem}layer1.0.bn1.running_var"][0] = -1
+    elif change == "sparse":
+        keys[f"{stem}conv1.weight"] = keys[f"{stem}conv1.weight"].to_sparse()
+    elif change == "quantized":
+        keys[f"{stem}conv1.weight"] = torch.quantize_per_tensor(keys[f"{stem}conv1.weight"], 0.1, 0, torch.qint8)
+    elif change == "zeros":
+        keys[f"{stem}conv1.weight"].zero_()
     elif change == "code":
         state["x"] = print
     elif change == "nothing":
@@ -407,6 +422,9 @@ def broken(change: str) -> dict:
         ("negative variance", "'layer1.0.bn1.running_var' has a negative value (-1)"),
         ("code", "holds pickled objects besides tensors and plain types (print); refused, and nothing in it was run"),
         ("nothing", "no state dict"),
+        ("sparse", "'module.encoder_q.conv1.weight' is sparse_coo"),
+        ("quantized", "'module.encoder_q.conv1.weight' is quantized"),
+        ("zeros", "weights of the convolution 'conv1.weight' are zero"),
     ],
 )
 def test_broken_input_writes_nothing(change, message, cli, tmp_path):
