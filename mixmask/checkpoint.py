@@ -52,7 +52,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
             _sign(file)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists() and _damage(path) is None:  # a damaged one must not replace a whole one
+        if path.exists() and damage(path) is None:  # a damaged one must not replace a whole one
             os.replace(path, previous_checkpoint(path))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer, after a write that failed
@@ -76,7 +76,7 @@ def _sign(file: BinaryIO) -> None:
     file.write(digest.encode())
 
 
-def _damage(path: Path) -> str | None:
+def damage(path: Path) -> str | None:
     """What is wrong with the bytes of the file; None if nothing is. Without a SHA-256 the members' CRCs are checked."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -141,11 +141,11 @@ def load_last(path: Path) -> dict[str, Any] | None:
 def load(path: str | Path) -> dict[str, Any]:
     """A checkpoint of this project. Raises CheckpointError: absent, cut off, damaged, foreign, or with code in it."""
     try:
-        if damage := _damage(Path(path)):
-            raise CheckpointError(f"{path} {damage}{_remedy(Path(path))}")
+        if found := damage(Path(path)):
+            raise CheckpointError(f"{path} {found}{remedy(Path(path))}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"no such checkpoint: {path}{_remedy(Path(path))}") from None
+        raise CheckpointError(f"no such checkpoint: {path}{remedy(Path(path))}") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path} is a directory; expected a file: {Path(path) / 'checkpoint.pt'}?") from None
     except pickle.UnpicklingError:
@@ -159,7 +159,7 @@ def load(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def _remedy(path: Path) -> str:
+def remedy(path: Path) -> str:
     """What to do about the checkpoint of a finished run, which says that there is nothing to do."""
     if path.name != "checkpoint.pt" or not path.with_name("result.json").exists():
         return ""

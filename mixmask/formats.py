@@ -429,7 +429,8 @@ def _torch_file(path: Path, trust_pickle: bool) -> Any:
     except Exception as error:  # bytes that are no checkpoint end in any error of torch's reader
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         if name is None:
-            raise FormatError(f"{path} is cut off or damaged, or no checkpoint at all ({_reason(error)})") from None
+            what = f"is cut off or damaged, or no checkpoint at all ({_reason(error)})"
+            raise FormatError(f"{path} {what}{checkpoint.remedy(path)}") from None
         raise FormatError(
             f"{path} holds pickled objects besides tensors and plain types ({name[1]}); refused, and nothing in it was "
             "run; if you trust whoever made the file: --trust-pickle"
@@ -442,11 +443,13 @@ def _check_archive(path: Path) -> None:
         return
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            damaged, signed = archive.testzip(), archive.comment.startswith(checkpoint.MARK)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise FormatError(f"{path} is cut off or damaged ({_one_line(error)})") from None
-    if damaged:
-        raise FormatError(f"{path} is damaged: the checksum of {damaged} is wrong")
+        what = f"{path} is cut off or damaged ({_one_line(error)}){checkpoint.remedy(path)}"
+        raise FormatError(what) from None
+    what = f"is damaged: the checksum of {damaged} is wrong" if damaged else signed and checkpoint.damage(path)
+    if what:
+        raise FormatError(f"{path} {what}{checkpoint.remedy(path)}")
 
 
 def _one_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixmask import checkpoint
+from mixmask import checkpoint, formats
 from mixmask import config as configs
 from mixmask.checkpoint import CheckpointError
 from mixmask.frameworks import build_framework
@@ -315,3 +315,17 @@ def test_failed_first_save_does_not_speak_of_a_checkpoint_before(tmp_path, monke
     monkeypatch.setattr(torch, "save", failing_write)
     with pytest.raises(CheckpointError, match=r"No space left on device; no checkpoint was written yet$"):
         checkpoint.save(tmp_path / "checkpoint.pt", small(1))
+
+
+def test_conversion_and_fine_tuning_notice_what_the_archives_own_checksums_miss(state, tmp_path):
+    """A finished run's checkpoint: a flipped bit in the archive's directory, and the file cut off."""
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, state)
+    path.with_name("result.json").write_text("{}")
+    assert formats.read(path).identity == "r"
+    whole = path.read_bytes()
+    time = whole.rindex(b"PK\1\2") + 12  # of the last member's last change: no CRC covers it
+    for damaged in (whole[:time] + bytes([whole[time] ^ 1]) + whole[time + 1 :], whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"damaged.*; its run is finished: put a whole copy there"):
+            formats.read(path)
