@@ -241,7 +241,7 @@ def _ours(state: dict[str, Any], path: Path) -> Source:
     if state["format"] != checkpoint.FORMAT:
         raise FormatError(f"{path} is of format {state['format']!r}; this version reads {checkpoint.FORMAT}")
     if stage := _other_stage(state["config"]):
-        raise FormatError(f"{path} is a checkpoint of a {stage} run, not a pre-training checkpoint")
+        raise FormatError(f"{path} is not a pre-training checkpoint: it is a checkpoint of a {stage} run")
     recipe, identity = checkpoint.pretraining(state, path)
     prefix, model = "encoder.backbone.", _tensors({"model": state["model"]}, path)
     with torch.device("meta"):

@@ -349,7 +349,8 @@ def test_devkit_folder_and_detectron2s_variable_are_found(trees, tmp_path, monke
     assert datasets.find_folder(tmp_path / "nowhere", "coco") == trees / "coco"
 
 
-def test_voc2007_without_voc2012_is_refused_even_as_a_part(trees, tmp_path):
+def test_voc2007_without_voc2012_is_refused_even_as_a_part(trees, tmp_path, monkeypatch):
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
     (tmp_path / "VOC2007").symlink_to(trees / "VOC2007")
     with pytest.raises(DataError, match=r"no VOC2012 in .*run\.data_root"):
         datasets.prepare(full(tmp_path, "voc", "allow_partial_data=true"), tmp_path)

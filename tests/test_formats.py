@@ -349,7 +349,7 @@ def test_checkpoint_of_another_stage_or_of_a_later_format(tiny, tiny_linear, tmp
     refused(tmp_path / "x.pt", "is a checkpoint of a linear run")
     detection = configs.load(ROOT / "detection" / "configs" / "voc.yaml", {}, configs.Detection)
     checkpoint.save(tmp_path / "y.pt", {"run": "r", "config": configs.to_dict(detection), "step": 1, "model": {}})
-    refused(tmp_path / "y.pt", "is a checkpoint of a detection run, not a pre-training")
+    refused(tmp_path / "y.pt", "is not a pre-training checkpoint: it is a checkpoint of a detection run")
     checkpoint.save(tmp_path / "y.pt", {"run": "r", "config": {"recipe": "nobody's"}})
     with pytest.raises(CheckpointError, match="not a pre-training checkpoint"):
         read(tmp_path / "y.pt")
