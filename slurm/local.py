@@ -32,6 +32,7 @@ from slurm.status import headline
 
 PRELOADED = ("torch", "torchvision")  # imported once, for all jobs
 INTERRUPTED = 130  # exit status of a job that saved and ended because it was told to
+LOOK = 1.0  # seconds: a signal that comes just before a wait begins does not end it, and is seen after it
 STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
@@ -199,7 +200,9 @@ def _forward(reader: int, process: multiprocessing.process.BaseProcess, log: Pat
 def _pieces(reader: int, process: multiprocessing.process.BaseProcess) -> Iterator[bytes]:
     """What the job writes, as it comes; ends when the job has ended and all is read."""
     while True:
-        ready = wait([reader, process.sentinel])
+        ready = wait([reader, process.sentinel], timeout=LOOK)
+        if not ready:
+            continue
         if reader not in ready and not wait([reader], timeout=0):
             return
         try:
