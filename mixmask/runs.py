@@ -89,13 +89,15 @@ def read_result(directory: str | Path) -> dict[str, Any] | None:
     Raises ResultError for a file that cannot be read, is not JSON, or holds no finite metrics.
     """
     path = Path(directory) / "result.json"
+    if path.exists() and not path.is_file():
+        raise ResultError(f"{path} is no file; move it away to run again")
     try:
         return _checked(json.loads(path.read_text(encoding="utf-8")), path)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ResultError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResultError(f"{path} is not valid JSON ({error}); move it away to run again") from None
 
 

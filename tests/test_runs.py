@@ -235,3 +235,9 @@ def test_what_is_left_of_a_run_is_said_as_it_is(tmp_path):
     assert runs.what_is_left(path) == "no checkpoint was written yet"
     runs.previous_checkpoint(path).touch()
     assert runs.what_is_left(path) == "the last checkpoint is intact"
+
+
+def test_a_result_that_is_no_file_is_named_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "result.json")
+    with pytest.raises(runs.ResultError, match=r"result\.json is no file"):
+        runs.read_result(tmp_path)
