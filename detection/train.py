@@ -32,7 +32,7 @@ from mixmask import config as configs  # noqa: E402
 from mixmask.config import ConfigError, Detection, UserError  # noqa: E402
 from mixmask.distributed import Follower  # noqa: E402
 from mixmask.interrupt import Interrupt  # noqa: E402
-from mixmask.optim import pick_device  # noqa: E402
+from mixmask.optim import device_name, pick_device  # noqa: E402
 from mixmask.progress import Progress, say  # noqa: E402
 from mixmask.randomness import seed_globals  # noqa: E402
 from mixmask.runs import Run, previous_checkpoint, read_log, run_directory, what_is_left  # noqa: E402
@@ -285,7 +285,7 @@ def result(
         "iterations": configs.flatten(config.detectron2)["SOLVER.MAX_ITER"],
         "seed": config.seed,
         "weights": {"sha256": backbone.note["sha256"], "tensors": len(backbone.tensors), "dropped": backbone.dropped},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "timing": {"seconds": round(seconds, 1)},
     }
 

@@ -38,7 +38,7 @@ from mixmask.config import Augment, ConfigError, Finetune, UserError  # noqa: E4
 from mixmask.features import accuracy, extract  # noqa: E402
 from mixmask.formats import Source  # noqa: E402
 from mixmask.interrupt import Interrupt  # noqa: E402
-from mixmask.optim import build_optimizer, pick_device  # noqa: E402
+from mixmask.optim import build_optimizer, device_name, pick_device  # noqa: E402
 from mixmask.progress import Progress, Stopwatch, say  # noqa: E402
 from mixmask.randomness import seed_globals, seed_of  # noqa: E402
 from mixmask.runs import Run, read_log, run_directory, what_is_left  # noqa: E402
@@ -301,7 +301,7 @@ def result(run: Run, config: Finetune, source: Source, labelled: str, device: to
             f"{name}_best": max(line["test_top1"] for line in epochs),
         },
         "epochs": config.epochs,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "timing": {"seconds": round(sum(line["timing"]["seconds"] for line in epochs), 1)},
     }
 

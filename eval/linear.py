@@ -29,7 +29,7 @@ from mixmask import config as configs
 from mixmask.config import Augment, ConfigError, Linear, UserError
 from mixmask.features import accuracy, extract
 from mixmask.interrupt import Interrupt
-from mixmask.optim import build_optimizer, pick_device, set_learning_rate
+from mixmask.optim import build_optimizer, device_name, pick_device, set_learning_rate
 from mixmask.progress import Progress, Stopwatch, say
 from mixmask.randomness import seed_of
 from mixmask.runs import Run, read_log, run_directory, what_is_left
@@ -223,7 +223,7 @@ def result(run: Run, config: Linear, device: torch.device) -> dict[str, Any]:
             f"{name}_best": max(line["test_top1"] for line in epochs),
         },
         "epochs": config.epochs,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "timing": {"seconds": round(sum(line["timing"]["seconds"] for line in epochs), 1)},
     }
 

@@ -42,3 +42,8 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise ConfigError(f"run.device: no '{name}' here; expected auto, cpu or a GPU such as cuda") from None
     return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """What a result says it was made on: the GPU's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

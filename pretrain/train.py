@@ -30,7 +30,7 @@ from mixmask.interrupt import Interrupt
 from mixmask.masks import check_grid, sample_mask
 from mixmask.methods import METHODS, Anchor, extra_crops
 from mixmask.objective import objective
-from mixmask.optim import build_optimizer, pick_device, set_learning_rate
+from mixmask.optim import build_optimizer, device_name, pick_device, set_learning_rate
 from mixmask.progress import Progress, say
 from mixmask.randomness import numpy_generator, seed_globals, torch_generator
 from mixmask.runs import Run, read_log, run_directory, what_is_left
@@ -398,7 +398,7 @@ def result(run: Run, config: Pretrain, steps: int, device: torch.device) -> dict
         "metrics": metrics,
         "epochs": config.epochs,
         "steps": steps,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "timing": {"seconds": round(seconds, 1)},
     }
 
