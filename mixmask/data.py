@@ -92,6 +92,7 @@ class Expected:
 
 EXPECTED = {
     "cifar100": Expected(100, 50_000, 10_000, 32),
+    "cifar100_reduced": Expected(100, 10_000, 5_000, 32),
     "tiny_imagenet": Expected(200, 100_000, 10_000, 64),
     "imagenet": Expected(1000, 1_281_167, 50_000),
     "photos": Expected(16, 2_000, 800, 32),
@@ -138,6 +139,15 @@ def _cifar100(root: Path, split: str, download: bool, allow_partial: bool, expec
     _check_counts("CIFAR-100", split, parent / base, labels, len(data.classes), expected, allow_partial=False)
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
     return Resident(images, labels, tuple(data.classes), "cifar100")
+
+
+def _cifar100_reduced(root: Path, split: str, download: bool, allow_partial: bool, expected: Expected) -> Resident:
+    """The first images of each class of CIFAR-100, in the order of its files: always the same, of all classes alike."""
+    full = _cifar100(root, split, download, allow_partial, EXPECTED["cifar100"])
+    one_hot = torch.nn.functional.one_hot(full.labels, expected.classes)
+    rank = one_hot.cumsum(0).gather(1, full.labels[:, None])[:, 0]  # (N,): the how-maniest of its class, from 1
+    keep = rank <= expected.images(split) // expected.classes
+    return dataclasses.replace(full, images=full.images[keep], labels=full.labels[keep], name="cifar100_reduced")
 
 
 def _check_cifar100_files(folder: Path) -> None:
@@ -374,7 +384,13 @@ def _photo(name: str) -> Image.Image:
         raise DataError(f"scikit-image {skimage.__version__} lacks {path} ({error}); install the locked one") from None
 
 
-DATASETS = {"cifar100": _cifar100, "tiny_imagenet": _tiny_imagenet, "imagenet": _imagenet, "photos": _photos}
+DATASETS = {
+    "cifar100": _cifar100,
+    "cifar100_reduced": _cifar100_reduced,
+    "tiny_imagenet": _tiny_imagenet,
+    "imagenet": _imagenet,
+    "photos": _photos,
+}
 
 
 # ----------------------------------------------------------------------------------------- finding and counting

@@ -46,6 +46,7 @@ class Cell:
     metric: str  # full name, protocol included, in the result of the last stage
     evaluation: str = ""  # <stage>/<its recipe>; empty: the metric is the pre-training's own
     note: str = ""  # what a reader of our number must know
+    scale: str = ""  # of a number that is not at the paper's scale: a word for it, such as `reduced`
 
     @property
     def target(self) -> str:
@@ -73,14 +74,16 @@ class Table:
     columns: tuple[Heading, ...]
     rows: tuple[Heading, ...]
     cells: tuple[Cell, ...]
+    scale: str = ""  # not the paper's: its cells are compared with its first row, and are no part of `all`
+    about: str = ""  # what that scale is
 
 
 @functools.cache
 def tables() -> dict[str, Table]:
-    """Every table and figure that has a file in paper/cells, by name: table1 ... table7, figure5 ... figure7."""
-    paths = sorted(
-        (ROOT / "paper" / "cells").glob("*.yaml"), key=lambda path: (path.stem[0] == "f", len(path.stem), path.stem)
-    )
+    """Every table and figure that has a file in paper/cells, by name: table1 ..., figure5 ..., reduced ..."""
+    order = {"t": 0, "f": 1}
+    paths = (ROOT / "paper" / "cells").glob("*.yaml")
+    paths = sorted(paths, key=lambda path: (order.get(path.stem[0], 2), len(path.stem), path.stem))
     return {path.stem: _read(path) for path in paths}
 
 
@@ -88,7 +91,8 @@ def _read(path: Path) -> Table:
     values = read_yaml(path)
     try:
         columns, rows = (tuple(_heading(entry) for entry in values[key]) for key in ("columns", "rows"))
-        return Table(path.stem, values["title"], columns, rows, tuple(_cells(path.stem, values)))
+        own = values.get("scale", ""), values.get("about", "")
+        return Table(path.stem, values["title"], columns, rows, tuple(_cells(path.stem, values)), *own)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except KeyError as error:
@@ -101,7 +105,8 @@ def _heading(entry: Mapping[str, Any]) -> Heading:
 
 def _cells(target: str, values: Mapping[str, Any]) -> Iterator[Cell]:
     """Row by row. `published` is a number, `ours` for a cell that the paper does not print, null for no cell."""
-    columns, common, pattern = values["columns"], values["common"], values.get("id", "{column}/{row}")
+    columns, pattern = values["columns"], values.get("id", "{column}/{row}")
+    common = {**values["common"], "scale": values.get("scale", "")}
     for row in values["rows"]:
         published = row.get("published", [OURS] * len(columns))
         if len(published) != len(columns):
@@ -127,16 +132,23 @@ def _cell(place: Mapping[str, Any], *parts: Mapping[str, Any]) -> Cell:
 def select(targets: Iterable[str]) -> list[Cell]:
     """The cells of `targets` (a table, a figure, a cell id, wildcards, `all`; none means all), each once, in order.
 
-    A target of WITHOUT_RUNS has none. Raises ConfigError, with the nearest name, for a target that names nothing.
+    `all` is all of the paper: a table of another scale is named. A target of WITHOUT_RUNS has none. Raises ConfigError,
+    with the nearest name, for a target that names nothing.
     """
     cells = [cell for table in tables().values() for cell in table.cells]
     wanted = set()
     for target in list(targets) or ["all"]:
-        found = {c.id for c in cells if target == "all" or fnmatchcase(c.target, target) or fnmatchcase(c.id, target)}
+        found = {cell.id for cell in cells if _fits(cell, target)}
         if not found and target not in WITHOUT_RUNS:
             raise ConfigError(_unknown(target, [cell.id for cell in cells]))
         wanted |= found
     return [cell for cell in cells if cell.id in wanted]
+
+
+def _fits(cell: Cell, target: str) -> bool:
+    if target == "all":
+        return not cell.scale
+    return fnmatchcase(cell.target, target) or fnmatchcase(cell.id, target)
 
 
 def _unknown(target: str, ids: list[str]) -> str:

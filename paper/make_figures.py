@@ -6,7 +6,8 @@ examples:
   python paper/make_figures.py figure7 --preset paper --set epochs=100     the runs launched with the same --set
 
 Figures 5, 6 and 7 are drawn from run logs: those of the paper's budget where there are some, else those of a smaller
-preset, marked as such. A curve that has no run yet is absent, and the figure names it.
+preset, marked as such. A curve that has no run yet is absent, and the figure names it. `reduced` is no figure of the
+paper: the curves of our small CPU runs.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 from mixmask.config import ConfigError, UserError, main_guard, nearest  # noqa: E402
 from paper.presets import budget, presets  # noqa: E402
 
-FIGURES = tuple(f"figure{number}" for number in range(1, 9))
-CURVES = ("figure5", "figure6", "figure7")
+FIGURES = (*(f"figure{number}" for number in range(1, 9)), "reduced")
+CURVES = ("figure5", "figure6", "figure7", "reduced")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -92,7 +92,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def page(frames: dict[str, pd.DataFrame], budgets: Sequence[Budget], folders: Sequence[Path]) -> str:
     """The whole page, of the cells of every table and figure."""
     runs = Runs.find(folders)
-    parts = [*_tables(frames, runs), *_figures(frames, runs, budgets, folders)]
+    parts = [*_tables(frames, runs), *_figures(frames, runs, budgets, folders), *_own(frames, runs)]
     ledger = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8").partition("\n")[2]
     return Template((PIECES / "page.html").read_text(encoding="utf-8")).substitute(
         style=(PIECES / "style.css").read_text(encoding="utf-8"),
@@ -112,10 +112,21 @@ def page(frames: dict[str, pd.DataFrame], budgets: Sequence[Budget], folders: Se
 def _tables(frames: dict[str, pd.DataFrame], runs: Runs) -> Iterator[Section]:
     for name, frame in frames.items():
         if name.startswith("table"):
-            yield Section(name, tables()[name].title, numbers.table(tables()[name], frame, runs))
+            yield _numbers(name, frame, runs)
     for name in settings.names():
         sheet = settings.sheet(name, settings.collect(name))
         yield Section(name, sheet.title, numbers.sheet(sheet))
+
+
+def _own(frames: dict[str, pd.DataFrame], runs: Runs) -> Iterator[Section]:
+    """Tables at a scale of their own, after all that is the paper's; one that has a figure stands with it."""
+    for name, frame in frames.items():
+        if tables()[name].scale and name not in FIGURES:
+            yield _numbers(name, frame, runs)
+
+
+def _numbers(name: str, frame: pd.DataFrame, runs: Runs) -> Section:
+    return Section(name, tables()[name].title, numbers.table(tables()[name], frame, runs))
 
 
 def _figures(

@@ -1,13 +1,14 @@
 """Write the paper's tables with our numbers beside the published ones: Markdown, LaTeX and CSV.
 
 examples:
-  python paper/make_tables.py                      Tables 1 to 10, from runs/ and results/, into paper/output/
+  python paper/make_tables.py                      Tables 1 to 10 and reduced ones, of runs/ and results/
   python paper/make_tables.py table4 --runs-dir /scratch/runs --out tables
   python paper/make_tables.py table4 --preset paper --set epochs=100      the runs launched with the same --set
 
 Each cell shows the runs of the paper's budget where there are some, else those of the smoke preset, marked as such:
 a smoke number is never compared with a published one. Where there is no run, the table says so. Tables 8, 9 and 10 are
-hyper-parameters: ours are read from the recipes.
+hyper-parameters: ours are read from the recipes. `reduced` and `reduced_masks` hold no published numbers: our small CPU
+runs, each against the table's first row.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import pandas as pd  # noqa: E402
 from mixmask.config import ConfigError, UserError, main_guard  # noqa: E402
 from mixmask.progress import printable  # noqa: E402
 from mixmask.runs import ResultError, read_result, write_atomically  # noqa: E402
-from paper import settings  # noqa: E402
+from paper import baseline, settings  # noqa: E402
 from paper.cells import Cell, Heading, Table, select, tables  # noqa: E402
 from paper.checkpoints import public_checkpoints  # noqa: E402
 from paper.markup import Footnotes, Sheet, latex, markdown  # noqa: E402
@@ -35,6 +36,7 @@ from paper.presets import (  # noqa: E402
     Step,
     budget,
     chains,
+    label,
     located,
     metric,
     missing_file,
@@ -49,6 +51,7 @@ UNREADABLE = "unreadable result"
 NOT_IMPLEMENTED = "not implemented"
 PUBLIC_ONLY = "public checkpoint, no run yet"
 NOT_COMPARABLE = "not comparable"
+GAIN = ("baseline", "gain", "gain_error")  # columns that only tables at a scale of their own have
 NOISE = 2  # standard deviations of ours within which a difference counts as noise
 
 
@@ -103,7 +106,8 @@ def _names(targets: Sequence[str]) -> list[str]:
     figures = [name for name in [*found, *targets] if name.startswith("figure")]
     if figures and not everything:
         raise ConfigError(f"{figures[0]} is no table: python paper/make_figures.py {figures[0].partition('/')[0]}")
-    every = [*(name for name in tables() if name.startswith("table")), *settings.names()]
+    own = [name for name, table in tables().items() if table.scale]
+    every = [*(name for name in tables() if name.startswith("table")), *settings.names(), *own]
     return [name for name in every if everything or name in found]
 
 
@@ -115,9 +119,11 @@ def collect(table: Table, budgets: Sequence[Budget], folders: Sequence[Path]) ->
 
     ours_mean, ours_std (over seeds, n - 1 in the denominator; empty for one seed), n, preset, difference (empty
     where the preset is not the paper's) and verdict, metric (of ours, where there is a run), epochs (of our
-    pre-training), runs, remark (on our number); state, where there is no number of ours.
+    pre-training), runs, remark (on our number); state, where there is no number of ours. Where the table has a scale of
+    its own, gain, gain_error and baseline, too (paper/baseline.py).
     """
-    return pd.DataFrame([{**_published(cell), **_ours(cell, budgets, folders)} for cell in table.cells])
+    frame = pd.DataFrame([{**_published(cell), **_ours(cell, budgets, folders)} for cell in table.cells])
+    return baseline.against_first_row(frame) if table.scale else frame
 
 
 def _ours(cell: Cell, budgets: Sequence[Budget], folders: Sequence[Path]) -> dict[str, Any]:
@@ -183,7 +189,7 @@ def _summary(cell: Cell, runs: pd.DataFrame) -> dict[str, Any]:
         "ours_mean": mean,
         "ours_std": std,
         "n": len(runs),
-        "preset": budget.label,
+        "preset": label(cell, budget),
         "difference": difference,
         "verdict": verdict(difference, std) if cell.published is not None else "",
         "remark": "; ".join(filter(None, [remark(cell, budget), *runs["labels"].unique()])),
@@ -229,6 +235,8 @@ def numbers_csv(frame: pd.DataFrame) -> str:
         "difference": "{:+.1f}",
         "epochs": "{:.0f}",
     }
+    if "gain" in frame:
+        order, digits = [*order, *GAIN], {**digits, "gain": "{:+.1f}", "gain_error": "{:.2f}"}
     shown = frame.assign(**{k: [f.format(v) if pd.notna(v) else "" for v in frame[k]] for k, f in digits.items()})
     return shown[order].to_csv(index=False, lineterminator="\n")
 
@@ -242,9 +250,9 @@ def numbers(table: Table, frame: pd.DataFrame) -> Sheet:
             group = row.group
             body.append(group)
         of_row = [cells.get((row.label, column.label)) for column in table.columns]
-        body += _lines(row, of_row, notes)
+        body += _gains(row, of_row, notes) if table.scale else _lines(row, of_row, notes)
     columns = [("", ""), ("", ""), *((column.group, column.name) for column in table.columns)]
-    return Sheet(table.name, table.title, columns, body, notes, _legend(frame))
+    return Sheet(table.name, table.title, columns, body, notes, _legend(table, frame))
 
 
 def _lines(row: Heading, cells: list[pd.Series | None], notes: Footnotes) -> list[list[str]]:
@@ -263,13 +271,25 @@ def _triple(cell: pd.Series | None, notes: Footnotes) -> tuple[str, str, str]:
     published = f"{cell['published']:.1f}" + notes.marks([origin]) if pd.notna(cell["published"]) else NONE
     if not cell["n"]:
         return published, cell["state"], ""
-    spread = f" ± {cell['ours_std']:.1f}" if cell["n"] > 1 else ""
-    ours = f"{cell['ours_mean']:.1f}{spread} ({cell['preset']}, n = {cell['n']})" + notes.marks([cell["remark"]])
+    ours = _own(cell) + notes.marks([cell["remark"]])
     compared = f"{cell['difference']:+.1f} ({cell['verdict']})" if pd.notna(cell["difference"]) else cell["verdict"]
     return published, ours, compared
 
 
-def _legend(frame: pd.DataFrame) -> list[str]:
+def _own(cell: pd.Series) -> str:
+    spread = f" ± {cell['ours_std']:.1f}" if cell["n"] > 1 else ""
+    return f"{cell['ours_mean']:.1f}{spread} ({cell['preset']}, n = {cell['n']})"
+
+
+def _gains(row: Heading, cells: list[pd.Series], notes: Footnotes) -> list[list[str]]:
+    """Of a table at a scale of its own: nothing is published, the difference is from the first row."""
+    name = row.name + notes.marks(cell["note"] for cell in cells)
+    lines = [[name, "ours", *(_own(cell) if cell["n"] else cell["state"] for cell in cells)]]
+    gains = [baseline.words(cell) for cell in cells]
+    return [*lines, ["", f"from {cells[0]['baseline']}", *gains]] if any(gains) else lines
+
+
+def _legend(table: Table, frame: pd.DataFrame) -> list[str]:
     """What the metrics are, and what each preset that occurs means."""
     used = [name for name in presets() if any(frame["preset"].str.split(",").str[0] == name)]
     metrics = ", ".join(dict.fromkeys(frame["metric"]))
@@ -277,6 +297,7 @@ def _legend(frame: pd.DataFrame) -> list[str]:
     return [
         f"Ours: mean ± standard deviation (std) over n seeds of {metrics}.",
         *([f"A difference within {NOISE} std of ours is within the noise; one run has no std."] if compared else []),
+        *([f"{table.scale.capitalize()}: {table.about}. {baseline.LEGEND}"] if table.scale else []),
         *(f"Preset {n}: {presets()[n].about}." for n in used),
     ]
 

@@ -246,6 +246,12 @@ def offer(cell: Cell, budget: Budget) -> str:
     return f"--set checkpoints.{cell.checkpoint}=PATH measures the public checkpoint in place of ours: {hint}"
 
 
+def label(cell: Cell, budget: Budget) -> str:
+    """What stands beside our number: the budget's label, with the cell's own scale in place of the published one."""
+    at_its_scale = cell.scale and budget.preset.name == "paper"
+    return cell.scale + budget.label.removeprefix("paper") if at_its_scale else budget.label
+
+
 def remark(cell: Cell, budget: Budget) -> str:
     """What a reader of our number must know that is not true of the cell under every budget."""
     return public_checkpoints()[cell.checkpoint].note if public_file(cell, budget) else ""

@@ -24,7 +24,12 @@ ASSUMPTION = (
 TERAFLOPS = {"resnet50": 49.0, "resnet18": 77.0}
 CPU_TERAFLOPS = 0.05
 
-IMAGES = {"cifar100": (50_000, 10_000), "tiny_imagenet": (100_000, 10_000), "imagenet": (1_281_167, 50_000)}
+IMAGES = {
+    "cifar100": (50_000, 10_000),
+    "cifar100_reduced": (10_000, 5_000),
+    "tiny_imagenet": (100_000, 10_000),
+    "imagenet": (1_281_167, 50_000),
+}
 PHOTOS = (2_000, 800)  # and other small sets: training, test
 RESNET50 = Backbone("resnet50", "imagenet", 64, 1)  # public checkpoints
 

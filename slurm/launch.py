@@ -187,14 +187,15 @@ def print_graph(
 def print_costs(cells: list[Cell], jobs: list[Job]) -> None:
     """Cells, runs and cost of each table and figure, and of all together."""
     gpu = bool(jobs) and bool(jobs[0].resources.gpus)
-    print(f"{'':<8} {'cells':>5} {'runs':>5}  {'GPU-hours' if gpu else 'CPU-minutes'}")
+    wide = max(8, *(len(cell.target) for cell in cells))
+    print(f"{'':<{wide}} {'cells':>5} {'runs':>5}  {'GPU-hours' if gpu else 'CPU-minutes'}")
     for target in dict.fromkeys(cell.target for cell in cells):
         own = [job for job in jobs if any(cell.split("/")[0] == target for cell in job.cells)]
         number = sum(cell.target == target for cell in cells)
-        print(f"{target:<8} {number:>5} {len(own):>5}  {_cost(own):.1f}")
+        print(f"{target:<{wide}} {number:>5} {len(own):>5}  {_cost(own):.1f}")
     wanted = graph.needed(jobs)
     left = [job for job in jobs if job.directory in wanted]
-    print(f"{'total':<8} {len(cells):>5} {len(jobs):>5}  {_cost(jobs):.1f}, each run counted once", end="")
+    print(f"{'total':<{wide}} {len(cells):>5} {len(jobs):>5}  {_cost(jobs):.1f}, each run counted once", end="")
     print(f"; {_cost(left):.1f} left to run in {len(left)} jobs")
     print(cost.ASSUMPTION if gpu else f"estimate: two CPU cores at an assumed {cost.CPU_TERAFLOPS} TFLOP/s")
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixmask.config import ConfigError
+from mixmask.config import ConfigError, flatten, read_yaml
 from mixmask.methods import METHODS
 from mixmask.objective import objective
 from mixmask.randomness import numpy_generator, torch_generator
 from mixmask.runs import file_sha256
 from paper import cells as cells_module
-from paper.cells import select, tables
-from paper.presets import STAGES, budget, chains, metric, missing_file, steps
+from paper.cells import ROOT, select, tables
+from paper.presets import STAGES, budget, chains, label, metric, missing_file, steps
 from pretrain.train import build
 from slurm import graph
 
@@ -86,6 +86,37 @@ def test_seeds_are_three_on_cifar100_and_tiny_imagenet_and_one_on_imagenet():
     assert imagenet == 20 and sum(job.stage == "pretrain" for job in jobs()) == 3 * (92 - imagenet) + imagenet
 
 
+def test_reduced_cells_are_named_to_be_launched_and_are_no_part_of_the_papers_counts():
+    own = [table for table in tables().values() if table.scale]
+    assert [table.name for table in own] == ["reduced", "reduced_masks"] and all(table.about for table in own)
+    cells = select(["reduced*"])
+    assert len(cells) == 20 and {cell.scale for cell in cells} == {"reduced"}
+    assert all(cell.published is None and not cell.source for cell in cells)
+    assert not {cell.id for cell in cells} & {cell.id for cell in select([])}
+    assert len(pretrainings("reduced")) == 5 and len(pretrainings("reduced_masks")) == 5
+    runs = [job for job in jobs("reduced*") if job.stage == "pretrain"]
+    assert len(runs) == 13 and {job.config.dataset for job in runs} == {"cifar100_reduced"}
+    linear = [job for job in jobs("reduced*") if job.stage == "linear"]
+    assert len(linear) == 13 and {job.config.dataset for job in linear} == {"cifar100_reduced"}
+
+
+def test_a_reduced_recipe_differs_from_the_published_one_only_where_it_says_so():
+    names = ("cifar100_moco", "cifar100_reduced_moco")
+    published, reduced = (flatten(read_yaml(ROOT / f"pretrain/configs/{name}.yaml")) for name in names)
+    text = (ROOT / "pretrain/configs/cifar100_reduced_moco.yaml").read_text()
+    said = {line.split(":")[0].strip() for line in text.splitlines() if "# reduced" in line}
+    differing = {key for key in published if published[key] != reduced[key]} - {"recipe"}
+    assert published.keys() == reduced.keys() and {key.split(".")[-1] for key in differing} == said
+
+
+def test_reduced_numbers_carry_their_scale_and_a_change_of_it():
+    (cell,) = select(["reduced/knn/mixmask"])
+    assert label(cell, budget("paper")) == "reduced"
+    assert label(cell, budget("paper", ["epochs=3"])) == "reduced, epochs=3"
+    assert label(cell, budget("smoke")) == "smoke"
+    assert label(select([SHARED.split()[0]])[0], budget("paper")) == "paper"
+
+
 SHARED = """
 table1/cifar100/grid/2 table1/cifar100/strategy/blocked table1/cifar100/ratio/0.5 table1/cifar100/switch/yes \
     table5/cifar100/moco/mixmask figure5/cifar100/moco/mixmask/1000 figure7/cifar100/moco/mixmask
@@ -121,7 +152,7 @@ def test_same_is_the_reverse_permutation_and_different_a_random_one():
 
 
 def test_every_cell_resolves_under_every_preset_and_names_the_metric_that_the_papers_budget_measures():
-    cells = select([])
+    cells = select(["all", "reduced*"])
     assert len({cell.id for cell in cells}) == len(cells)
     lengths = {"": 1, "linear": 2, "finetune": 2, "detection": 3}
     for cell in cells:
@@ -181,7 +212,7 @@ def test_a_public_checkpoint_that_is_not_there_is_named(setting, message):
 
 def smoke_configs():
     """One for each recipe, method and backbone of any cell."""
-    configs = [job.config for job in jobs("all", "smoke") if job.stage == "pretrain"]
+    configs = [job.config for target in ("all", "reduced*") for job in jobs(target, "smoke") if job.stage == "pretrain"]
     return list({(config.recipe, config.method, config.backbone): config for config in configs}.values())
 
 

@@ -68,6 +68,7 @@ def load_imagenet(root: Path, split: str = "train", **options) -> data.Files:
 
 def test_expected_counts_are_the_published_ones():
     assert data.EXPECTED["cifar100"] == Expected(100, 50_000, 10_000, 32)
+    assert data.EXPECTED["cifar100_reduced"] == Expected(100, 100 * 100, 100 * 50, 32)
     assert data.EXPECTED["tiny_imagenet"] == Expected(200, 200 * 500, 200 * 50, 64)
     assert data.EXPECTED["imagenet"] == Expected(1000, 1_281_167, 50_000)
 
@@ -117,6 +118,25 @@ def test_cifar100_truncated_file_is_named_and_kept(tmp_path):
         with pytest.raises(DataError, match=r"cifar-100-python/train is truncated or altered \(5 bytes"):
             data.load("cifar100", root, "train")
     assert [path.name for path in folder.iterdir()] == ["train"]
+
+
+@pytest.mark.parametrize(("split", "each"), [("train", 2), ("test", 1)])
+def test_reduced_cifar100_is_the_first_images_of_each_class_of_that_split_in_the_order_of_its_file(
+    monkeypatch, tmp_path, split, each
+):
+    whole = {"train": [2, 0, 0, 1, 0, 2, 1, 1, 2], "test": [1, 1, 0, 2, 0, 2]}
+
+    def cifar100(root, split, download, allow_partial, expected):
+        assert expected == data.EXPECTED["cifar100"]  # all of it is verified, not the part
+        labels = torch.tensor(whole[split])
+        images = torch.arange(len(labels), dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        return data.Resident(images, labels, ("a", "b", "c"), "cifar100")
+
+    monkeypatch.setattr(data, "_cifar100", cifar100)
+    found = data.load("cifar100_reduced", tmp_path, split, expected=Expected(3, 6, 3, 2))
+    assert found.images[:, 0, 0, 0].tolist() == {"train": [0, 1, 2, 3, 5, 6], "test": [0, 2, 3]}[split]
+    assert found.labels.bincount().tolist() == [each] * 3 and found.name == "cifar100_reduced"
+    assert found.labels.tolist() == [whole[split][i] for i in found.images[:, 0, 0, 0].tolist()]
 
 
 def test_cifar100_failed_download_leaves_nothing(tmp_path, monkeypatch):

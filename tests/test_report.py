@@ -84,13 +84,13 @@ def test_the_page_is_made_without_torch_needs_nothing_else_and_each_of_its_links
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=120)
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
-    cells = {cell.id for cell in select(["all"])}
-    sections = {f"table{n}" for n in range(1, 11)} | {f"figure{n}" for n in range(1, 9)}
+    cells = {cell.id for cell in select(["all", "reduced*"])}
+    sections = {f"table{n}" for n in range(1, 11)} | {f"figure{n}" for n in range(1, 9)} | {"reduced", "reduced_masks"}
     assert cells | sections <= set(page.ids) and page.ids.most_common(1)[0][1] == 1
     assert all(link.startswith("#") for link in page.links)
     assert {link[1:] for link in page.links if not link.startswith("#?q=")} <= set(page.ids)
     assert page.text.count('<td class="cell') == len(cells)
-    assert len(page.sources) == 8 and all(source.startswith("data:image/") for source in page.sources)
+    assert len(page.sources) == 9 and all(source.startswith("data:image/") for source in page.sources)
     assert not re.search(r"https?://|@import|url\(|<link", re.sub(r'src="[^"]*"', "", page.text))
 
 

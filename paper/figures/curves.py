@@ -1,4 +1,4 @@
-"""Run logs -> curves, for Figures 5, 6 and 7. No torch here."""
+"""Run logs -> curves, for Figures 5, 6, 7 and one of our own. No torch here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from mixmask.runs import read_log, read_result
 from paper.cells import Cell, select
 from paper.figures.style import FRAMEWORKS, GREY, METHODS, SMALL
-from paper.presets import Budget, chains, located
+from paper.presets import Budget, chains, label, located
 
 COLUMNS = ["framework", "method", "budget", "seed", "stage", "epochs", "finished", "epoch", "loss", "knn", "top1"]
 UNBROKEN = "\N{NO-BREAK SPACE}"  # a line never ends inside of a name
@@ -26,9 +26,10 @@ UNBROKEN = "\N{NO-BREAK SPACE}"  # a line never ends inside of a name
 class Logs:
     """What a figure asks for, and what has been logged of it, under one preset."""
 
-    preset: Budget
     wanted: list[tuple[str, str, int]]  # framework, method, epochs of the pre-training
     lines: pd.DataFrame  # one row a logged epoch of a run: COLUMNS; `epochs` is the length of that run's own stage
+    label: str  # the preset's, or the cells' own scale
+    replicates: bool  # whether it may stand for a figure of the paper
 
     @property
     def frameworks(self) -> list[str]:
@@ -59,7 +60,8 @@ def _read(cells: Sequence[Cell], budget: Budget, folders: Sequence[Path]) -> Log
             for step in chain:
                 run = (*name, config.seed, step.stage, step.config.epochs)
                 rows += [(*run, *line) for line in _epochs(located(folders, step))]
-    return Logs(budget, list(wanted), pd.DataFrame(rows, columns=COLUMNS).drop_duplicates())
+    lines = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates()
+    return Logs(list(wanted), lines, label(cells[0], budget), budget.replicates and not cells[0].scale)
 
 
 def _epochs(run: Path) -> list[tuple[Any, ...]]:
@@ -92,7 +94,7 @@ def finish(figure: Figure, logs: Logs, absent: Sequence[str], unfinished: Sequen
     """The legend, the preset, and the names of the curves that are not there, or not all there."""
     lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
     if lines:
-        title = None if logs.preset.replicates else f"{logs.preset.label}: not a replication"
+        title = None if logs.replicates else f"{logs.label}: not a replication"
         look = {"loc": "outside upper center", "ncols": len(lines), "handlelength": 3}
         figure.legend(lines.values(), lines.keys(), title=title, title_fontproperties={"weight": "bold"}, **look)
     for axes in figure.axes:
@@ -113,7 +115,7 @@ def _origin(logs: Logs) -> str:
     least, most = seeds.min(), seeds.max()
     number = f"n = {most}" if least == most else f"n = {least} to {most}"
     spread = ", mean and standard deviation over seeds" if most > 1 else ""
-    return f"preset {logs.preset.label}{', the published budget' if logs.preset.replicates else ''}; {number}{spread}"
+    return f"preset {logs.label}{', the published budget' if logs.replicates else ''}; {number}{spread}"
 
 
 def _named(state: str, names: Sequence[str]) -> str:

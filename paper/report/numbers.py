@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
+from paper import baseline
 from paper.cells import Heading, Table
 from paper.make_tables import NO_RUN, NOISE, NOT_IMPLEMENTED, PUBLIC_ONLY, UNREADABLE
 from paper.markup import Footnotes, Sheet
@@ -67,6 +68,8 @@ def ours(cell: pd.Series) -> str:
 def words(cell: pd.Series) -> str:
     """What the badge says."""
     found = state(cell)
+    if found == "ours" and baseline.words(cell):
+        return f"{cell['preset']}: {baseline.words(cell)} from {cell['baseline']}"
     if found == "incomparable" or (found == "ours" and cell["preset"] != "paper"):
         return f"{STATES[found]} ({cell['preset']})"
     return f"{cell['difference']:+.1f}, {STATES[found]}" if pd.notna(cell["difference"]) else STATES[found]
@@ -87,7 +90,13 @@ def table(source: Table, frame: pd.DataFrame, runs: Runs) -> str:
     head = _head([(column.group, column.name) for column in [Heading(""), *source.columns]])
     behind = "\n".join(details(cell, runs) for _, cell in frame.iterrows())
     title = f"Behind each number ({len(frame)})"
-    return f"{_box(head, rows)}{_footnotes(notes)}<details><summary>{title}</summary>\n{behind}</details>"
+    about = f"<p>{html.escape(scale(source))}</p>" if source.scale else ""
+    return f"{about}{_box(head, rows)}{_footnotes(notes)}<details><summary>{title}</summary>\n{behind}</details>"
+
+
+def scale(source: Table) -> str:
+    """What a table of another scale than the paper's must say above its numbers."""
+    return f"{source.title}. {source.scale.capitalize()}: {source.about}. {baseline.LEGEND}"
 
 
 def _row(row: Heading, cells: Sequence[pd.Series | None], notes: Footnotes) -> str:

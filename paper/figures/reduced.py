@@ -1,0 +1,31 @@
+"""Reduced scale, methods: training loss and k-NN accuracy by epoch, every method; not a figure of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from paper.figures.curves import by_epoch, finish, plot, read
+from paper.figures.style import METHODS, WIDTH
+from paper.presets import Budget
+
+PANELS = {"loss": "training loss, all terms", "knn": "k-NN accuracy (%)"}
+
+
+def draw(budgets: Sequence[Budget], folders: Sequence[Path]) -> Figure:
+    """On the left the loss, all its terms together (their number differs by method), on the right the accuracy."""
+    logs = read("reduced/knn/*", budgets, folders)
+    figure, row = plt.subplots(1, 2, figsize=(WIDTH, 2.8), layout="constrained")
+    absent = []
+    for method, lines in logs.curves("moco"):
+        for axes, value in zip(row, PANELS, strict=True):
+            plot(axes, by_epoch(lines, value), method)
+        if lines.empty:
+            absent.append(METHODS[method].label)
+    for axes, label in zip(row, PANELS.values(), strict=True):
+        axes.set(xlabel="epoch", ylabel=label)
+    finish(figure, logs, absent)
+    return figure
