@@ -98,6 +98,8 @@ def test_reduced_cells_are_named_to_be_launched_and_are_no_part_of_the_papers_co
     assert len(runs) == 13 and {job.config.dataset for job in runs} == {"cifar100_reduced"}
     linear = [job for job in jobs("reduced*") if job.stage == "linear"]
     assert len(linear) == 13 and {job.config.dataset for job in linear} == {"cifar100_reduced"}
+    (epochs,), (width,) = {job.config.epochs for job in runs}, {job.config.backbone.width for job in runs}
+    assert all(f"width {width}," in table.about and f" {epochs} epochs" in table.about for table in own)
 
 
 def test_a_reduced_recipe_differs_from_the_published_one_only_where_it_says_so():
