@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mixmask.config import UserError, main_guard  # noqa: E402
-from paper.cells import WITHOUT_RUNS, Cell, select  # noqa: E402
-from paper.presets import Budget, budget, missing_file, offer, presets, remark  # noqa: E402
+from paper.cells import WITHOUT_RUNS, Cell, select, tables  # noqa: E402
+from paper.presets import Budget, budget, label, missing_file, offer, presets, remark  # noqa: E402
 from slurm import cost, graph, local, squeue, status, submit  # noqa: E402
 from slurm.graph import Job  # noqa: E402
 
@@ -135,12 +135,18 @@ def print_header(cells: list[Cell], jobs: list[Job], chosen: Budget, targets: li
     wanted = graph.needed(jobs)
     states = ", ".join(f"{number} {state}" for state, number in Counter(_state(job, wanted) for job in jobs).items())
     print(f"target  {' '.join(targets) or 'all'}")
-    print(f"preset  {chosen.label}: {chosen.preset.about}")
+    for shown, about in dict.fromkeys((label(cell, chosen), _about(cell, chosen)) for cell in cells):
+        print(f"preset  {shown}: {about}")
     print(f"cells   {len(cells)}")
     print(f"runs    {len(jobs)} distinct ({stages}): {states}")
     for note in _notes(cells, jobs, chosen):
         print(f"note    {note}")
     print(flush=True)
+
+
+def _about(cell: Cell, chosen: Budget) -> str:
+    """What its label means: the preset, or the scale that the cell's own table has."""
+    return chosen.preset.about if label(cell, chosen) == chosen.label else tables()[cell.target].about
 
 
 def _state(job: Job, wanted: set[Path]) -> str:

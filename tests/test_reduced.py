@@ -13,6 +13,7 @@ from paper.baseline import pooled_std, words
 from paper.cells import tables
 from paper.figures import reduced, style
 from paper.presets import budget
+from slurm import launch
 
 VANILLA, MIXMASK, ERASE = (f"reduced/knn/{method}" for method in ("vanilla", "mixmask", "erase"))
 
@@ -68,6 +69,12 @@ def test_the_table_says_its_scale_beside_each_number_and_prints_nothing_as_publi
     csv = pd.read_csv(io.StringIO((tmp_path / "out/reduced.csv").read_text()), index_col=0)
     assert csv.loc[MIXMASK, ["preset", "gain", "gain_error"]].tolist() == ["reduced", 3.0, 0.82]
     assert csv["published"].isna().all() and csv["difference"].isna().all()
+
+
+def test_the_launcher_says_the_scale_in_place_of_the_published_budget(tmp_path, cli):
+    _, out, _ = cli(launch.main, "reduced", "table3", "--dry-run", "--runs-dir", tmp_path)
+    assert "preset  reduced: ResNet-18 of width 16" in out and "preset  paper: the published budget" in out
+    assert "the published budget" not in cli(launch.main, "reduced", "--dry-run", "--runs-dir", tmp_path)[1]
 
 
 def test_a_smoke_run_of_a_reduced_cell_is_marked_as_smoke(tmp_path):
