@@ -6,12 +6,12 @@ state dict is torchvision's, without `fc`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 from mixmask.config import Backbone
@@ -25,29 +25,88 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], tuple[int, int, int, int]]] = {
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm whose statistics are those of `groups` equal, contiguous parts of the batch: `groups` GPUs in one.
 
-    Running statistics move to the mean over the groups (as Un-Mix's and MoCo's CIFAR code have it). In evaluation it
-    is plain BatchNorm. Raises ValueError for a training batch that the groups do not divide.
+    Running statistics move to the mean over the groups (as Un-Mix's and MoCo's CIFAR code have it). A batch may hold
+    several `views`, each with its own groups, one behind the other (function `views`). In evaluation it is plain
+    BatchNorm. Raises ValueError for a training batch that the groups do not divide.
     """
 
-    def __init__(self, channels: int, groups: int):
+    def __init__(self, channels: int, groups: int = 1):
         super().__init__(channels)
         self.groups = groups
+        self.views = 1
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W), normalised in each group; same shape. Moves the running statistics while training."""
-        if not self.training or self.groups == 1:
+        parts = self.groups * self.views
+        if not self.training or parts == 1:
             return super().forward(x)
-        if len(x) % self.groups:
-            raise ValueError(f"a batch of {len(x)} images cannot be split into {self.groups} BatchNorm groups")
-        mean, var = (b.expand(self.groups, -1).clone() for b in (self.running_mean, self.running_var))  # (G, C)
-        parts = [
-            F.batch_norm(part, mean[g], var[g], self.weight, self.bias, True, self.momentum, self.eps)
-            for g, part in enumerate(x.chunk(self.groups))
+        if len(x) % parts:
+            raise ValueError(f"a batch of {len(x)} images cannot be split into {parts} BatchNorm groups")
+        normalise = split_batch_norm if torch.compiler.is_compiling() else SplitBatchNorm.apply
+        y, mean, var = normalise(x, self.weight, self.bias, parts, self.eps)
+        self._move(mean, var)
+        return y
+
+    @torch.no_grad()
+    def _move(self, mean: Tensor, var: Tensor) -> None:
+        """Statistics (groups * views, C) into the running ones, view by view, as separate passes would."""
+        for view_mean, view_var in zip(mean.chunk(self.views), var.chunk(self.views), strict=True):
+            self.running_mean.lerp_(view_mean.mean(0).to(self.running_mean), self.momentum)
+            self.running_var.lerp_(view_var.mean(0).to(self.running_var), self.momentum)
+        self.num_batches_tracked.add_(self.views)
+
+
+class SplitBatchNorm(torch.autograd.Function):
+    """BatchNorm in training of `parts` equal, contiguous parts of x (N, C, H, W), written into one tensor.
+
+    PyTorch's own kernel for each part; without the copies of taking the batch apart and putting it together.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised x, and the mean and the unbiased variance of each part, (parts, C)."""
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            x = x.contiguous()
+        y = torch.empty_like(x)
+        wide = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+        mean, var, saved_mean, saved_scale = x.new_zeros((4, parts, x.shape[1]), dtype=wide)
+        pieces = zip(x.chunk(parts), y.chunk(parts), mean, var, saved_mean, saved_scale, strict=True)
+        for part, out, *statistics, m, s in pieces:  # momentum 1: the running statistics become the part's own
+            torch.ops.aten.native_batch_norm.out(
+                part, weight, bias, *statistics, True, 1.0, eps, out=out, save_mean=m, save_invstd=s
+            )
+        ctx.save_for_backward(x, weight, saved_mean, saved_scale)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight and bias."""
+        x, weight, mean, scale = ctx.saved_tensors
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        gradient = gradient.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        pieces = zip(gradient.chunk(len(mean)), x.chunk(len(mean)), mean, scale, strict=True)
+        wanted = list(ctx.needs_input_grad[:3])
+        grads = [
+            torch.ops.aten.native_batch_norm_backward(g, part, weight, None, None, m, s, True, ctx.eps, wanted)
+            for g, part, m, s in pieces
         ]
-        self.running_mean.copy_(mean.mean(0))
-        self.running_var.copy_(var.mean(0))
-        self.num_batches_tracked.add_(1)
-        return torch.cat(parts)
+        of_x, of_weight, of_bias = (None if parts[0] is None else parts for parts in zip(*grads, strict=True))
+        total = [None if parts is None else torch.stack(parts).sum(0) for parts in (of_weight, of_bias)]
+        return None if of_x is None else torch.cat(of_x), *total, None, None
+
+
+def split_batch_norm(x: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What SplitBatchNorm computes, as a formula that a compiler fuses with what stands around it."""
+    grouped = x.unflatten(0, (parts, -1))  # (parts, N / parts, C, H, W)
+    wide = grouped.float() if x.dtype in (torch.bfloat16, torch.float16) else grouped
+    var, mean = torch.var_mean(wide, dim=(1, 3, 4), correction=0)  # (parts, C)
+    scale = weight * torch.rsqrt(var + eps)
+    shift = bias - mean * scale
+    y = wide * scale[:, None, :, None, None] + shift[:, None, :, None, None]
+    pixels = x.numel() // (parts * x.shape[1])
+    return y.to(x.dtype).flatten(0, 1), mean.detach(), var.detach() * (pixels / (pixels - 1))
 
 
 class ResNet(nn.Module):
@@ -56,7 +115,7 @@ class ResNet(nn.Module):
     def __init__(self, arch: str, stem: str, width: int = 64, bn_groups: int = 1):
         super().__init__()
         block, depths = ARCHITECTURES[arch]
-        norm = partial(SplitBatchNorm2d, groups=bn_groups) if bn_groups > 1 else nn.BatchNorm2d
+        norm = partial(SplitBatchNorm2d, groups=bn_groups)
         small = stem != "imagenet"
         self.conv1 = nn.Conv2d(3, width, 3 if small else 7, 1 if small else 2, 1 if small else 3, bias=False)
         self.bn1 = norm(width)
@@ -76,6 +135,25 @@ class ResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.mean(dim=(2, 3))
+
+
+def views(network: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs of `network` for each batch of images (N, 3, H, W), as if each had a forward pass of its own.
+
+    Batches of one shape that follow each other share one pass, where every BatchNorm can keep them apart.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not all(isinstance(norm, SplitBatchNorm2d) for norm in norms):
+        return [network(images) for images in batches]
+    outputs: list[Tensor] = []
+    for _, run in itertools.groupby(batches, key=lambda images: images.shape):
+        together = list(run)
+        for norm in norms:
+            norm.views = len(together)
+        outputs += network(torch.cat(together) if len(together) > 1 else together[0]).chunk(len(together))
+    for norm in norms:
+        norm.views = 1
+    return outputs
 
 
 def _layer(
@@ -114,3 +192,7 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> the head's outputs (N, dim)."""
         return self.head(self.backbone(images))
+
+    def views(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """The head's outputs (N, dim) for each batch of images (N, 3, H, W): function `views`, and the head on each."""
+        return [self.head(features) for features in views(self.backbone, batches)]

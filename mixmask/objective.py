@@ -21,14 +21,13 @@ def objective(
 ) -> tuple[Tensor, dict[str, Tensor], Any]:
     """The loss (a scalar), its parts by anchor (detached, weighted), and the targets for `framework.finish`.
 
-    x1, x2: the two views, (N, C, H, W). Each distinct batch of images is embedded once.
+    x1, x2: the two views, (N, C, H, W). Each distinct batch of images is embedded once, all in one pass where they can.
     """
     targets = framework.targets(x1, x2, generator)
-    embeddings: dict[int, Any] = {}
+    batches = list({id(anchor.images): anchor.images for anchor in anchors}.values())
+    embeddings = dict(zip(map(id, batches), framework.embed(batches, targets), strict=True))
     parts: dict[str, Tensor] = {}
     for anchor in anchors:
-        if id(anchor.images) not in embeddings:
-            embeddings[id(anchor.images)] = framework.embed(anchor.images)
         embedding = rows(embeddings[id(anchor.images)], anchor.order)
         scores = framework.score(embedding, targets, clean=anchor.clean)  # (N,)
         parts[anchor.name] = (anchor.weight * scores).mean()

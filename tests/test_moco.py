@@ -24,6 +24,10 @@ def build(queue: int = 16, groups: int = 1, seed: int = 0, **changes) -> MoCo:
     return MoCo(SmallNet(norm=norm), Settings(**settings)).double().train()
 
 
+def queries(moco: MoCo, images: torch.Tensor) -> torch.Tensor:
+    return moco.embed([images], moco.targets(images, images))[0][0]
+
+
 def perturb(module: torch.nn.Module) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
@@ -135,15 +139,15 @@ def test_shuffled_keys_return_to_their_rows():
     x = views(12, 0)[0]
     moco.key_encoder.eval(), plain.key_encoder.eval()  # fixed statistics: a key depends on its own image alone
     for seed in range(5):
-        keys = moco.keys(x, torch.Generator().manual_seed(seed))
-        assert torch.allclose(keys, plain.keys(x), rtol=0, atol=1e-12)
+        (keys,) = moco.keys([x], torch.Generator().manual_seed(seed))
+        assert torch.allclose(keys, *plain.keys([x]), rtol=0, atol=1e-12)
 
 
 def test_shuffling_changes_the_batchnorm_groups():
     x = views(12, 0)[0]
-    plain = build(groups=4, shuffle_bn=False).keys(x, torch.Generator().manual_seed(0))
-    assert torch.allclose(plain, build(groups=4).embed(x)[0])  # the two encoders are equal, and so are the groups
-    shuffled = [build(groups=4).keys(x, torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    (plain,) = build(groups=4, shuffle_bn=False).keys([x], torch.Generator().manual_seed(0))
+    assert torch.allclose(plain, queries(build(groups=4), x))  # the two encoders are equal, and so are the groups
+    shuffled = [build(groups=4).keys([x], torch.Generator().manual_seed(seed))[0] for seed in (0, 1)]
     assert not torch.allclose(shuffled[0], plain) and not torch.allclose(shuffled[0], shuffled[1])
     moco, order = build(groups=4), torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()
     expected = torch.empty_like(plain)
@@ -165,7 +169,7 @@ def test_the_two_views_are_shuffled_differently():
 def test_queries_are_not_shuffled():
     moco = build(groups=4)
     x = views(12, 0)[0]
-    q, _ = moco.embed(x)
+    q = queries(moco, x)
     alone = copy.deepcopy(moco.encoder)
     alone.backbone.norm.groups = 1
     assert torch.allclose(q, torch.cat([reference.unit(alone(part)) for part in x.split(3)]))
@@ -260,6 +264,6 @@ def test_logits_are_float32_under_autocast():
     moco = build().float()
     images = torch.randn(8, 3, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        q, negatives = moco.embed(images)
+        ((q, negatives),) = moco.embed([images], moco.targets(images, images))
     assert q.dtype == negatives.dtype == torch.float32
     torch.testing.assert_close(negatives, torch.logsumexp(q @ moco.queue.T / moco.settings.temperature, dim=1))

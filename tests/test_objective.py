@@ -1,6 +1,7 @@
 """The objective (Eq. 4 to 6, Algorithm 1) against loops over rows and queue entries, loss and gradients, in float64."""
 
 import copy
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -125,7 +126,7 @@ def test_reverse_order_costs_no_forward_pass(method: str, passes: int, symmetric
     moco = build(Settings(dim=4, queue=7, momentum=0.99, temperature=0.1, symmetric=symmetric))
     batches: dict[str, list[int]] = {"encoder": [], "key_encoder": []}
     for name, sizes in batches.items():
-        getattr(moco, name).register_forward_hook(lambda module, inputs, output, sizes=sizes: sizes.append(len(output)))
+        getattr(moco, name).head.register_forward_hook(lambda module, inputs, output, sizes=sizes: sizes.append(len(output)))
     x1, x2 = views(6, 0)
     anchors = METHODS[method](reference.recipe(mask__grid=4), x1, generators(1, 0))
     objective(moco, x1, x2, anchors)
@@ -142,8 +143,8 @@ class Squares(nn.Module):
     def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None) -> Tensor:
         return x2
 
-    def embed(self, images: Tensor) -> tuple[Tensor]:
-        return (2 * images,)
+    def embed(self, batches: Sequence[Tensor], targets: Tensor) -> list[tuple[Tensor]]:
+        return [(2 * images,) for images in batches]
 
     def score(self, embedding: tuple[Tensor], targets: Tensor, clean: bool) -> Tensor:
         return (embedding[0] - targets) ** 2 + (100 if clean else 0)

@@ -2,8 +2,8 @@
 
 A framework is a module with an `encoder` (backbone and head) and
 
-    targets(x1, x2, generator)             all that the two clean views are needed for, once per iteration
-    embed(images) -> tuple of (N, ...)     what the gradient flows through
+    targets(x1, x2, generator)             what the images are scored against, once per iteration
+    embed(batches, targets)                what the gradient flows through: of each batch a tuple of (N, ...)
     score(embedding, targets, clean)       one loss per row, (N,)
     finish(targets, step, steps)           after the optimiser's step: queue, target network
     constant_rate()                        parameters whose learning rate no schedule changes

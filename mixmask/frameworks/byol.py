@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,10 +32,11 @@ class Settings:
 
 @dataclass
 class Targets:
-    """Prediction and projection of the second view; and what the clean pair showed."""
+    """The second view, and what the clean pair showed. `embed` fills in its prediction and projection."""
 
-    prediction: Tensor  # (N, dim), online network, with gradient
-    projection: Tensor  # (N, dim), target network
+    x2: Tensor  # (N, C, H, W)
+    prediction: Tensor | None = None  # (N, dim) of x2, online network, with gradient
+    projection: Tensor | None = None  # (N, dim) of x2, target network
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -51,17 +53,21 @@ class BYOL(nn.Module):
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
 
     def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Targets:
-        """Both networks' outputs (N, dim) for x2 (N, C, H, W), shared by all pairs; x1 is not needed."""
-        return Targets(*self.embed(x2))
+        """The second view x2 (N, C, H, W), which all pairs share; x1 is not needed."""
+        return Targets(x2)
 
-    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Online prediction (N, dim), and the target network's projection (N, dim), which takes no gradient.
+    def embed(self, batches: Sequence[Tensor], targets: Targets) -> list[tuple[Tensor, Tensor]]:
+        """Of each batch of images the online prediction (N, dim), and the target network's projection (N, dim), which
+        takes no gradient.
 
         The target network normalises by the batch, as the online one does: it stays in training mode.
         """
+        views = [targets.x2, *batches]
         with torch.no_grad():
-            projection = self.target_encoder(images)
-        return self.predictor(self.encoder(images)), projection
+            projections = self.target_encoder.views(views)
+        predictions = [self.predictor(output) for output in self.encoder.views(views)]
+        (targets.prediction, targets.projection), *embeddings = zip(predictions, projections, strict=True)
+        return embeddings
 
     def score(self, embedding: tuple[Tensor, Tensor], targets: Targets, clean: bool) -> Tensor:
         """2 - 2 cos in both directions, summed, per row (N,), in [0, 8]."""

@@ -7,6 +7,7 @@ In the symmetric form a mixture of x1 is scored against k2 and k1 and is never a
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +37,11 @@ class Settings:
 class Targets:
     """What one iteration's queries are scored against."""
 
+    x1: Tensor  # (N, C, H, W)
     x2: Tensor  # (N, C, H, W)
     k2: Tensor  # (N, dim), unit length
     k1: Tensor | None  # (N, dim), unit length; None when the loss has one direction
+    q2: tuple[Tensor, Tensor] | None = None  # the embedding of x2, where x1 is scored in both directions
     positive_similarity: Tensor | None = None  # mean cosine of q(x1) and k(x2)
 
 
@@ -58,15 +61,27 @@ class MoCo(nn.Module):
     def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Targets:
         """Views (N, C, H, W) -> keys (N, dim), without gradient; the key encoder moves first."""
         self.move_key_encoder()
-        k2 = self.keys(x2, generator)
-        return Targets(x2, k2, self.keys(x1, generator) if self.settings.symmetric else None)
+        k2, *k1 = self.keys([x2, x1] if self.settings.symmetric else [x2], generator)
+        return Targets(x1, x2, k2, *(k1 or [None]))
 
-    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (N, dim) of unit length, and the log-sum-exp (N,) of their logits against the queue, in float32.
+    def embed(self, batches: Sequence[Tensor], targets: Targets) -> list[tuple[Tensor, Tensor]]:
+        """Of each batch of images (N, C, H, W) queries (N, dim) of unit length, and the log-sum-exp (N,) of their
+        logits against the queue, in float32.
 
-        The second depends on no target, so every direction and row order of a mixture shares it.
+        The second depends on no target, so every direction and row order of a mixture shares it. Where x1 itself is
+        scored in both directions, x2 is embedded right after it, into `targets.q2`.
         """
-        q = unit(self.encoder(images))
+        views = list(batches)
+        clean = [place for place, images in enumerate(views, 1) if images is targets.x1 and self.settings.symmetric]
+        for place in clean:
+            views.insert(place, targets.x2)
+        embeddings = [self.with_negatives(unit(output)) for output in self.encoder.views(views)]
+        for place in clean:
+            targets.q2 = embeddings.pop(place)
+        return embeddings
+
+    def with_negatives(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (N, dim), and the log-sum-exp (N,) of q.u / T over the queue's keys u: the negatives of Eq. 5."""
         with torch.autocast(q.device.type, enabled=False):
             return q, torch.logsumexp(q @ self.queue.T / self.settings.temperature, dim=1)
 
@@ -76,7 +91,7 @@ class MoCo(nn.Module):
         if clean:
             targets.positive_similarity = (embedding[0] * targets.k2).sum(dim=1).mean().detach()
         if self.settings.symmetric:
-            loss = loss + self.infonce(self.embed(targets.x2) if clean else embedding, targets.k1)
+            loss = loss + self.infonce(targets.q2 if clean else embedding, targets.k1)
         return loss
 
     def infonce(self, embedding: tuple[Tensor, Tensor], keys: Tensor) -> Tensor:
@@ -86,16 +101,17 @@ class MoCo(nn.Module):
         return torch.logaddexp(positive, negatives) - positive
 
     @torch.no_grad()
-    def keys(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Keys (N, dim) of unit length. Rows are shuffled before the key encoder and put back after it, so that a key's
-        BatchNorm group is not its query's (shuffle-BN, He et al. Section 3.3). Of several processes, each embeds its
-        share of the shuffled rows of all of them."""
+    def keys(self, views: Sequence[Tensor], generator: torch.Generator | None = None) -> list[Tensor]:
+        """Keys (N, dim) of unit length of each view (N, C, H, W). Rows are shuffled before the key encoder and put back
+        after it, so that a key's BatchNorm group is not its query's (shuffle-BN, He et al. Section 3.3). Of several
+        processes, each embeds its share of the shuffled rows of all of them."""
         if not self.settings.shuffle_bn:
-            return unit(self.key_encoder(images))
-        images = gather(images)
-        order, own = torch.randperm(len(images), generator=generator, device=images.device), share(len(images))
-        shuffled = gather(unit(self.key_encoder(images[order[own]])))
-        return shuffled[torch.argsort(order)[own]]
+            return [unit(output) for output in self.key_encoder.views(views)]
+        views = [gather(view) for view in views]
+        own = share(len(views[0]))
+        orders = [torch.randperm(len(view), generator=generator, device=view.device) for view in views]
+        shuffled = self.key_encoder.views([view[order[own]] for view, order in zip(views, orders, strict=True)])
+        return [gather(unit(keys))[torch.argsort(o)[own]] for keys, o in zip(shuffled, orders, strict=True)]
 
     @torch.no_grad()
     def move_key_encoder(self) -> None:

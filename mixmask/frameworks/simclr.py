@@ -7,13 +7,14 @@ Un-Mix's core code; its negatives are the other mixtures and the other second vi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmask.backbones import Encoder, ResNet
+from mixmask.backbones import Encoder, ResNet, views
 from mixmask.config import within
 from mixmask.frameworks.heads import cosine, mlp, spread, unit
 
@@ -29,9 +30,10 @@ class Settings:
 
 @dataclass
 class Targets:
-    """The second view, before the head; and what the clean pair showed."""
+    """The second view, and what the clean pair showed."""
 
-    features: Tensor  # (N, features), with gradient
+    x2: Tensor  # (N, C, H, W)
+    features: Tensor | None = None  # (N, features) of x2, before the head, with gradient; `embed` fills it in
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -47,12 +49,13 @@ class SimCLR(nn.Module):
         self.encoder = Encoder(backbone, nn.Sequential(*head, nn.BatchNorm1d(settings.dim)))
 
     def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Targets:
-        """Backbone features (N, features) of x2 (N, C, H, W), shared by all pairs; x1 is not needed."""
-        return Targets(self.encoder.backbone(x2))
+        """The second view x2 (N, C, H, W), which all pairs share; x1 is not needed."""
+        return Targets(x2)
 
-    def embed(self, images: Tensor) -> tuple[Tensor]:
-        """Backbone features (N, features): the head runs once for each pair, in `score`."""
-        return (self.encoder.backbone(images),)
+    def embed(self, batches: Sequence[Tensor], targets: Targets) -> list[tuple[Tensor]]:
+        """Backbone features (N, features) of each batch of images: the head runs once for each pair, in `score`."""
+        targets.features, *features = views(self.encoder.backbone, [targets.x2, *batches])
+        return [(each,) for each in features]
 
     def score(self, embedding: tuple[Tensor], targets: Targets, clean: bool) -> Tensor:
         """NT-Xent of the pair of `embedding` and x2, per image (N,)."""

@@ -6,6 +6,7 @@ A mixture forms its pair with x2, as in Un-Mix's core code, in both directions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,10 +30,11 @@ class Settings:
 
 @dataclass
 class Targets:
-    """Prediction and projection of the second view; and what the clean pair showed."""
+    """The second view, and what the clean pair showed. `embed` fills in its prediction and projection."""
 
-    prediction: Tensor  # (N, dim)
-    projection: Tensor  # (N, dim)
+    x2: Tensor  # (N, C, H, W)
+    prediction: Tensor | None = None  # (N, dim) of x2, with gradient
+    projection: Tensor | None = None  # (N, dim) of x2, without
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -49,13 +51,14 @@ class SimSiam(nn.Module):
         self.predictor = mlp(settings.dim, settings.predictor_hidden, settings.dim)
 
     def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Targets:
-        """Prediction and projection (N, dim) of x2 (N, C, H, W), shared by all pairs; x1 is not needed."""
-        return Targets(*self.embed(x2))
+        """The second view x2 (N, C, H, W), which all pairs share; x1 is not needed."""
+        return Targets(x2)
 
-    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Prediction p (N, dim), and projection z (N, dim) with the gradient stopped."""
-        z = self.encoder(images)
-        return self.predictor(z), z.detach()
+    def embed(self, batches: Sequence[Tensor], targets: Targets) -> list[tuple[Tensor, Tensor]]:
+        """Of each batch of images prediction p (N, dim), and projection z (N, dim) with the gradient stopped."""
+        outputs = self.encoder.views([targets.x2, *batches])
+        (targets.prediction, targets.projection), *embeddings = [(self.predictor(z), z.detach()) for z in outputs]
+        return embeddings
 
     def score(self, embedding: tuple[Tensor, Tensor], targets: Targets, clean: bool) -> Tensor:
         """-(cos(p, z2) + cos(p2, z)) / 2 per row (N,), in [-1, 1]."""
