@@ -37,9 +37,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W), normalised in each group; same shape. Moves the running statistics while training."""
-        parts = self.groups * self.views
-        if not self.training or parts == 1:
+        if not self.training:
             return super().forward(x)
+        parts = self.groups * self.views
         if len(x) % parts:
             raise ValueError(f"a batch of {len(x)} images cannot be split into {parts} BatchNorm groups")
         normalise = split_batch_norm if torch.compiler.is_compiling() else SplitBatchNorm.apply
@@ -92,9 +92,10 @@ class SplitBatchNorm(torch.autograd.Function):
             torch.ops.aten.native_batch_norm_backward(g, part, weight, None, None, m, s, True, ctx.eps, wanted)
             for g, part, m, s in pieces
         ]
-        of_x, of_weight, of_bias = (None if parts[0] is None else parts for parts in zip(*grads, strict=True))
-        total = [None if parts is None else torch.stack(parts).sum(0) for parts in (of_weight, of_bias)]
-        return None if of_x is None else torch.cat(of_x), *total, None, None
+        of_x, of_weight, of_bias = zip(*grads, strict=True)
+        together = of_x[0] if len(of_x) == 1 else torch.cat(of_x) if wanted[0] else None
+        total = [torch.stack(parts).sum(0) if parts[0] is not None else None for parts in (of_weight, of_bias)]
+        return together, *total, None, None
 
 
 def split_batch_norm(x: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,6 +180,13 @@ def _initialise(model: ResNet, keep_stem: bool) -> None:
 def build_backbone(backbone: Backbone) -> ResNet:
     """The backbone that a recipe describes."""
     return ResNet(backbone.arch, backbone.stem, backbone.width, backbone.bn_groups)
+
+
+def compile_backbones(network: nn.Module) -> None:
+    """torch.compile of every ResNet inside, in place: BatchNorm, ReLU and sums become one kernel each."""
+    for module in network.modules():
+        if isinstance(module, ResNet):
+            module.compile()
 
 
 class Encoder(nn.Module):

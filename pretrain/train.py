@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mixmask import checkpoint, data, distributed, knn
 from mixmask import config as configs
+from mixmask.backbones import compile_backbones
 from mixmask.config import ConfigError, Pretrain, UserError
 from mixmask.frameworks import build_framework
 from mixmask.interrupt import Interrupt
@@ -65,32 +66,15 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
         say(header(run, config, train_set, device, state.step, steps_per_epoch))
         if state.step == 0 and config.knn.every:
             run.log("epoch", -1, epoch=0, **evaluate(framework, train_set, test_set, config, device))
-        own_groups = range(config.mix_groups)[distributed.share(config.mix_groups)]
 
         with Interrupt() as interrupt, explained(run, config, state, len(train_set)):
             for epoch in range(state.step // steps_per_epoch, config.epochs):
                 done = state.step % steps_per_epoch
                 progress = Progress(steps_per_epoch, f"epoch {epoch + 1}/{config.epochs}", done)
                 clock = Clock()
-                for x1, x2, *crops in clock.waits(views(config, train_set, epoch, done, device)):
+                for batch in clock.waits(views(config, train_set, epoch, done, device)):
                     step = state.step
-                    # The paper's iteration: mixtures of x1 (Eq. 1, 2), the weighted sum over anchors (Eq. 4, 6).
-                    rngs = [numpy_generator(config.seed, "mix", step, group) for group in own_groups]
-                    anchors = METHODS[config.method](config, x1, rngs, *crops)
-                    rate = learning_rate(config.schedule, config.optimizer.lr, step, steps_per_epoch, config.epochs)
-                    set_learning_rate(optimizer, rate)
-                    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                        shuffle = torch_generator(device, config.seed, "shuffle", step)
-                        loss, parts, targets = objective(framework, x1, x2, anchors, shuffle)
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    distributed.average(framework)
-                    optimizer.step()
-                    framework.finish(targets, step, state.steps)
-                    state.step += 1
-
-                    values = {"loss": loss.detach(), **loss_parts(parts), **framework.metrics(targets)}
-                    values = distributed.mean(values)
+                    values, anchors, rate = iterate(config, state, batch)
                     accumulate(state, values)
                     clock.images += config.batch_size
                     if step % config.run.log_every == 0:
@@ -128,6 +112,32 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
             say(f"{run.id} is finished: {summary(run.result)}")
         distributed.barrier()
         return run.result
+
+
+def iterate(config: Pretrain, state: State, batch: list[Tensor]) -> tuple[dict[str, Tensor], list[Anchor], float]:
+    """The paper's iteration: mixtures of x1 (Eq. 1, 2), the weighted sum over anchors (Eq. 4, 6), one step down.
+
+    batch: x1, x2 (N, C, H, W), and MSCN's extra crops. Returns scalars for the log, the anchors, and the learning rate
+    that was used. Nothing here waits for the device.
+    """
+    framework, optimizer, step = state.framework, state.optimizer, state.step
+    (x1, x2, *crops), device = batch, batch[0].device
+    own_groups = range(config.mix_groups)[distributed.share(config.mix_groups)]
+    rngs = [numpy_generator(config.seed, "mix", step, group) for group in own_groups]
+    anchors = METHODS[config.method](config, x1, rngs, *crops)
+    rate = learning_rate(config.schedule, config.optimizer.lr, step, state.steps // config.epochs, config.epochs)
+    set_learning_rate(optimizer, rate)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        shuffle = torch_generator(device, config.seed, "shuffle", step)
+        loss, parts, targets = objective(framework, x1, x2, anchors, shuffle)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    distributed.average(framework)
+    optimizer.step()
+    framework.finish(targets, step, state.steps)
+    state.step += 1
+    values = {"loss": loss.detach(), **loss_parts(parts), **framework.metrics(targets)}
+    return distributed.mean(values), anchors, rate
 
 
 @dataclass
@@ -214,6 +224,8 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
     framework = build_framework(distributed.own_part(config)).to(device).train()
     if config.run.channels_last:
         framework = framework.to(memory_format=torch.channels_last)
+    if config.run.compile:
+        compile_backbones(framework)
     return framework, build_optimizer(config.optimizer, framework.parameters(), framework.constant_rate())
 
 

@@ -7,7 +7,15 @@ import torch
 import torchvision
 from torch import nn
 
-from mixmask.backbones import Encoder, ResNet, SplitBatchNorm2d, build_backbone
+from mixmask.backbones import (
+    Encoder,
+    ResNet,
+    SplitBatchNorm,
+    SplitBatchNorm2d,
+    build_backbone,
+    split_batch_norm,
+    views,
+)
 from mixmask.config import Backbone
 
 
@@ -128,3 +136,68 @@ def test_features_are_the_spatial_mean_of_the_last_stage():
     assert torch.allclose(net(x), kept[0].flatten(2).mean(2))
     head = nn.Linear(net.features, 3)
     assert torch.allclose(Encoder(net, head)(x), head(net(x)))
+
+
+# ------------------------------------------------------------------------------------------- several views in one pass
+
+
+def net_and_views(groups: int, sides: tuple[int, ...] = (16, 16, 16)) -> tuple[nn.Module, list[torch.Tensor]]:
+    """A narrow ResNet-18 in float64, in training, and as many batches of 8 images as `sides`, which take gradients."""
+    torch.manual_seed(groups)
+    net = build_backbone(Backbone("resnet18", "tiny", 4, groups)).double().train()
+    return net, [torch.randn(8, 3, side, side, dtype=torch.float64).requires_grad_() for side in sides]
+
+
+@pytest.mark.parametrize("sides", [(16, 16, 16), (16, 8, 8), (16, 8, 16)])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_views_in_one_pass_equal_separate_passes(groups: int, sides: tuple[int, ...]):
+    net, batches = net_and_views(groups, sides)
+    separate, passes = copy.deepcopy(net), []
+    net.register_forward_hook(lambda m, inputs, out: passes.append(len(out)))
+    found, expected = views(net, batches), [separate(images) for images in batches]
+    weights = [torch.randn_like(features) for features in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+    inputs = [*batches, *net.parameters()], [*batches, *separate.parameters()]
+    mine, theirs = (
+        torch.autograd.grad(sum((f * w).sum() for f, w in zip(features, weights, strict=True)), of)
+        for features, of in zip((found, expected), inputs, strict=True)
+    )
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    for name, value in separate.state_dict().items():  # running statistics too, in the same order
+        torch.testing.assert_close(net.state_dict()[name], value, rtol=1e-12, atol=1e-14, msg=name)
+    assert passes == {(16, 16, 16): [24], (16, 8, 8): [8, 16], (16, 8, 16): [8, 8, 8]}[sides]
+
+
+def test_a_foreign_batchnorm_keeps_views_in_separate_passes():
+    net, passes = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten()), []
+    net.register_forward_hook(lambda m, inputs, out: passes.append(len(out)))
+    x, y = torch.randn(2, 4, 3, 8, 8)
+    separate = copy.deepcopy(net)
+    torch.testing.assert_close(views(net, [x, y]), [separate(x), separate(y)])
+    assert passes[:2] == [4, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_formula_for_compilers_is_split_batchnorm(dtype: torch.dtype):
+    torch.manual_seed(0)
+    tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    x = torch.randn(12, 5, 4, 3, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = (torch.randn(5, dtype=dtype).requires_grad_() for _ in range(2))
+    results = []
+    for function in (split_batch_norm, SplitBatchNorm.apply):
+        y, mean, var = function(x, weight, bias, 3, 1e-5)
+        results.append((y, mean, var, *torch.autograd.grad((y**3).sum(), (x, weight, bias))))
+    for formula, kernel in zip(*results, strict=True):
+        torch.testing.assert_close(formula, kernel, **tolerance)
+
+
+def test_split_batchnorm_keeps_statistics_in_float32_under_bf16():
+    torch.manual_seed(0)
+    split = SplitBatchNorm2d(5, 2)
+    x = 100 + torch.randn(8, 5, 6, 6)
+    y = split(x.bfloat16())
+    assert y.dtype == torch.bfloat16 and split.running_mean.dtype == torch.float32
+    wanted = torch.stack([part.bfloat16().float().mean((0, 2, 3)) for part in x.chunk(2)]).mean(0)
+    torch.testing.assert_close(split.running_mean, 0.1 * wanted, rtol=1e-5, atol=1e-5)

@@ -126,7 +126,8 @@ def test_reverse_order_costs_no_forward_pass(method: str, passes: int, symmetric
     moco = build(Settings(dim=4, queue=7, momentum=0.99, temperature=0.1, symmetric=symmetric))
     batches: dict[str, list[int]] = {"encoder": [], "key_encoder": []}
     for name, sizes in batches.items():
-        getattr(moco, name).head.register_forward_hook(lambda module, inputs, output, sizes=sizes: sizes.append(len(output)))
+        head = getattr(moco, name).head
+        head.register_forward_hook(lambda module, inputs, output, sizes=sizes: sizes.append(len(output)))
     x1, x2 = views(6, 0)
     anchors = METHODS[method](reference.recipe(mask__grid=4), x1, generators(1, 0))
     objective(moco, x1, x2, anchors)
