@@ -109,7 +109,7 @@ def discrete_mask(grid: int, ratio: float, rng: np.random.Generator) -> np.ndarr
 
 def to_pixels(cells: np.ndarray, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """Nearest-neighbour upsampling, as in the authors' code: bool (g, g) or (N, C, g, g) -> float (N, C, H, W)."""
-    mask = torch.as_tensor(cells, dtype=torch.float32, device=device)
+    mask = torch.as_tensor(cells, dtype=torch.float32).to(device, non_blocking=True)
     return F.interpolate(mask[None, None] if mask.ndim == 2 else mask, size=(height, width), mode="nearest")
 
 
@@ -128,7 +128,7 @@ def mscn_masks(settings: MSCN, shape: torch.Size, rng: np.random.Generator, devi
     cells = kept_cells(n, channels, settings.grid, settings.ratio, rng)
     cells[spatial] = cells[spatial, :1]
     windows = focal_windows(n, height, width, settings.focal_side, rng, device)
-    focal = torch.from_numpy(focal).to(device)[:, None, None, None]
+    focal = torch.from_numpy(focal).to(device, non_blocking=True)[:, None, None, None]
     return torch.where(focal, windows, to_pixels(cells, height, width, device).bool())
 
 
@@ -146,7 +146,7 @@ def focal_windows(
     inside = []
     for extent in (height, width):
         length = round(side * extent)
-        start = torch.from_numpy(rng.integers(extent - length + 1, size=(n, 1))).to(device)
+        start = torch.from_numpy(rng.integers(extent - length + 1, size=(n, 1))).to(device, non_blocking=True)
         pixel = torch.arange(extent, device=device)
         inside.append((start <= pixel) & (pixel < start + length))  # (n, extent)
     rows, columns = inside

@@ -57,7 +57,7 @@ def erase(x1: Tensor, mask: Mask, settings: Erase, rngs: Rngs) -> list[Anchor]:
 
     One term, of x1 (N, C, H, W). One generator for each mix group.
     """
-    keep = per_row(batch_masks(mask, x1, rngs).to(x1), len(x1))
+    keep = per_row(batch_masks(mask, x1, rngs).to(x1, non_blocking=True), len(x1))
     erased = keep * x1
     if settings.fill == "noise":
         erased = erased + (1 - keep) * noise(x1, rngs)
@@ -105,9 +105,10 @@ def mixture(name: str, x1: Tensor, maps: Tensor, partner: Tensor, switch: bool =
 
     x1 (N, C, H, W); maps (G, 1, H, W), one for each of G equal parts of the batch; partner (N,) within the parts.
     """
-    lam = mixture_coefficient(maps).repeat_interleave(len(x1) // len(maps)).to(x1)  # (N,) Eq. 3
-    partner = partner.to(x1.device)
-    m = per_row(maps.to(x1), len(x1))
+    lam = mixture_coefficient(maps).repeat_interleave(len(x1) // len(maps))  # (N,) Eq. 3
+    lam, maps = lam.to(x1, non_blocking=True), maps.to(x1, non_blocking=True)
+    partner = partner.to(x1.device, non_blocking=True)
+    m = per_row(maps, len(x1))
     mixed = m * x1 + (1 - m) * x1[partner]  # Eq. 1
     anchors = [Anchor(name, mixed, weight=lam)]
     if switch:
