@@ -1,6 +1,7 @@
 """MixMask for Siamese ConvNets: the library that the stages share and that other training loops can import.
 
-The names below load on first use, so that programs which only read configs and logs start without torch.
+The names below load on first use, so that programs which only read configs and logs start without torch. None of them
+is a module's name: `mixmask.objective` is the module that holds the function `objective`.
 """
 
 from importlib import import_module
@@ -20,7 +21,6 @@ _HOME = {
     "Mask": "config",
     "UnMix": "config",
     "Erase": "config",
-    "objective": "objective",
     "sample_mask": "masks",
     "block_mask": "masks",
     "discrete_mask": "masks",

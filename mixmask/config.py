@@ -40,6 +40,18 @@ def within(low: float | None = None, high: float | None = None, default: Any = M
     return field(default=default, metadata={"low": low, "high": high, "interval": interval})
 
 
+def check_fields(config: Any) -> None:
+    """The `__post_init__` of settings that other programs make themselves: each field is checked as a recipe's is.
+
+    Raises ConfigError, which names the field. A whole number that stands for a float becomes one, a list a tuple.
+    """
+    hints = _hints(type(config))
+    for spec in dataclasses.fields(config):
+        where = f"{type(config).__name__}.{spec.name}"
+        value = _check(convert(getattr(config, spec.name), hints[spec.name], where), spec, where)
+        object.__setattr__(config, spec.name, value)
+
+
 # ---------------------------------------------------------------------------------------------- pre-training
 
 Permutation = Literal["reverse", "random", "derangement"]  # derangement: a random one that leaves nobody in place
@@ -67,12 +79,16 @@ class Mask:
     permutation: Permutation = "reverse"  # partner of image i in plain MixMask
     per_image: bool = False  # a mask and a lambda for each image; false: one for each mix group (Section 3.2)
 
+    __post_init__ = check_fields
+
 
 @dataclass(frozen=True)
 class UnMix:
     """Un-Mix: probability of the global mixture (Mixup); otherwise CutMix (Tables 8, 9)."""
 
     prob: float = within(0, 1)
+
+    __post_init__ = check_fields
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,8 @@ class Erase:
     """The plain erase baseline (Figure 2, dashed box): what fills the cells that the mask removes."""
 
     fill: Literal["zero", "noise"]
+
+    __post_init__ = check_fields
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ def open_run(directory: str | Path, config: Any) -> Run:
 
 
 class Follower(Run):
-    """The run directory for a process that writes nothing."""
+    """The run directory for a process that writes nothing: what `Run` writes is passed over."""
 
     def __init__(self, directory: str | Path, config: Any):
         self.directory, self.config = Path(directory), config

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixmask.config import MSCN, Augment, Erase, Mask, Pretrain, UnMix
+from mixmask.config import MSCN, Augment, ConfigError, Erase, Mask, Pretrain, UnMix, nearest
 from mixmask.masks import mixture_coefficient, mscn_masks, sample_mask
 
 Rngs = Sequence[np.random.Generator]  # one for each mix group
@@ -37,7 +37,11 @@ def vanilla(x1: Tensor) -> list[Anchor]:
 
 
 def mixmask(x1: Tensor, mask: Mask, rngs: Rngs, permutation: str = "") -> list[Anchor]:
-    """The two terms of Eq. 6 for x1 (N, C, H, W). One generator for each mix group: its mask, its permutation."""
+    """The two terms of Eq. 6 for x1 (N, C, H, W), normalised. One generator for each mix group: its mask and its pairs.
+
+    `permutation` goes before the mask's own. Raises ConfigError for a grid finer than the image, and where N cannot be
+    split into as many equal parts as there are generators.
+    """
     masks = batch_masks(mask, x1, rngs)
     partner = partners(len(x1), rngs, permutation or mask.permutation)
     return mixture("mixmask", x1, masks, partner, switch=mask.switch)
@@ -46,7 +50,7 @@ def mixmask(x1: Tensor, mask: Mask, rngs: Rngs, permutation: str = "") -> list[A
 def unmix(x1: Tensor, settings: UnMix, rngs: Rngs) -> list[Anchor]:
     """Un-Mix (Shen et al. 2022; Algorithm 1, lines 2-11): Mixup with probability `prob`, or CutMix; reversed batch.
 
-    The two terms of x1 (N, C, H, W). One generator for each mix group.
+    The two terms of x1 (N, C, H, W). One generator for each mix group. Raises ConfigError where N cannot be split so.
     """
     maps = torch.cat([unmix_map(settings.prob, *x1.shape[-2:], rng) for rng in rngs])  # (G, 1, H, W)
     return mixture("unmix", x1, maps, partners(len(x1), rngs, "reverse"))
@@ -55,7 +59,8 @@ def unmix(x1: Tensor, settings: UnMix, rngs: Rngs) -> list[Anchor]:
 def erase(x1: Tensor, mask: Mask, settings: Erase, rngs: Rngs) -> list[Anchor]:
     """The erase baseline (Figure 2, dashed box): removed cells become zero (the data set's mean) or unit noise.
 
-    One term, of x1 (N, C, H, W). One generator for each mix group.
+    One term, of x1 (N, C, H, W), whose row i has weight 1. One generator for each mix group. Raises ConfigError for a
+    grid finer than the image, and where N cannot be split into as many equal parts as there are generators.
     """
     keep = per_row(batch_masks(mask, x1, rngs).to(x1, non_blocking=True), len(x1))
     erased = keep * x1
@@ -94,9 +99,17 @@ def noise(x: Tensor, rngs: Rngs) -> Tensor:
     return torch.cat([torch.randn(group, generator=g, device=x.device, dtype=x.dtype) for g in generators])
 
 
+def group_size(n: int, rngs: Rngs) -> int:
+    """Images in each mix group of a batch of n. Raises ConfigError where the groups would not be equal."""
+    if not rngs or n % len(rngs):
+        raise ConfigError(f"a batch of {n} images cannot be split into {len(rngs)} equal mix groups, one a generator")
+    return n // len(rngs)
+
+
 def batch_masks(mask: Mask, x1: Tensor, rngs: Rngs) -> Tensor:
-    """One mask for each mix group, (G, 1, H, W), or for each image, (N, 1, H, W)."""
-    each = len(x1) // len(rngs) if mask.per_image else 1
+    """One mask for each mix group, (G, 1, H, W), or for each image, (N, 1, H, W). Raises ConfigError as `mixmask`."""
+    size = group_size(len(x1), rngs)
+    each = size if mask.per_image else 1
     return torch.cat([sample_mask(mask, *x1.shape[-2:], rng) for rng in rngs for _ in range(each)])
 
 
@@ -123,14 +136,24 @@ def per_row(maps: Tensor, n: int) -> Tensor:
 
 
 def partners(n: int, rngs: Rngs, permutation: str) -> Tensor:
-    """The partner of each image, inside its mix group: n-1-i ("reverse"), or a random permutation. Long (N,)."""
-    size = n // len(rngs)
+    """The partner of each image, inside its mix group: n-1-i ("reverse"), or a random permutation. Long (N,).
+
+    Raises ConfigError for an unknown permutation, and where n cannot be split into as many equal parts as generators.
+    """
+    size = group_size(n, rngs)
+    if permutation not in PERMUTATIONS:
+        raise ConfigError(f"permutation: unknown '{permutation}'{nearest(permutation, PERMUTATIONS)}")
     groups = [PERMUTATIONS[permutation](size, rng) for rng in rngs]
     return torch.from_numpy(np.concatenate([group + size * g for g, group in enumerate(groups)]))
 
 
 def derangement(size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random permutation that leaves nobody in place, each as likely as any other; of at least two."""
+    """A random permutation that leaves nobody in place, each as likely as any other: int (size,).
+
+    Raises ConfigError for fewer than two: there is none.
+    """
+    if size < 2:
+        raise ConfigError(f"derangement: expected mix groups of two images or more, found {size}")
     order = rng.permutation(size)
     while (order == np.arange(size)).any():
         order = rng.permutation(size)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import mixmask
@@ -90,6 +91,30 @@ def test_the_library_offers_what_its_page_names():
     text = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
     names = set(re.findall(r"\bmixmask\.([A-Za-z_]+)\b(?!\.py)", re.sub(r"\[[^\]]*\]\([^)]*\)", "", text)))
     assert len(names) > 10 and all(hasattr(mixmask, name) for name in names)
+
+
+def test_no_name_that_the_library_offers_is_hidden_by_a_module_of_that_name():
+    modules = {path.stem for path in (ROOT / "mixmask").iterdir()} - {"frameworks"}
+    assert not modules & set(mixmask._HOME)
+    for _ in range(2):  # an import of a module binds its name in the package, over what __getattr__ gave before
+        assert all(getattr(mixmask, name).__module__.startswith("mixmask.") for name in ("mixmask", "Mask", "MoCo"))
+
+
+def test_the_librarys_own_words_train():
+    """The page's blocks as they stand, on a smaller net: two steps, as in a loop."""
+    text = (
+        (ROOT / "docs" / "library.md").read_text(encoding="utf-8").partition("## The same, in the library's words")[2]
+    )
+    setup, step = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[:2]
+    names = {"seed": 0, "steps": 2, "x1": torch.randn(8, 3, 8, 8), "x2": torch.randn(8, 3, 8, 8)}
+    exec(setup.replace("width=64", "width=4").replace("queue=4096", "queue=32"), names)
+    trained = [weights for weights in names["framework"].parameters() if weights.requires_grad]
+    names["optimizer"] = torch.optim.SGD(trained, lr=0.1)
+    before = [weights.detach().clone() for weights in trained]
+    for number in range(2):
+        exec(step, names | {"step": number})
+    assert int(names["framework"].pointer) == 2 * 2 * 8 % 32
+    assert not any(torch.equal(*pair) for pair in zip(before, trained, strict=True))
 
 
 @pytest.mark.parametrize("with_mixmask", [False, True])

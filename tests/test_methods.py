@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixmask import methods
-from mixmask.config import Erase, Mask, UnMix
+from mixmask.config import ConfigError, Erase, Mask, UnMix
 from mixmask.masks import sample_mask
 from mixmask.methods import METHODS, Anchor, cutmix_box, mixmask, mixture, partners, unmix, unmix_map, vanilla
 
@@ -357,3 +357,30 @@ def test_global_random_state_is_neither_read_nor_moved(method: str):
     before = torch.get_rng_state()
     METHODS[method](settings, x, rngs())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            lambda: Mask("blok", "repaired", grid=2, ratio=0.5),
+            r"Mask\.type: expected one of block, discrete; found 'blok'",
+        ),
+        (lambda: Mask("block", "repaired", grid=2, ratio=1.5), r"Mask\.ratio: expected between 0 and 1, found 1\.5"),
+        (lambda: UnMix(prob=-1), r"UnMix\.prob: expected between 0 and 1"),
+        (lambda: Erase("grey"), r"Erase\.fill: expected one of zero, noise; found 'grey'"),
+        (lambda: methods.partners(4, rngs(1), "revers"), "permutation: unknown 'revers'; did you mean 'reverse'"),
+        (lambda: methods.partners(5, rngs(2), "reverse"), "5 images cannot be split into 2 equal mix groups"),
+        (lambda: methods.partners(2, rngs(2), "derangement"), "expected mix groups of two images or more, found 1"),
+    ],
+)
+def test_what_another_program_can_do_wrong_is_named(make, text):
+    with pytest.raises(ConfigError, match=text):
+        make()
+
+
+@pytest.mark.parametrize("method", ["mixmask", "unmix", "erase"])
+def test_a_batch_that_its_mix_groups_do_not_divide_is_refused(method):
+    settings = [Mask("block", "repaired", grid=2, ratio=0.5)] if method != "unmix" else [UnMix(0.5)]
+    with pytest.raises(ConfigError, match="a batch of 5 images cannot be split into 2 equal mix groups"):
+        getattr(methods, method)(torch.zeros(5, 3, 8, 8), *settings, *([Erase("zero")] * (method == "erase")), rngs(2))
