@@ -138,9 +138,9 @@ def _figures(
             picture = _image("svg+xml", _drawn(name, budgets, folders), title)
             yield Section(name, title, picture + numbers.table(tables()[name], frames[name], runs))
         else:
-            picture = _image("png", (ROOT / "docs" / "images" / f"{name}.png").read_bytes(), title)
-            made = f"<figcaption>By the code that trains: <code>python paper/make_figures.py {name}</code></figcaption>"
-            yield Section(name, title, picture + made)
+            made = f"By the code that trains: <code>python paper/make_figures.py {name}</code>"
+            picture = _image("png", (ROOT / "docs" / "images" / f"{name}.png").read_bytes(), title, made)
+            yield Section(name, title, picture)
 
 
 def _first_line(path: Path) -> str:
@@ -161,9 +161,11 @@ def _drawn(name: str, budgets: Sequence[Budget], folders: Sequence[Path]) -> byt
     return file.getvalue()
 
 
-def _image(kind: str, data: bytes, text: str) -> str:
+def _image(kind: str, data: bytes, text: str, caption: str = "") -> str:
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return f'<figure><div class="scroll" tabindex="0"><img src="{source}" alt="{html.escape(text)}"></div></figure>\n'
+    below = f"<figcaption>{caption}</figcaption>" if caption else ""
+    picture = f'<div class="scroll" tabindex="0"><img src="{source}" alt="{html.escape(text)}"></div>'
+    return f"<figure>{picture}{below}</figure>\n"
 
 
 # -------------------------------------------------------------------------------------------------- their frame
@@ -183,7 +185,8 @@ def _summary(frames: dict[str, pd.DataFrame]) -> str:
     """How many of the published numbers are in each state; each state is a search."""
     counts = numbers.count(frame for name, frame in frames.items() if name.startswith("table"))
     items = [
-        f'<li class="{key}"><b>{counts[key]}</b> <a class="badge" href="#?q={words.replace(" ", "%20")}">{words}</a> '
+        f'<li class="{key}{"" if counts[key] else " none"}"><b>{counts[key]}</b> '
+        f'<a class="badge" href="#?q=is:{key}%20table">{words}</a> '
         f"<small>{html.escape(numbers.MEANING[key])}</small></li>"
         for key, words in numbers.STATES.items()
     ]

@@ -186,6 +186,24 @@ def test_the_search_finds_a_number_by_table_data_set_framework_method_metric_and
     assert set(words.split()) <= set(re.split(r"[ /()]", number))
 
 
+def test_each_state_of_the_summary_searches_for_as_many_numbers_as_it_counts(tmp_path, quick):
+    for seed, value in enumerate((67.0, 68.0, 69.0)):
+        finish(tmp_path, "table5/cifar100/moco/mixmask", value, seed=seed)
+    finish(tmp_path, MIXMASK, 57.3, "smoke")
+    page = made(tmp_path)
+    numbers = re.findall(r'<td class="cell [^>]*data-text="([^"]*)"', page.text)
+    states = re.findall(r'<b>(\d+)</b> <a class="badge" href="#\?q=([^"]*)"', page.part("summary"))
+    assert len(states) == 9 and sum(int(count) for count, _ in states) == 6 + 28
+    for count, query in states:
+        assert int(count) == sum(all(word in text for word in query.split("%20")) for text in numbers), query
+
+
+def test_below_a_table_stand_what_was_measured_and_what_its_presets_mean(tmp_path, quick):
+    finish(tmp_path, MIXMASK, 57.3, "smoke")
+    page = made(tmp_path)
+    assert "Metric: <code>linear_sgd_last</code>. Preset smoke: embedded photographs" in page.part("table4")
+
+
 def test_the_ledger_is_on_the_page_with_an_anchor_for_each_of_its_numbers(tmp_path, quick):
     ledger = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
     numbered = re.findall(r"^(\d+)\. ", ledger, re.MULTILINE)

@@ -14,6 +14,7 @@ from paper import baseline
 from paper.cells import Heading, Table
 from paper.make_tables import NO_RUN, NOISE, NOT_IMPLEMENTED, PUBLIC_ONLY, UNREADABLE
 from paper.markup import Footnotes, Sheet
+from paper.presets import presets
 from paper.report.records import Runs, definitions
 
 # What a number can be, in the order in which the summary counts them; colours in style.css.
@@ -91,12 +92,22 @@ def table(source: Table, frame: pd.DataFrame, runs: Runs) -> str:
     behind = "\n".join(details(cell, runs) for _, cell in frame.iterrows())
     title = f"Behind each number ({len(frame)})"
     about = f"<p>{html.escape(scale(source))}</p>" if source.scale else ""
-    return f"{about}{_box(head, rows)}{_footnotes(notes)}<details><summary>{title}</summary>\n{behind}</details>"
+    below = _footnotes(notes) + _legend(frame)
+    return f"{about}{_box(head, rows)}{below}<details><summary>{title}</summary>\n{behind}</details>"
 
 
 def scale(source: Table) -> str:
     """What a table of another scale than the paper's must say above its numbers."""
     return f"{source.title}. {source.scale.capitalize()}: {source.about}. {baseline.LEGEND}"
+
+
+def _legend(frame: pd.DataFrame) -> str:
+    """What was measured, and what each preset that occurs means."""
+    metrics = ", ".join(f"<code>{html.escape(name)}</code>" for name in dict.fromkeys(frame["metric"]))
+    used = [name for name in presets() if any(frame["preset"].str.split(",").str[0] == name)]
+    texts = [f"Metric: {metrics}.", "Ours: mean ± standard deviation over n seeds." if any(frame["n"] > 1) else ""]
+    texts += [f"Preset {name}: {html.escape(presets()[name].about)}." for name in used]
+    return f'<p class="notes">{" ".join(filter(None, texts))}</p>'
 
 
 def _row(row: Heading, cells: Sequence[pd.Series | None], notes: Footnotes) -> str:
@@ -129,8 +140,8 @@ def _origin(cell: pd.Series) -> str:
 
 
 def searchable(cell: pd.Series) -> str:
-    """All that the search box looks at."""
-    place = [cell["cell"], cell["row"], cell["column"]]
+    """All that the search box looks at; `is:absent` and its like are the states' exact names."""
+    place = [cell["cell"], cell["row"], cell["column"], f"is:{state(cell)}"]
     return " ".join([*place, words(cell), cell["metric"], cell["preset"], cell["runs"]]).lower()
 
 

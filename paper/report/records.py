@@ -72,7 +72,14 @@ def record(name: str, directory: Path) -> str:
     ]
     place = html.escape(f"{directory.parent.name}: {name}")
     body = "\n".join(part for part in parts if part)
-    return f'<details id="run/{html.escape(name)}"><summary>{place}</summary><div class="record">{body}</div></details>'
+    title = f"<summary>{place} <small>{html.escape(_last(result))}</small></summary>"
+    return f'<details id="run/{html.escape(name)}">{title}<div class="record">{body}</div></details>'
+
+
+def _last(result: Mapping[str, Any]) -> str:
+    """The first metric of the last epoch, for a list of runs."""
+    metrics = result.get("metrics", {}).items()
+    return next((f"{key} {value:.1f}" for key, value in metrics if key.endswith("_last")), "")
 
 
 def definitions(facts: Mapping[str, Any]) -> str:
@@ -82,7 +89,7 @@ def definitions(facts: Mapping[str, Any]) -> str:
 
 
 def _pre(title: str, text: str) -> str:
-    return f'<h5>{title}</h5><pre class="{title}">{html.escape(text.strip())}</pre>' if text else ""
+    return f'<h5>{title}</h5><pre class="{title}" tabindex="0">{html.escape(text.strip())}</pre>' if text else ""
 
 
 def _read(path: Path) -> str:
