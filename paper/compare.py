@@ -4,13 +4,15 @@ examples:
   python paper/compare.py runs/pretrain/RUN results/pretrain/REFERENCE
   python paper/compare.py runs/pretrain/RUN results/pretrain/REFERENCE --tolerance 0.01 --out curves.png
 
-Two values part when they differ by more than the tolerance times the greater of the two. The curves are overlaid in a
-PNG. The exit status is 0 where they agree over all the epochs that both have, else 1.
+Versions, commit and machine are compared, too. Two values part when they differ by more than the tolerance times the
+greater of the two. The curves are overlaid in a PNG. The exit status is 0 where they agree over all the
+epochs that both have, else 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ class Verdict:
     text: str
     same: bool
     parting: int | None = None  # the first epoch at which a curve parts
+    curve: str = ""  # which one
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,11 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for directory in (run, reference):
         if not (directory / "config.yaml").exists():
             raise UserError(f"{directory} is no run directory: it has no config.yaml")
-    print("\n".join(settings(read_yaml(run / "config.yaml"), read_yaml(reference / "config.yaml"))))
+    configs = [read_yaml(directory / "config.yaml") for directory in (run, reference)]
+    if ("checkpoint" in configs[0]) != ("checkpoint" in configs[1]):
+        raise UserError("one run is a pre-training, the other an evaluation: expected two runs of one stage")
+    print("\n".join([*settings(*configs), *machines(run, reference)]))
     ours, theirs = read_log(run), read_log(reference)
     found = verdict(ours, theirs, options.tolerance)
     print(found.text)
-    draw(quantities(ours), quantities(theirs), found.parting, unit(theirs), Path(options.out))
+    draw(quantities(ours), quantities(theirs), found, unit(theirs), Path(options.out))
     print(f"written: {options.out}")
     if not found.same:
         raise SystemExit(1)
@@ -82,7 +88,17 @@ def settings(run: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
     if not differing:
         return ["config: the same"]
     lines = [f"  {key}: {ours.get(key, 'absent')} (reference: {theirs.get(key, 'absent')})" for key in differing]
-    return [f"config: {len(differing)} key{'s differ' if differing[1:] else ' differs'}", *lines]
+    noise = "; what parts the curves is the noise between seeds" if differing == ["seed"] else ""
+    return [f"config: {len(differing)} key{'s differ' if differing[1:] else ' differs'}{noise}", *lines]
+
+
+def machines(run: Path, reference: Path) -> list[str]:
+    """A line that names the versions, commit and machine in which the two differ; none where they agree."""
+    paths = [directory / "environment.json" for directory in (run, reference)]
+    ours, theirs = (json.loads(p.read_text(encoding="utf-8")) if p.exists() else {} for p in paths)
+    differing = [key for key in dict.fromkeys([*ours, *theirs]) if ours.get(key) != theirs.get(key)]
+    parts = [f"{key} {ours.get(key, 'absent')} (reference: {theirs.get(key, 'absent')})" for key in differing]
+    return [f"environment: {', '.join(parts)}"] if parts else []
 
 
 # -------------------------------------------------------------------------------------------------------- curves
@@ -113,7 +129,7 @@ def verdict(run: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, A
     (epoch, name), most = parts[0], max(distance(*pairs[place]) for place in parts)
     values = "{:.6g} against {:.6g}".format(*pairs[epoch, name])
     text = f"curves: part at {by} {epoch}: {name} is {values}, {distance(*pairs[epoch, name]):.2g} apart"
-    return Verdict(f"{text}; tolerance {tolerance:g}, at most {most:.2g} {span}", False, epoch)
+    return Verdict(f"{text}; tolerance {tolerance:g}, at most {most:.2g} {span}", False, epoch, name)
 
 
 def distance(a: float, b: float) -> float:
@@ -127,9 +143,10 @@ def _numbers(lines: Sequence[Mapping[str, Any]], last: int) -> list[dict[str, An
     return [{key: value for key, value in line.items() if key != "timing"} for line in upto]
 
 
-def draw(run: Mapping[str, Curve], reference: Mapping[str, Curve], parting: int | None, by: str, out: Path) -> None:
+def draw(run: Mapping[str, Curve], reference: Mapping[str, Curve], found: Verdict, by: str, out: Path) -> None:
     """A panel for each curve that either has: the reference broad and pale, the run over it; a line where they part."""
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     from paper.figures import style
 
@@ -137,15 +154,17 @@ def draw(run: Mapping[str, Curve], reference: Mapping[str, Curve], parting: int 
     names = list(dict.fromkeys([*run, *reference]))
     figure, row = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.6), layout="constrained", squeeze=False)
     for axes, name in zip(row[0], names, strict=True):
-        for label, found, look in (
+        for label, curves, look in (
             ("reference", reference, {"color": style.SECOND, "linewidth": 3.5}),
             ("run", run, {"color": style.FIRST, "linewidth": 1.2, "marker": ".", "markersize": 3}),
         ):
-            points = sorted(found.get(name, {}).items())
+            points = sorted(curves.get(name, {}).items())
             axes.plot([x for x, _ in points], [y for _, y in points], label=label, **look)
-        if parting is not None:
-            axes.axvline(parting, color=style.ACCENT, linestyle=":", label=f"they part at {by} {parting}")
+        if found.parting is not None:
+            label = f"{found.curve} parts at {by} {found.parting}"
+            axes.axvline(found.parting, color=style.ACCENT, linestyle=":", label=label)
         axes.set(title=name, xlabel=by)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, steps=[1, 2, 5, 10]))
     figure.legend(*row[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -182,15 +182,16 @@ def _contents(parts: Iterable[Section]) -> str:
 
 
 def _summary(frames: dict[str, pd.DataFrame]) -> str:
-    """How many of the published numbers are in each state; each state is a search."""
-    counts = numbers.count(frame for name, frame in frames.items() if name.startswith("table"))
+    """How many of the published numbers are in each state, and how many are ours alone; each state is a search."""
+    counts = numbers.count(frames.values())
+    published = counts.total() - counts["ours"]
     items = [
         f'<li class="{key}{"" if counts[key] else " none"}"><b>{counts[key]}</b> '
-        f'<a class="badge" href="#?q=is:{key}%20table">{words}</a> '
+        f'<a class="badge" href="#?q=is:{key}{"" if key == "ours" else "%20is:published"}">{words}</a> '
         f"<small>{html.escape(numbers.MEANING[key])}</small></li>"
         for key, words in numbers.STATES.items()
     ]
-    return f"<p>{counts.total()} numbers in Tables 1 to 7:</p>\n<ul class=states>{''.join(items)}</ul>"
+    return f"<p>The paper prints {published} numbers, in Tables 1 to 7:</p>\n<ul class=states>{''.join(items)}</ul>"
 
 
 def _origin(folders: Sequence[Path]) -> str:

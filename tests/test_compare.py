@@ -12,7 +12,7 @@ def epoch(number, loss, **values):
 
 
 def run(where, lines, **config):
-    where.mkdir(parents=True)
+    where.mkdir(parents=True, exist_ok=True)
     values = {"recipe": "r", "seed": 0, "mask": {"grid": 2}, "run": {"workers": len(str(where))}, **config}
     (where / "config.yaml").write_text(json.dumps(values))
     (where / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -85,3 +85,16 @@ def test_a_log_without_epochs_is_compared_by_iteration(compared):
 def test_a_folder_that_is_no_run_is_named(tmp_path, cli):
     status, _, error = cli(compare.main, tmp_path, tmp_path)
     assert status == 1 and f"{tmp_path} is no run directory" in error
+
+
+def test_a_pretraining_and_its_probe_are_no_pair(compared):
+    status, _, error = compared([epoch(1, 2.0)], [epoch(1, 2.0)], checkpoint="encoder-s0")
+    assert status == 1 and "one run is a pre-training, the other an evaluation" in error
+
+
+def test_versions_that_differ_are_named_and_a_seed_is_called_noise(tmp_path, compared):
+    for name, torch in (("a", "2.11"), ("reference", "2.9")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "environment.json").write_text(json.dumps({"torch": torch, "numpy": "2.4"}))
+    _, out, _ = compared([epoch(1, 2.0)], [epoch(1, 9.0)], seed=1)
+    assert "environment: torch 2.11 (reference: 2.9)\n" in out and "the noise between seeds" in out

@@ -23,11 +23,11 @@ STATES = {
     "outside": "outside the noise",
     "alone": "one run, noise unknown",
     "incomparable": "not comparable",
-    "ours": "ours alone",
     "absent": "not run",
     "public": "public checkpoint, not run",
     "unbuilt": "not implemented",
     "unreadable": "unreadable result",
+    "ours": "ours alone",
 }
 WITHOUT_NUMBER = {NO_RUN: "absent", PUBLIC_ONLY: "public", NOT_IMPLEMENTED: "unbuilt", UNREADABLE: "unreadable"}
 MEANING = {
@@ -35,7 +35,7 @@ MEANING = {
     "outside": "it differs by more",
     "alone": "one run at the published budget: its difference is printed, its noise is not known",
     "incomparable": "a run of another budget (smoke: embedded photographs, a small net): never a replication",
-    "ours": "the paper prints no number here",
+    "ours": "besides: numbers of ours where the paper prints none",
     "absent": "no finished run",
     "public": "the method is not implemented here; its authors' checkpoint can be measured",
     "unbuilt": "the method is not implemented here",
@@ -57,8 +57,9 @@ def state(cell: pd.Series) -> str:
 
 
 def count(frames: Iterable[pd.DataFrame]) -> Counter[str]:
-    """How many cells are in each state."""
-    return Counter(state(cell) for frame in frames for _, cell in frame.iterrows())
+    """How many of the numbers that the paper prints are in each state; `ours`: how many of ours stand by themselves."""
+    cells = [cell for frame in frames for _, cell in frame.iterrows()]
+    return Counter(state(cell) for cell in cells if pd.notna(cell["published"]) or cell["n"])
 
 
 def ours(cell: pd.Series) -> str:
@@ -140,8 +141,9 @@ def _origin(cell: pd.Series) -> str:
 
 
 def searchable(cell: pd.Series) -> str:
-    """All that the search box looks at; `is:absent` and its like are the states' exact names."""
-    place = [cell["cell"], cell["row"], cell["column"], f"is:{state(cell)}"]
+    """All that the search box looks at; `is:published` and `is:within` (or another state) are exact."""
+    exact = f"is:{state(cell)}" + (" is:published" if pd.notna(cell["published"]) else "")
+    place = [cell["cell"], cell["row"], cell["column"], exact]
     return " ".join([*place, words(cell), cell["metric"], cell["preset"], cell["runs"]]).lower()
 
 
