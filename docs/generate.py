@@ -57,7 +57,7 @@ SCRIPTS = [
     "paper/compare.py",
     "paper/keep.py",
 ]
-MARK = re.compile(r"<!-- generated: (\w+)(?: (.+?))? -->\n(.*?)<!-- end -->", re.DOTALL)
+MARK = re.compile(r"<!-- generated: (\w+)(?: ([^\n]+?))? -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def main() -> None:
@@ -159,7 +159,39 @@ def lines(place: str) -> str:
     return "```python\n" + "\n".join(line[margin:] for line in block) + "\n```"
 
 
-BLOCKS: dict[str, Callable[..., str]] = {"results": results, "help": usage, "make": targets, "lines": lines}
+def costs() -> str:
+    """What each table and figure costs at the published budget, as `slurm/launch.py --dry-run` estimates it."""
+    from paper.cells import select, tables
+    from paper.presets import budget
+    from slurm import cost, graph
+
+    cells = select(["all"])
+    jobs = graph.jobs(cells, budget("paper"), ROOT / "runs")
+    rows = ["| target | what it is | numbers or curves | runs | GPU hours |", "|---|---|---|---|---|"]
+    for target in dict.fromkeys(cell.target for cell in cells):
+        own = [job for job in jobs if any(cell.split("/")[0] == target for cell in job.cells)]
+        counted = f"{sum(cell.target == target for cell in cells)} | {len(own)} | {_hours(own):,.0f}"
+        rows.append(f"| `{target}` | {tables()[target].title.partition(': ')[2]} | {counted} |")
+    for cell in ("table4/imagenet/moco/mixmask/200", "table5/cifar100/moco/mixmask"):
+        own = graph.jobs(select([cell]), budget("paper"), ROOT / "runs")
+        rows.append(f"| `{cell}` | one cell | 1 | {len(own)} | {_hours(own):,.0f} |")
+    whole = f"{len(cells)} | {len(jobs)} | {_hours(jobs):,.0f}"
+    rows.append(f"| `all` | each run once: tables share many | {whole} |")
+    return "\n".join([*rows, "", f"{cost.ASSUMPTION[:1].upper()}{cost.ASSUMPTION[1:]}."])
+
+
+def _hours(jobs: list) -> float:
+    """Of those that take a GPU."""
+    return sum(job.hours for job in jobs if job.resources.gpus)
+
+
+BLOCKS: dict[str, Callable[..., str]] = {
+    "results": results,
+    "costs": costs,
+    "help": usage,
+    "make": targets,
+    "lines": lines,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------- pages

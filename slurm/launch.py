@@ -208,7 +208,8 @@ def print_costs(cells: list[Cell], jobs: list[Job]) -> None:
 
 def _cost(jobs: list[Job]) -> float:
     """GPU-hours, or minutes of the CPU where no GPU is asked for."""
-    return sum(job.hours if job.resources.gpus else 60 * job.hours for job in jobs)
+    on_gpus = [job.hours for job in jobs if job.resources.gpus]  # a conversion beside them takes none
+    return sum(on_gpus) if on_gpus else 60 * sum(job.hours for job in jobs)
 
 
 def _resources(job: Job) -> str:

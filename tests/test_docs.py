@@ -82,6 +82,23 @@ def test_a_stale_block_is_found_and_brought_up_to_date(tmp_path, generate, monke
         generate.current(tmp_path / "x.md", text.replace("twice", "thrice"))
 
 
+def test_two_blocks_of_a_document_are_two_even_where_the_first_has_no_argument(tmp_path, generate, monkeypatch):
+    monkeypatch.setattr(generate, "BLOCKS", {"one": lambda: "1", "two": lambda word: word})
+    text = "<!-- generated: one -->\n<!-- end -->\na\n<!-- generated: two b -->\n<!-- end -->\n"
+    expected = "<!-- generated: one -->\n1\n<!-- end -->\na\n<!-- generated: two b -->\nb\n<!-- end -->\n"
+    assert generate.current(tmp_path / "x.md", text) == expected
+
+
+def test_the_costs_are_those_that_the_launcher_prints(generate, capsys):
+    from slurm import launch
+
+    launch.main(["table7", "--dry-run"])
+    (printed,) = [line.split()[3] for line in capsys.readouterr().out.splitlines() if line.startswith("table7 ")]
+    (row,) = [line for line in generate.costs().splitlines() if line.startswith("| `table7` ")]
+    *_, runs, hours, _ = row.replace(",", "").split("|")
+    assert int(runs) == 24 and float(hours) == pytest.approx(float(printed), abs=0.6)  # conversions take no GPU
+
+
 def test_the_results_block_counts_all_142_numbers(generate):
     rows = [line.split(" | ") for line in generate.results().splitlines()[2:]]
     assert len(rows) == 7 and sum(int(row[1]) for row in rows) == 142
