@@ -93,6 +93,7 @@ def page(frames: dict[str, pd.DataFrame], budgets: Sequence[Budget], folders: Se
     """The whole page, of the cells of every table and figure."""
     runs = Runs.find(folders)
     parts = [*_tables(frames, runs), *_figures(frames, runs, budgets, folders), *_own(frames, runs)]
+    parts.sort(key=lambda part: part.name.startswith(("table", "figure")))  # what was run at a scale of its own is first
     ledger = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8").partition("\n")[2]
     return Template((PIECES / "page.html").read_text(encoding="utf-8")).substitute(
         style=(PIECES / "style.css").read_text(encoding="utf-8"),
@@ -119,7 +120,7 @@ def _tables(frames: dict[str, pd.DataFrame], runs: Runs) -> Iterator[Section]:
 
 
 def _own(frames: dict[str, pd.DataFrame], runs: Runs) -> Iterator[Section]:
-    """Tables at a scale of their own, after all that is the paper's; one that has a figure stands with it."""
+    """Tables at a scale of their own; one that has a figure stands with it."""
     for name, frame in frames.items():
         if tables()[name].scale and name not in FIGURES:
             yield _numbers(name, frame, runs)

@@ -91,7 +91,7 @@ def test_the_reports_counts_are_of_the_papers_numbers_and_its_reduced_numbers_sa
     budgets = [budget("paper")]
     frames = {name: make_report.collect(table, budgets, [runs]) for name, table in some.items()}
     page = make_report.page(frames, budgets, [runs])
-    assert "<p>6 numbers in Tables 1 to 7:</p>" in page
+    assert "<p>The paper prints 6 numbers, in Tables 1 to 7:</p>" in page
     assert "reduced: +3.0 ± 0.8 (outside 2 standard errors) from Vanilla" in page
     assert page.count('id="reduced"') == page.count('id="reduced_masks"') == 1
 
