@@ -93,7 +93,7 @@ def page(frames: dict[str, pd.DataFrame], budgets: Sequence[Budget], folders: Se
     """The whole page, of the cells of every table and figure."""
     runs = Runs.find(folders)
     parts = [*_tables(frames, runs), *_figures(frames, runs, budgets, folders), *_own(frames, runs)]
-    parts.sort(key=lambda part: part.name.startswith(("table", "figure")))  # what was run at a scale of its own is first
+    parts.sort(key=lambda part: part.name.startswith(("table", "figure")))  # what was run at its own scale: first
     ledger = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8").partition("\n")[2]
     return Template((PIECES / "page.html").read_text(encoding="utf-8")).substitute(
         style=(PIECES / "style.css").read_text(encoding="utf-8"),
