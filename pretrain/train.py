@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mixmask import checkpoint, data, distributed, knn
 from mixmask import config as configs
@@ -67,6 +68,7 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
         if state.step == 0 and config.knn.every:
             run.log("epoch", -1, epoch=0, **evaluate(framework, train_set, test_set, config, device))
 
+        work = Work()
         with Interrupt() as interrupt, explained(run, config, state, len(train_set)):
             for epoch in range(state.step // steps_per_epoch, config.epochs):
                 done = state.step % steps_per_epoch
@@ -74,9 +76,11 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
                 clock = Clock()
                 for batch in clock.waits(views(config, train_set, epoch, done, device)):
                     step = state.step
-                    values, anchors, rate = iterate(config, state, batch)
+                    with work.counted():
+                        values, anchors, rate = iterate(config, state, batch)
                     accumulate(state, values)
                     clock.images += config.batch_size
+                    clock.flops += work.flops * world.size
                     if step % config.run.log_every == 0:
                         numbers = finite({**values, **distributed.mean(coefficients(anchors))}, step)
                         run.log("step", step, epoch=epoch + 1, **numbers, lr=rate, timing=clock.timing())
@@ -355,11 +359,31 @@ def evaluate(framework: nn.Module, train_set: Any, test_set: Any, config: Pretra
         return {} if distributed.rank() else knn.evaluate(framework.encoder, train_set, test_set, *options)
 
 
-class Clock:
-    """Images, seconds, and seconds spent waiting for data since the epoch began."""
+class Work:
+    """Floating-point operations of one iteration in this process, counted while the first one runs.
+
+    Matrix products and convolutions, forward and backward; a multiply-add counts two.
+    """
 
     def __init__(self) -> None:
-        self.images, self.wait = 0, 0.0
+        self.flops = 0
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts what is inside, once."""
+        if self.flops:
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self.flops = counter.get_total_flops()
+
+
+class Clock:
+    """Images, floating-point operations, seconds, and seconds spent waiting for data since the epoch began."""
+
+    def __init__(self) -> None:
+        self.images, self.flops, self.wait = 0, 0, 0.0
         self.start = self.last_due = time.perf_counter()
 
     def waits(self, batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
@@ -374,11 +398,12 @@ class Clock:
             yield batch
 
     def timing(self) -> dict[str, float]:
-        """images_per_second and data_wait (a share, 0 to 1) since the epoch began."""
+        """images_per_second, counted tflops_per_second and data_wait (a share, 0 to 1) since the epoch began."""
         seconds = time.perf_counter() - self.start
         return {
             "seconds": round(seconds, 3),
             "images_per_second": round(self.images / seconds, 1),
+            "tflops_per_second": round(self.flops / seconds / 1e12, 4),
             "data_wait": round(self.wait / seconds, 4),
         }
 
@@ -444,7 +469,8 @@ def epoch_line(epoch: int, epochs: int, means: dict[str, float], rate: float, ti
     accuracy = "".join(f"  {name} {value:.2f} %" for name, value in means.items() if name.startswith("knn_"))
     return (
         f"epoch {epoch}/{epochs}  loss {means['loss']:.4f}{accuracy}  lr {rate:.4g}  "
-        f"{timing['images_per_second']:.0f} images/s  data wait {timing['data_wait']:.0%}"
+        f"{timing['images_per_second']:.0f} images/s  {timing['tflops_per_second']:.3g} TFLOP/s  "
+        f"data wait {timing['data_wait']:.0%}"
     )
 
 

@@ -110,12 +110,20 @@ def test_loss_curve_is_pinned(tiny, tmp_path, method):
     assert losses[:4] == pytest.approx(CURVES[method], rel=1e-3)
 
 
+def test_work_is_counted_once_and_a_multiply_add_as_two():
+    work, weight = script.Work(), torch.ones(3, 5, requires_grad=True)
+    for _ in range(2):
+        with work.counted():
+            (torch.ones(7, 3) @ weight).sum().backward()
+    assert work.flops == 2 * 7 * 3 * 5 * 2  # forward, and the gradient of the weight
+
+
 def test_log_lines_hold_what_is_promised(tiny, undisturbed):
     lines = read_log(undisturbed)
     parts = {"loss", "loss_clean", "loss_mixmask", "loss_mixmask_switch", "positive_similarity"}
     steps = [line for line in lines if line["kind"] == "step"]
     assert [line["step"] for line in steps] == [0, 2, 4, 6, 8, 10]
-    timing = {"seconds", "images_per_second", "data_wait"}
+    timing = {"seconds", "images_per_second", "tflops_per_second", "data_wait"}
     for line in steps:
         assert line.keys() == {"kind", "step", "epoch", "lr", "lambda_mixmask", "timing", *parts}
         assert line["timing"].keys() == timing and 0 <= line["timing"]["data_wait"] <= 1
