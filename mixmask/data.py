@@ -597,20 +597,28 @@ def loader(
     epoch: int,
     views: Sequence[Augment],
     workers: int = 8,
+    pin_memory: bool = False,
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Training batches: for each view random crops uint8 (N, 3, size, size), and indices int64 (N,).
 
-    Of a view's augmentation only the crop is done here. Raises DataError naming the file that cannot be read.
+    Of a view's augmentation only the crop is done here. `pin_memory`: in memory that is copied to a GPU beside its
+    work. Raises DataError naming the file that cannot be read.
     """
-    return _iterate(RandomCrops(_packed(files.paths), seed, epoch, tuple(views)), batches, workers)
+    return _iterate(RandomCrops(_packed(files.paths), seed, epoch, tuple(views)), batches, workers, pin_memory)
 
 
 def centre_loader(
-    files: Files, batch_size: int, resize: int = 256, size: int = 224, interpolation: str = "bilinear", workers: int = 8
+    files: Files,
+    batch_size: int,
+    resize: int = 256,
+    size: int = 224,
+    interpolation: str = "bilinear",
+    workers: int = 8,
+    pin_memory: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Test batches in the order of the files: central crops uint8 (N, 3, size, size) and indices int64 (N,)."""
     batches = torch.arange(len(files)).split(batch_size)
-    return _iterate(CentreCrop(_packed(files.paths), resize, size, interpolation), batches, workers)
+    return _iterate(CentreCrop(_packed(files.paths), resize, size, interpolation), batches, workers, pin_memory)
 
 
 def _packed(paths: Sequence[str]) -> np.ndarray:
@@ -643,7 +651,7 @@ def _ignore_signals(worker: int) -> None:
 
 
 def _iterate(
-    read: RandomCrops | CentreCrop, batches: Iterable[Sequence[int]], workers: int
+    read: RandomCrops | CentreCrop, batches: Iterable[Sequence[int]], workers: int, pin_memory: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     data = torch.utils.data.DataLoader(
         _Reader(read),
@@ -651,7 +659,7 @@ def _iterate(
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=_ignore_signals,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
         generator=torch.Generator(),  # of its own: the loader draws a number, which must not touch the run's state
     )

@@ -42,7 +42,7 @@ def train_batches(
         here = here.to(dataset.images.device)
         stream = (([dataset.images[indices]] * len(augments), indices) for indices in here)
     else:  # workers decode and crop; each view is a uint8 crop of its own
-        stream = data.loader(dataset, here, seed, epoch, augments, workers)
+        stream = data.loader(dataset, here, seed, epoch, augments, workers, pin_memory=device.type == "cuda")
         augments = [without_crop(augment) for augment in augments]
     for position, (images, indices) in enumerate(stream, start + skip):
         generator = torch_generator(device, seed, "augment", position)
@@ -67,7 +67,8 @@ def test_batches(
 ) -> Iterator[Tensor]:
     """The test images float (N, 3, S, S) in order: shorter side to `resize` (0: kept), centre crop, normalised."""
     if isinstance(dataset, data.Files):
-        stream = data.centre_loader(dataset, batch_size, resize, augment.size, augment.interpolation, workers)
+        sizes = (batch_size, resize, augment.size)
+        stream = data.centre_loader(dataset, *sizes, augment.interpolation, workers, device.type == "cuda")
         pixels = (images.to(device, non_blocking=True) for images, _ in stream)
         resize = 0
     else:

@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import RandomResizedCrop
 from mixmask import data
 from mixmask.config import Augment, UserError
 from mixmask.data import DataError, Expected
+from mixmask.views import train_batches
 
 WNIDS = ("n03", "n01", "n02")  # not sorted: wnids.txt, not the alphabet, gives the class index
 TINY = Expected(classes=3, train=6, test=6, side=64)
@@ -316,6 +317,24 @@ def test_crops_do_not_depend_on_workers_or_on_what_was_read_before(imagenet):
     assert torch.equal(torch.cat(alone), crops[-1])
     other, _ = read_all(files, workers=0, epoch=1)
     assert not torch.equal(crops, other) and not torch.equal(crops[:, 0], crops[:, 1])
+
+
+def test_a_process_reads_only_its_rows_of_a_batch(imagenet, monkeypatch):
+    """And gets what the one process that reads whole batches gets in these rows."""
+    files, read, read_image = load_imagenet(imagenet), [], data.read_image
+    monkeypatch.setattr(data, "read_image", lambda path: read.append(path) or read_image(path))
+    augment = Augment(("crop", "flip"), 32, (0.2, 1.0), flip_prob=0.5, mean=(0.5,) * 3, std=(0.2,) * 3)
+
+    def batches(rows: slice) -> list:
+        read.clear()
+        return list(train_batches(files, augment, 4, 1, 0, 2, torch.device("cpu"), rows=rows))
+
+    whole, part = batches(slice(None)), batches(slice(2, 4))
+    assert len(read) == 2 * len(part) and len(part) == len(whole)
+    for (views, index), (own_views, own_index) in zip(whole, part, strict=True):
+        assert torch.equal(index[2:4], own_index)
+        for view, own in zip(views, own_views, strict=True):
+            assert torch.equal(view[2:4], own)
 
 
 def test_centre_crop_resizes_the_shorter_side(imagenet):
