@@ -80,13 +80,13 @@ def test_resized_crop_equals_pillow(interpolation: str, shape: tuple[int, int], 
 
 
 OPERATIONS = {
-    "brightness": (aug.adjust_brightness, F.adjust_brightness, 0.6, 1.4),
-    "contrast": (aug.adjust_contrast, F.adjust_contrast, 0.6, 1.4),
-    "saturation": (aug.adjust_saturation, F.adjust_saturation, 0.6, 1.4),
-    "hue": (aug.adjust_hue, F.adjust_hue, -0.5, 0.5),
-    "strong brightness": (aug.adjust_brightness, F.adjust_brightness, 0.0, 3.0),
-    "strong contrast": (aug.adjust_contrast, F.adjust_contrast, 0.0, 3.0),
-    "strong saturation": (aug.adjust_saturation, F.adjust_saturation, 0.0, 3.0),
+    "brightness": (aug.adjust_brightness_, F.adjust_brightness, 0.6, 1.4),
+    "contrast": (aug.adjust_contrast_, F.adjust_contrast, 0.6, 1.4),
+    "saturation": (aug.adjust_saturation_, F.adjust_saturation, 0.6, 1.4),
+    "hue": (aug.adjust_hue_, F.adjust_hue, -0.5, 0.5),
+    "strong brightness": (aug.adjust_brightness_, F.adjust_brightness, 0.0, 3.0),
+    "strong contrast": (aug.adjust_contrast_, F.adjust_contrast, 0.0, 3.0),
+    "strong saturation": (aug.adjust_saturation_, F.adjust_saturation, 0.0, 3.0),
 }
 
 
@@ -109,7 +109,7 @@ def test_hsv_equals_pillow_for_every_hue_and_saturation() -> None:
     ours[:, 0] *= ours[:, 1] > 0  # the hue of a grey is arbitrary
     assert largest_difference(ours, [to_pil(image).convert("HSV") for image in colours]) == 0
     expected = [Image.merge("HSV", to_pil(image).split()).convert("RGB") for image in colours]
-    assert largest_difference(aug.hsv_to_rgb(*colours.float().unbind(1)), expected) <= 1
+    assert largest_difference(aug.hsv_to_rgb(*colours.float().unbind(1), torch.empty(colours.shape)), expected) <= 1
 
 
 def test_grayscale_equals_pillow() -> None:
@@ -252,6 +252,72 @@ def test_probabilities_and_sigma() -> None:
     assert two_sample_distance(p.sigma, uniform(10000, 0.1, 2.0)) < 1
 
 
+# ---------------------------------------------------------------------------- what is fast equals what is plain
+
+
+@pytest.mark.parametrize("with_hue", [True, False])
+def test_jitter_by_group_equals_jitter_by_selection(with_hue: bool) -> None:
+    images = photographs(32, 32, 200).float()
+    p = aug.sample(MOCO_V1, 200, 32, 32, generator(8), "cpu")
+    grouped, selected = (
+        jitter(images, p.order, p.factors, p.jitter, with_hue)
+        for jitter in (aug.jitter_by_group, aug.jitter_by_selection)
+    )
+    assert torch.equal(grouped, selected) and not torch.equal(grouped, images)
+
+
+@pytest.mark.parametrize("size, extent", [(8, 8), (32, 32), (64, 64), (128, 17)])
+def test_enlarging_weights_equal_resize_weights_for_every_box(size: int, extent: int) -> None:
+    start, length = (values.flatten() for values in torch.meshgrid(*[torch.arange(extent)] * 2, indexing="ij"))
+    inside = start + length < extent
+    box = start[inside], length[inside] + 1
+    flipped = torch.arange(len(box[0])) % 2 == 0
+    assert aug.enlarges_exactly((extent, extent), size, "bilinear")
+    exact = aug.resize_weights(*box, extent, size, "bilinear", flipped)  # float64
+    weights = aug.enlarging_weights(*box, extent, size, "bilinear", flipped)
+    assert torch.equal(weights.double(), exact)
+    assert torch.equal(weights.bfloat16().double(), exact)  # 8 bits suffice: no device's precision matters
+
+
+@pytest.mark.parametrize("shape, size", [((33, 32), 32), ((32, 32), 28), ((224, 224), 256)])
+def test_other_crops_are_computed_in_float64(shape: tuple[int, int], size: int) -> None:
+    assert not aug.enlarges_exactly(shape, size, "bilinear")
+    assert not aug.enlarges_exactly((32, 32), 32, "bicubic")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_path_of_gpus_and_compiled_graphs_equals_the_cpus(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    augment, images = RECIPES[recipe], photographs(32, 32, 64)
+    parameters = aug.sample(augment, 64, 32, 32, generator(9), "cpu")
+    here = aug.apply(augment, images, parameters)
+    monkeypatch.setattr(aug, "compiled_or_on_gpu", lambda images: True)
+    assert torch.equal(aug.apply(augment, images, parameters), here)
+
+
+def test_a_view_compiles_to_one_graph_that_computes_the_same() -> None:
+    """`fullgraph` refuses what would wait for a device. The graph is run as it is: nothing here needs a compiler."""
+    images, p = photographs(32, 32, 16), aug.sample(MOCO_V2, 16, 32, 32, generator(11), "cpu")
+    columns = [getattr(p, field.name) for field in dataclasses.fields(p)]
+    compiled = torch.compile(lambda x, *p: aug.apply(MOCO_V2, x, aug.Parameters(*p)), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(images, *columns), aug.apply(MOCO_V2, images, p))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_threads_and_chunks_change_no_bit(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    augment, images = RECIPES[recipe], photographs(32, 32, 50)
+    parameters = aug.sample(augment, 50, 32, 32, generator(10), "cpu")
+    whole = aug.apply(augment, images, parameters)
+    monkeypatch.setattr(aug, "CPU_PIXELS", 7 * 32 * 32)
+    assert torch.equal(aug.apply(augment, images, parameters), whole)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(aug.apply(augment, images, parameters), whole)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
 # ---------------------------------------------------------------------------------------------------- independence
 
 
@@ -276,10 +342,11 @@ def test_number_of_draws_does_not_depend_on_the_images() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_view_does_not_depend_on_the_rest_of_the_batch(recipe: str) -> None:
-    images = photographs(32, 32, aug.CPU_CHUNK + 12)
+    chunk = aug.CPU_PIXELS // 32**2
+    images = photographs(32, 32, chunk + 12)
     parameters = aug.sample(RECIPES[recipe], len(images), 32, 32, generator(), "cpu")
     together = aug.apply(RECIPES[recipe], images, parameters)
-    for i in (0, 5, aug.CPU_CHUNK, len(images) - 1):
+    for i in (0, 5, chunk, len(images) - 1):
         alone = aug.apply(RECIPES[recipe], images[i : i + 1], parameters[i : i + 1])
         torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-6)
 
@@ -290,7 +357,7 @@ def test_images_are_left_as_they_were() -> None:
     aug.augment_view(MOCO_V2, images, generator())
     floats, p = images.float(), aug.sample(MOCO_V2, 8, 32, 32, generator(), "cpu")
     aug.colour_jitter(floats, p.order, p.factors, p.jitter)
-    aug.adjust_hue_where(floats, p.factors[:, 3], p.jitter)
+    aug.grayscale(floats, p.grayscale)
     aug.gaussian_blur(floats, p.sigma, p.blur, 2.0)
     assert torch.equal(images, before) and torch.equal(floats, before.float())
 
