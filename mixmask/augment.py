@@ -7,6 +7,7 @@ operation to the last; a column is a per-sample number of shape (N, 1, 1, 1).
 Sources: torchvision.transforms (v1) and Pillow, which all public recipes of the paper's baselines use.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -106,8 +107,8 @@ def central_crop(ratio: tuple[float, float], height: int, width: int) -> tuple[i
 def sample_factors(jitter: tuple[float, float, float, float], draws: Tensor) -> Tensor:
     """Factors (N, 4) from uniform draws (N, 4): 1 +- strength, at least 0; for hue +- strength of a turn."""
     *strengths, hue = jitter
-    low = draws.new_tensor([max(0.0, 1.0 - strength) for strength in strengths] + [-hue])
-    high = draws.new_tensor([1.0 + strength for strength in strengths] + [hue])
+    low = constants((*(max(0.0, 1.0 - strength) for strength in strengths), -hue), draws.device)
+    high = constants((*(1.0 + strength for strength in strengths), hue), draws.device)
     return low + (high - low) * draws
 
 
@@ -209,7 +210,7 @@ test_view.__test__ = False  # not a test, whatever its name says to pytest
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], out: Tensor | None = None) -> Tensor:
     """(N, 3, H, W) with values 0..255 -> (value / 255 - mean) / std, of each channel its own; same shape."""
-    mean, std = images.new_tensor(mean)[:, None, None], images.new_tensor(std)[:, None, None]
+    mean, std = (constants(tuple(values), images.device)[:, None, None] for values in (mean, std))
     return torch.mul(images, 1 / (255 * std), out=out).sub_(mean / std)
 
 
@@ -502,6 +503,16 @@ def box_blur(images: Tensor, weights: Tensor) -> Tensor:
         after = padded[..., reach + distance : reach + distance + width]
         total.add_((before + after).mul_(column(weights[distance])))
     return to_bytes(total)
+
+
+def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The numbers as float32 on the device, copied there once: every copy would wait for a GPU."""
+    return torch.tensor(values, device=device) if torch.compiler.is_compiling() else _copied(values, device)
+
+
+@functools.cache
+def _copied(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)
 
 
 def compiled_or_on_gpu(images: Tensor) -> bool:
