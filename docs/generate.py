@@ -128,6 +128,68 @@ def results() -> str:
     return "\n".join(lines)
 
 
+def table(name: str) -> str:
+    """A table of numbers from the runs in results/."""
+    from paper.cells import tables
+    from paper.make_tables import collect, numbers
+    from paper.markup import markdown
+    from paper.presets import budget
+
+    return markdown(numbers(tables()[name], collect(tables()[name], [budget("paper")], [ROOT / "results"]))).strip()
+
+
+def curves(target: str) -> str:
+    """Of the first seed of each of the cells: the loss at step 0, loss and k-NN after some epochs, from results/."""
+    from mixmask.runs import read_log
+    from paper.cells import select
+    from paper.presets import budget, chains, located
+
+    lines, heading = [], ""
+    for cell in select([target]):
+        pretraining = chains(cell, budget("paper"))[0][0]
+        log = read_log(located([ROOT / "results"], pretraining))
+        epochs = sorted({0, 1, -(-pretraining.config.epochs // 2), pretraining.config.epochs})
+        heading = f"| run | loss at step 0 | mean loss, epochs {_some(epochs[1:])} | k-NN (%), epochs {_some(epochs)} |"
+        lines.append(f"| {cell.row} | {_curve(log, epochs)} |" if log else f"| {cell.row} | not run | | |")
+    return "\n".join([heading, "|---|---|---|---|", *lines])
+
+
+def runs(target: str) -> str:
+    """Every pre-training of the cells that is in results/: where it ran, how long, what came out."""
+    from mixmask.runs import read_result
+    from paper.cells import select
+    from paper.presets import budget, chains, located
+
+    found = {}
+    for cell in select([target]):
+        for pretraining, *_, probe in (chain for chain in chains(cell, budget("paper")) if len(chain) > 1):
+            where = located([ROOT / "results"], pretraining)
+            made, probed = read_result(where), read_result(located([ROOT / "results"], probe))
+            if made and probed:
+                found.setdefault(where.name, _made(cell.row, pretraining.config.seed, where.name, made, probed))
+    heading = "| run | seed | device | minutes | loss | k-NN (%) | linear (%) | record in results/pretrain/ |"
+    return "\n".join([heading, "|---|---|---|---|---|---|---|---|", *found.values()])
+
+
+def _made(row: str, seed: int, name: str, made: dict, probed: dict) -> str:
+    accuracy = next(value for key, value in made["metrics"].items() if key.startswith("knn_") and key.endswith("_last"))
+    linear = next(value for key, value in probed["metrics"].items() if key.endswith("_last"))
+    numbers = f"{made['metrics']['loss']:.2f} | {accuracy:.1f} | {linear:.1f}"
+    return f"| {row} | {seed} | {made['device']} | {made['timing']['seconds'] / 60:.1f} | {numbers} | `{name}` |"
+
+
+def _curve(log: list[dict], epochs: list[int]) -> str:
+    start = next(line["loss"] for line in log if line["kind"] == "step" and line["step"] == 0)
+    after = {line["epoch"]: line for line in log if line["kind"] == "epoch"}
+    accuracy = next(key for key in after[0] if key.startswith("knn_"))
+    losses, accuracies = [f"{after[e]['loss']:.2f}" for e in epochs[1:]], [f"{after[e][accuracy]:.1f}" for e in epochs]
+    return f"{start:.2f} | {_some(losses)} | {_some(accuracies)}"
+
+
+def _some(values: list) -> str:
+    return ", ".join(map(str, values))
+
+
 def usage(script: str) -> str:
     """A script's --help, asked of its `main` in this process: starting each by itself would take a minute."""
     run = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
@@ -188,6 +250,9 @@ def _hours(jobs: list) -> float:
 BLOCKS: dict[str, Callable[..., str]] = {
     "results": results,
     "costs": costs,
+    "table": table,
+    "curves": curves,
+    "runs": runs,
     "help": usage,
     "make": targets,
     "lines": lines,

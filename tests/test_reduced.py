@@ -106,4 +106,4 @@ def test_the_figure_draws_every_method_that_has_a_run_and_is_no_replication(tmp_
     assert curves(loss) == {"vanilla": [[1, 8], [2, 7]]} and curves(knn) == {"vanilla": [[1, 6], [2, 7]]}
     assert figure.legends[0].get_title().get_text() == "reduced: not a replication"
     notes = figure.get_supxlabel()
-    assert "preset reduced; n = 2" in notes and "published" not in notes and "no run yet: Erase" in notes
+    assert "scale reduced; n = 2" in notes and "published" not in notes and "no run yet: Erase" in notes

@@ -29,6 +29,7 @@ class Logs:
     wanted: list[tuple[str, str, int]]  # framework, method, epochs of the pre-training
     lines: pd.DataFrame  # one row a logged epoch of a run: COLUMNS; `epochs` is the length of that run's own stage
     label: str  # the preset's, or the cells' own scale
+    kind: str  # which of the two
     replicates: bool  # whether it may stand for a figure of the paper
 
     @property
@@ -61,7 +62,9 @@ def _read(cells: Sequence[Cell], budget: Budget, folders: Sequence[Path]) -> Log
                 run = (*name, config.seed, step.stage, step.config.epochs)
                 rows += [(*run, *line) for line in _epochs(located(folders, step))]
     lines = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates()
-    return Logs(list(wanted), lines, label(cells[0], budget), budget.replicates and not cells[0].scale)
+    shown = label(cells[0], budget)
+    kind = "preset" if shown == budget.label else "scale"
+    return Logs(list(wanted), lines, shown, kind, budget.replicates and kind == "preset")
 
 
 def _epochs(run: Path) -> list[tuple[Any, ...]]:
@@ -108,14 +111,14 @@ def finish(figure: Figure, logs: Logs, absent: Sequence[str], unfinished: Sequen
 
 
 def _origin(logs: Logs) -> str:
-    """The preset and the number of seeds a curve."""
+    """The preset, or the scale, and the number of seeds a curve."""
     if logs.lines.empty:
         return ""
     seeds = logs.lines.groupby(["framework", "method", "budget"])["seed"].nunique()
     least, most = seeds.min(), seeds.max()
     number = f"n = {most}" if least == most else f"n = {least} to {most}"
     spread = ", mean and standard deviation over seeds" if most > 1 else ""
-    return f"preset {logs.label}{', the published budget' if logs.replicates else ''}; {number}{spread}"
+    return f"{logs.kind} {logs.label}{', the published budget' if logs.replicates else ''}; {number}{spread}"
 
 
 def _named(state: str, names: Sequence[str]) -> str:
