@@ -1,20 +1,23 @@
 """Tables at a scale of their own: set against their first row, with noise, and against nothing that is published."""
 
 import io
+import json
 import math
 
 import pandas as pd
 import pytest
+from test_docs import script
 from test_figures import curves, log
 from test_tables import finish
 
 from paper import make_report, make_tables
 from paper.baseline import pooled_std, words
-from paper.cells import tables
+from paper.cells import ROOT, select, tables
 from paper.figures import reduced, style
 from paper.presets import budget
-from slurm import launch
+from slurm import graph, launch
 
+KNN = "knn_k200_t0.1_out128_last"
 VANILLA, MIXMASK, ERASE = (f"reduced/knn/{method}" for method in ("vanilla", "mixmask", "erase"))
 
 
@@ -107,3 +110,23 @@ def test_the_figure_draws_every_method_that_has_a_run_and_is_no_replication(tmp_
     assert figure.legends[0].get_title().get_text() == "reduced: not a replication"
     notes = figure.get_supxlabel()
     assert "scale reduced; n = 2" in notes and "published" not in notes and "no run yet: Erase" in notes
+
+
+def test_every_kept_reduced_run_is_one_that_a_cell_asks_for_and_was_made_by_unmodified_code():
+    """A recipe that is changed would leave its results behind, in no table."""
+    wanted = {job.id for job in graph.jobs(select(["reduced*"]), budget("paper", ["seed=[0,1,2]"]), ROOT / "runs")}
+    kept = [path.parent for path in ROOT.glob("results/*/cifar100_reduced_*/result.json")]
+    assert kept and {path.name for path in kept} <= wanted
+    for path in kept:
+        environment = json.loads((path / "environment.json").read_text())
+        assert environment["commit"] and environment["modified"] is False and not (path / "environments.jsonl").exists()
+
+
+def test_the_documents_blocks_of_reduced_runs_hold_what_the_kept_runs_logged():
+    generate = script(ROOT / "docs" / "generate.py")
+    (run,) = ROOT.glob("results/pretrain/cifar100_reduced_moco-mixmask-e6-3726b66f-s0")
+    loss, accuracy = (json.loads((run / "result.json").read_text())["metrics"][key] for key in ("loss", KNN))
+    (line,) = [line for line in generate.runs("reduced/*").splitlines() if f"`{run.name}`" in line]
+    assert line.startswith("| MixMask | 0 | cpu | ") and f" | {loss:.2f} | {accuracy:.1f} | " in line
+    (line,) = [line for line in generate.curves("reduced/knn/mixmask").splitlines() if line.startswith("| MixMask")]
+    assert f"{loss:.2f} | " in line and line.endswith(f", {accuracy:.1f} |")
