@@ -1,0 +1,1 @@
+"""How fast this is here: `python benchmarks/run.py` (docs/performance.md)."""

@@ -1,0 +1,125 @@
+"""Seconds, memory, counted work, and the machine that they were measured on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mixmask.optim import device_name
+from mixmask.runs import environment
+
+MATMUL = {"cpu": 2048, "cuda": 8192}  # side of the square matrices whose product is the peak
+CODE = ("mixmask", "pretrain", "eval", "slurm", "paper", "requirements.lock")  # what is measured
+GIB = 2**30
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """How long `work` takes, until the device is done."""
+    wait(device)
+    start = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def repeated(work: Callable[[], Any], device: torch.device, repeats: int, warm: int = 1) -> list[float]:
+    """Seconds of each of `repeats` calls, after `warm` calls that do not count."""
+    for _ in range(warm):
+        work()
+    return [seconds(work, device) for _ in range(repeats)]
+
+
+def median(values: list[float]) -> float:
+    """The middle one."""
+    return statistics.median(values)
+
+
+def counted_flop(work: Callable[[], Any]) -> int:
+    """FLOP of `work`, counted operation by operation as it runs: 2 for each multiply-add of convolutions and products.
+
+    Compiled code runs as it was written, since a counter cannot look into it. Elementwise work counts 0.
+    """
+    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+        work()
+    return counter.get_total_flops()
+
+
+def peak(device: torch.device, precision: str, repeats: int = 10) -> float:
+    """TFLOP/s of a large matrix product in the precision ("fp32" or "bf16"), the best of `repeats`."""
+    side = MATMUL[device.type]
+    a, b = torch.randn(2, side, side, device=device, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    return 2 * side**3 / min(repeated(lambda: a @ b, device, repeats, warm=3)) / 1e12
+
+
+# --------------------------------------------------------------------------------------------------------- memory
+
+
+def forget_peak(device: torch.device) -> None:
+    """Peak memory counts anew from here (on a CPU: on Linux; elsewhere it is the peak since the process began)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: allocated on a GPU; on a CPU resident memory of the process, the interpreter and the data set included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+# -------------------------------------------------------------------------------------------------------- machine
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers are numbers of: device, threads, versions, and which code."""
+    cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if device.type == "cuda" else {}
+    return {
+        "device": device_name(device) if device.type == "cuda" else processor(),
+        "type": device.type,
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "code": code_commit(),
+        **cuda,
+        **environment(),
+    }
+
+
+def processor() -> str:
+    """The CPU's name as the system gives it, with its number of cores."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def code_commit() -> str | None:
+    """The last commit that changed what is measured; None outside a repository."""
+    command = ["git", "log", "-1", "--format=%H", "--", *CODE]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        root = Path(__file__).resolve().parents[1]
+        answer = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True, timeout=20)
+        return answer.stdout.strip() or None
+    return None
