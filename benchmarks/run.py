@@ -177,7 +177,7 @@ def step(options, peaks, device, dataset, framework, method, usual: bool = False
     build = partial(steps.Ours, config=config, device=device)
     if usual:
         build = partial(steps.Plain, config=config, device=device, workers=pipelines.workers_here())
-    return steps.numbers(build, plan, peaks[config.precision])
+    return steps.numbers(build, device, plan, peaks[config.precision])
 
 
 def input_cases(options: argparse.Namespace, peaks: object) -> Iterator[tuple[str, Callable[[], Numbers]]]:

@@ -141,6 +141,11 @@ class Step:
     notes: tuple[str, ...] = ()
     source: str = ""  # the public checkpoint that it reads, where no run comes before it
 
+    @functools.cached_property
+    def id(self) -> str:
+        """Of its run."""
+        return run_id(self.config)
+
 
 @functools.cache
 def presets() -> dict[str, Preset]:
@@ -211,7 +216,7 @@ def steps(cell: Cell, seed: int, budget: Budget, last_seed: int | None = None) -
     if source is None and not cell.recipe:
         return ()
     pretraining = _pretraining(cell, seed, budget) if source is None else None
-    whose = run_id(pretraining.config) if pretraining else file_identity(source)
+    whose = pretraining.id if pretraining else file_identity(source)
     last_seed = seed if last_seed is None else last_seed
     chain = [
         _evaluation(cell, stage, name, last_seed if name else seed, whose, budget) for stage, name in _evaluations(cell)
@@ -287,16 +292,16 @@ def metric(cell: Cell, chain: tuple[Step, ...]) -> str:
 
 
 def _pretraining(cell: Cell, seed: int, budget: Budget) -> Step:
-    values, preset = _recipe("pretrain", cell.recipe), budget.preset
-    epochs = preset.shortened(cell.target, cell.recipe, cell.overrides.get("epochs", values["epochs"]))
+    preset, flat = budget.preset, _flat("pretrain", cell.recipe)
+    epochs = preset.shortened(cell.target, cell.recipe, cell.overrides.get("epochs", flat["epochs"]))
     overrides = {**cell.overrides, "epochs": epochs, **preset.over(cell.target, "pretrain", cell.recipe)}
-    notes = _clamp_grid(values, overrides)
+    notes = _clamp_grid(flat, overrides)
     return _step("pretrain", cell.recipe, {**overrides, **budget.settings.get("pretrain", {}), "seed": seed}, notes)
 
 
 def _clamp_grid(values: Mapping[str, Any], overrides: dict[str, Any]) -> tuple[str, ...]:
     """A small image has no room for the paper's finest grids: one cell a pixel, and a note."""
-    flat = {**flatten(values), **overrides}
+    flat = {**values, **overrides}
     grid, size = flat["mask.grid"], flat["augment.size"]
     if grid <= size:
         return ()
@@ -305,14 +310,27 @@ def _clamp_grid(values: Mapping[str, Any], overrides: dict[str, Any]) -> tuple[s
 
 
 def _step(stage: str, name: str, overrides: Mapping[str, Any], notes: tuple[str, ...] = ()) -> Step:
-    values, path = _recipe(stage, name), _path(stage, name)
-    flat = flatten(values)
+    flat = _flat(stage, name)
     differing = {key: value for key, value in overrides.items() if key not in flat or flat[key] != value}
-    try:
-        config = configs.resolve(values, differing, STAGES[stage].config)
-    except ConfigError as error:
-        raise ConfigError(f"{stage}: {error} (recipe {path})") from None
-    return Step(stage, path, differing, config, notes)
+    return Step(stage, _path(stage, name), differing, _config(stage, name, differing), notes)
+
+
+def _config(stage: str, name: str, differing: Mapping[str, Any]) -> configs.Config:
+    """The recipe with what differs. Configs that differ in nothing but a valid seed are validated together."""
+    seed = differing.get("seed")
+    if type(seed) is int and seed >= 0:
+        others = {key: value for key, value in differing.items() if key != "seed"}
+        return dataclasses.replace(_config(stage, name, others), seed=seed)
+    key = (stage, name, repr(differing))
+    if key not in _CONFIGS:
+        try:
+            _CONFIGS[key] = configs.resolve(_recipe(stage, name), differing, STAGES[stage].config)
+        except ConfigError as error:
+            raise ConfigError(f"{stage}: {error} (recipe {_path(stage, name)})") from None
+    return _CONFIGS[key]
+
+
+_CONFIGS: dict[tuple[str, str, str], configs.Config] = {}  # what `_config` has validated
 
 
 def _path(stage: str, name: str) -> str:
@@ -324,9 +342,14 @@ def _recipe(stage: str, name: str) -> dict[str, Any]:
     return read_yaml(ROOT / _path(stage, name))
 
 
+@functools.cache
+def _flat(stage: str, name: str) -> dict[str, Any]:
+    return flatten(_recipe(stage, name))
+
+
 def directory(runs_dir: str | Path, step: Step) -> Path:
     """Where the run lives: equal configs share it."""
-    return Path(runs_dir) / step.stage / run_id(step.config)
+    return Path(runs_dir) / step.stage / step.id
 
 
 def located(folders: Sequence[Path], step: Step) -> Path:

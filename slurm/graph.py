@@ -10,7 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,18 +94,19 @@ def jobs(cells: Iterable[Cell], budget: Budget, runs_dir: Path) -> list[Job]:
         for chain in chains(cell, budget):
             parent = None
             for step in chain:
-                parent = _job(step, cell, chain[0].config, parent, resources, runs_dir)
-                graph[parent.directory] = _shared(graph.get(parent.directory), parent)
+                where = directory(runs_dir, step)
+                known = graph.get(where) or _job(step, where, chain[0].config, parent, resources)
+                parent = graph[where] = _used_by(known, cell)
     return list(graph.values())
 
 
-def _job(step: Step, cell: Cell, origin: configs.Config, parent: Job | None, resources: Cluster, runs_dir: Path) -> Job:
-    where = directory(runs_dir, step)
+def _job(step: Step, where: Path, origin: configs.Config, parent: Job | None, resources: Cluster) -> Job:
+    """The run that lives in `where`, used by no cell yet."""
     words = ("python", STAGES[step.stage].script, *_arguments(step, parent, where), "--run-dir", str(where))
     parents = (parent.directory,) if parent else ()
     resources = dataclasses.replace(resources, **STAGES[step.stage].resources)
     expected = hours(step.config, origin, resources.gpus)
-    return Job(step.stage, step.config, where, words, parents, resources, expected, (cell.id,), step.notes)
+    return Job(step.stage, step.config, where, words, parents, resources, expected, (), step.notes)
 
 
 def _arguments(step: Step, parent: Job | None, where: Path) -> list[str]:
@@ -120,9 +121,9 @@ def _arguments(step: Step, parent: Job | None, where: Path) -> list[str]:
     return words
 
 
-def _shared(known: Job | None, job: Job) -> Job:
-    """The job that is there already, used by one cell more."""
-    return job if known is None else dataclasses.replace(known, cells=tuple(dict.fromkeys(known.cells + job.cells)))
+def _used_by(job: Job, cell: Cell) -> Job:
+    """The job, used by one cell more."""
+    return job if cell.id in job.cells else dataclasses.replace(job, cells=(*job.cells, cell.id))
 
 
 def _yaml(value: Any) -> str:
@@ -130,18 +131,20 @@ def _yaml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def needed(jobs: Iterable[Job]) -> set[Path]:
+def needed(jobs: Iterable[Job], states: Mapping[Path, str] | None = None) -> set[Path]:
     """Directories of the runs still to be made: the last one of each cell, and those that it needs.
 
     A pre-training whose directory was deleted is not made again for the sake of evaluations that are finished.
+    `states`: each job's `state` by directory, where it has been looked up.
     """
     jobs = list(jobs)
+    states = {job.directory: job.state for job in jobs} if states is None else states
     inner = {(parent, cell) for job in jobs for parent in job.parents for cell in job.cells}
     wanted: set[Path] = set()
     parents: set[Path] = set()  # of those
     for job in reversed(jobs):  # children before their parents
         last = any((job.directory, cell) not in inner for cell in job.cells)
-        if job.state != "finished" and (last or job.directory in parents):
+        if states[job.directory] != "finished" and (last or job.directory in parents):
             wanted.add(job.directory)
             parents.update(job.parents)
     return wanted

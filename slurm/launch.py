@@ -22,7 +22,7 @@ import shlex
 import signal
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -36,6 +36,8 @@ from paper.cells import WITHOUT_RUNS, Cell, select, tables  # noqa: E402
 from paper.presets import Budget, budget, label, missing_file, offer, presets, remark  # noqa: E402
 from slurm import cost, graph, local, squeue, status, submit  # noqa: E402
 from slurm.graph import Job  # noqa: E402
+
+NOT_NEEDED = "not needed"  # of a run that is not finished, and is not made: what needs it is finished
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.dry_run:
         print_graph(cells, jobs, chosen, targets, runs_dir if options.executor == "slurm" else None)
     else:
-        print_header(cells, jobs, chosen, targets)
+        print_header(cells, jobs, chosen, targets, _states(jobs))
         execute(jobs, executor, runs_dir)
         print_next(cells, jobs, options)
 
@@ -129,16 +131,17 @@ def execute(jobs: list[Job], executor: str, runs_dir: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ printing
 
 
-def print_header(cells: list[Cell], jobs: list[Job], chosen: Budget, targets: list[str]) -> None:
+def print_header(
+    cells: list[Cell], jobs: list[Job], chosen: Budget, targets: list[str], states: Mapping[Path, str]
+) -> None:
     """What was asked, and how many runs it takes."""
     stages = ", ".join(f"{number} {stage}" for stage, number in Counter(job.stage for job in jobs).items())
-    wanted = graph.needed(jobs)
-    states = ", ".join(f"{number} {state}" for state, number in Counter(_state(job, wanted) for job in jobs).items())
+    counts = ", ".join(f"{number} {state}" for state, number in Counter(states.values()).items())
     print(f"target  {' '.join(targets) or 'all'}")
     for shown, about in dict.fromkeys((label(cell, chosen), _about(cell, chosen)) for cell in cells):
         print(f"preset  {shown}: {about}")
     print(f"cells   {len(cells)}")
-    print(f"runs    {len(jobs)} distinct ({stages}): {states}")
+    print(f"runs    {len(jobs)} distinct ({stages}): {counts}")
     for note in _notes(cells, jobs, chosen):
         print(f"note    {note}")
     print(flush=True)
@@ -149,8 +152,11 @@ def _about(cell: Cell, chosen: Budget) -> str:
     return chosen.preset.about if label(cell, chosen) == chosen.label else tables()[cell.target].about
 
 
-def _state(job: Job, wanted: set[Path]) -> str:
-    return job.state if job.state == "finished" or job.directory in wanted else "not needed"
+def _states(jobs: list[Job]) -> dict[Path, str]:
+    """What each run is, by directory, looked up once: finished, unfinished, new or not needed."""
+    found = {job.directory: job.state for job in jobs}
+    wanted = graph.needed(jobs, found)
+    return {where: s if s == "finished" or where in wanted else NOT_NEEDED for where, s in found.items()}
 
 
 def _notes(cells: list[Cell], jobs: list[Job], chosen: Budget) -> list[str]:
@@ -176,10 +182,10 @@ def print_graph(
     cells: list[Cell], jobs: list[Job], chosen: Budget, targets: list[str], batch: Path | None = None
 ) -> None:
     """Every job, its command alone on a line, and the cost; with a runs directory `batch` each batch script, too."""
-    print_header(cells, jobs, chosen, targets)
-    wanted = graph.needed(jobs)
+    states = _states(jobs)
+    print_header(cells, jobs, chosen, targets, states)
     for number, job in enumerate(jobs, 1):
-        print(f"[{number}/{len(jobs)}] {job.stage} {job.id}: {_state(job, wanted)}")
+        print(f"[{number}/{len(jobs)}] {job.stage} {job.id}: {states[job.directory]}")
         print(f"  parents    {', '.join(map(str, job.parents)) or 'none'}")
         print(f"  resources  {_resources(job)}; {_duration(job)}")
         print(f"  cells      {', '.join(job.cells)}")
@@ -187,10 +193,10 @@ def print_graph(
             print("".join(f"  {line}".rstrip() + "\n" for line in submit.batch_text(job, batch).splitlines()), end="")
         print(job.shell)
         print()
-    print_costs(cells, jobs)
+    print_costs(cells, jobs, states)
 
 
-def print_costs(cells: list[Cell], jobs: list[Job]) -> None:
+def print_costs(cells: list[Cell], jobs: list[Job], states: Mapping[Path, str]) -> None:
     """Cells, runs and cost of each table and figure, and of all together."""
     gpu = bool(jobs) and bool(jobs[0].resources.gpus)
     wide = max(8, *(len(cell.target) for cell in cells))
@@ -199,8 +205,7 @@ def print_costs(cells: list[Cell], jobs: list[Job]) -> None:
         own = [job for job in jobs if any(cell.split("/")[0] == target for cell in job.cells)]
         number = sum(cell.target == target for cell in cells)
         print(f"{target:<{wide}} {number:>5} {len(own):>5}  {_cost(own):.1f}")
-    wanted = graph.needed(jobs)
-    left = [job for job in jobs if job.directory in wanted]
+    left = [job for job in jobs if states[job.directory] not in ("finished", NOT_NEEDED)]
     print(f"{'total':<{wide}} {len(cells):>5} {len(jobs):>5}  {_cost(jobs):.1f}, each run counted once", end="")
     print(f"; {_cost(left):.1f} left to run in {len(left)} jobs")
     print(cost.ASSUMPTION if gpu else f"estimate: two CPU cores at an assumed {cost.CPU_TERAFLOPS} TFLOP/s")

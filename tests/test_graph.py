@@ -110,3 +110,18 @@ def test_a_package_that_is_missing_is_named_before_anything_is_made_for_it(chain
 
 def test_a_conversion_asks_for_no_gpu(chain):
     assert [job.resources.gpus for job in chain] == [1, 0, 1]
+
+
+def test_configs_that_differ_in_the_seed_alone_are_validated_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(presets, "_CONFIGS", {})
+    resolved = []
+    resolve = configs.resolve
+    monkeypatch.setattr(configs, "resolve", lambda *words: resolved.append(0) or resolve(*words))
+    counts = []
+    for seeds in ("seed=[0]", "seed=[0,1,2,3]"):
+        found = graph.jobs(cells.select(["table5"]), presets.budget("paper", [seeds]), tmp_path)
+        counts.append((len(found), len(resolved)))
+    assert counts[1][0] == 4 * counts[0][0] and counts[1][1] == counts[0][1]
+    assert len({job.id for job in found}) == len(found)
+    with pytest.raises(configs.ConfigError, match="seed: expected at least 0, found -1"):
+        graph.jobs(cells.select(["table5"]), presets.budget("paper", ["seed=-1"]), tmp_path)
