@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ REPEATS = 3
 BARS = {"launch": 2.0, "tables": 5.0}  # seconds, with 1,000 runs
 
 
-def settings(runs: int) -> tuple[list[str], list[graph.Job]]:
-    """A `--set` under which all cells together need at least `runs` runs, and these."""
+def settings(runs: int, targets: Sequence[str] = ("all",)) -> tuple[list[str], list[graph.Job]]:
+    """A `--set` under which the cells of `targets` together need at least `runs` runs, and these."""
     seeds = 0
     while True:
         seeds += 1
         words = [f"seed={json.dumps(list(range(seeds)))}"]
-        jobs = graph.jobs(select(["all"]), presets.budget("paper", words), Path("runs"))
+        jobs = graph.jobs(select(targets), presets.budget("paper", words), Path("runs"))
         if len(jobs) >= runs:
             return words, jobs
         seeds = max(seeds, seeds * runs // len(jobs) - 1)

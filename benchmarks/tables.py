@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ Column = tuple[str, str, Callable[[Any], str]]  # heading, key, format
 
 GROUPS: dict[str, tuple[str, list[Column]]] = {
     "steps": (
-        "Training steps: the median of {steps} steps after a warm-up",
+        "Training steps: the median of {steps}, after a warm-up",
         [
             ("batch", "batch", str),
             ("precision", "precision", str),
@@ -61,10 +61,11 @@ GROUPS: dict[str, tuple[str, list[Column]]] = {
 }
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """All of a report: what it was measured on, then a table for each group that was measured."""
+def markdown(report: Mapping[str, Any], groups: Iterable[str] = tuple(GROUPS)) -> str:
+    """A report: what it was measured on, then a table for each of `groups` that was measured."""
     parts = [about(report)]
-    for group, (title, columns) in GROUPS.items():
+    for group in groups:
+        title, columns = GROUPS[group]
         rows = {name: row for name, row in report["results"].items() if name.split("/")[0] == group}
         if rows:
             steps = next((row["steps"] for row in rows.values() if "steps" in row), "")

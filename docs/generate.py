@@ -56,6 +56,7 @@ SCRIPTS = [
     "paper/make_report.py",
     "paper/compare.py",
     "paper/keep.py",
+    "benchmarks/run.py",
 ]
 MARK = re.compile(r"<!-- generated: (\w+)(?: ([^\n]+?))? -->\n(.*?)<!-- end -->", re.DOTALL)
 
@@ -247,6 +248,14 @@ def _hours(jobs: list) -> float:
     return sum(job.hours for job in jobs if job.resources.gpus)
 
 
+def benchmark(what: str) -> str:
+    """NAME [GROUP ...]: the tables of benchmarks/results/NAME.json, those of the groups or all but the profile's."""
+    from benchmarks import tables
+
+    name, *groups = what.split()
+    return tables.markdown(tables.read(name), groups or [group for group in tables.GROUPS if group != "profile"])
+
+
 BLOCKS: dict[str, Callable[..., str]] = {
     "results": results,
     "costs": costs,
@@ -256,6 +265,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "help": usage,
     "make": targets,
     "lines": lines,
+    "benchmark": benchmark,
 }
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mixmask.config import UserError
+from mixmask import config as configs
+from mixmask.config import ConfigError, UserError
+from paper import presets
 from paper.cells import select
 from paper.presets import STAGES, budget
 from slurm import graph, launch
@@ -119,9 +121,9 @@ def test_configs_that_differ_in_the_seed_alone_are_validated_together(tmp_path, 
     monkeypatch.setattr(configs, "resolve", lambda *words: resolved.append(0) or resolve(*words))
     counts = []
     for seeds in ("seed=[0]", "seed=[0,1,2,3]"):
-        found = graph.jobs(cells.select(["table5"]), presets.budget("paper", [seeds]), tmp_path)
+        found = graph.jobs(select(["table5"]), budget("paper", [seeds]), tmp_path)
         counts.append((len(found), len(resolved)))
     assert counts[1][0] == 4 * counts[0][0] and counts[1][1] == counts[0][1]
     assert len({job.id for job in found}) == len(found)
-    with pytest.raises(configs.ConfigError, match="seed: expected at least 0, found -1"):
-        graph.jobs(cells.select(["table5"]), presets.budget("paper", ["seed=-1"]), tmp_path)
+    with pytest.raises(ConfigError, match="seed: expected at least 0, found -1"):
+        graph.jobs(select(["table5"]), budget("paper", ["seed=-1"]), tmp_path)
