@@ -13,11 +13,18 @@ from benchmarks.steps import Ours
 AUGMENTATION = "augmentation"
 CLASSES = {  # class -> what the names of its operations begin with; the innermost that fits decides
     "convolution": ("aten::convolution", "aten::_convolution", "aten::mkldnn_convolution", "aten::cudnn_convolution"),
-    "BatchNorm": ("aten::native_batch_norm", "aten::batch_norm", "aten::_batch_norm", "aten::cudnn_batch_norm"),
+    "BatchNorm": (
+        "aten::native_batch_norm",
+        "aten::batch_norm",
+        "aten::_batch_norm",
+        "aten::cudnn_batch_norm",
+        "SplitBatchNorm",
+    ),
     "matmul": ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"),
     "optimiser": ("Optimizer.", "aten::_foreach_"),
     "copies, layout": ("aten::copy_", "aten::cat", "aten::clone", "aten::contiguous", "aten::index", "aten::fill_"),
     "elementwise": ("aten::",),
+    "compiled": ("Torch-Compiled Region", "CompiledFunction", "## Call CompiledFxGraph"),  # fused: not to be told apart
 }
 OTHER = "Python, dispatch"
 
@@ -48,7 +55,7 @@ def classified(event: FunctionEvent) -> str:
         for name, beginnings in CLASSES.items():
             if inner.name.startswith(beginnings) and name != "elementwise":
                 return name
-    return "elementwise" if any(e.name.startswith("aten::") for e in chain) else OTHER
+    return "elementwise" if any(inner.name.startswith("aten::") for inner in chain) else OTHER
 
 
 def by_class(training: Marked, steps: int) -> dict[str, float]:
@@ -56,7 +63,9 @@ def by_class(training: Marked, steps: int) -> dict[str, float]:
     gpu = training.device.type == "cuda"
     training.step()
     training.step()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])], acc_events=True
+    ) as profiler:
         for _ in range(steps):
             training.step()
         measure.wait(training.device)

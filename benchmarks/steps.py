@@ -65,19 +65,39 @@ def images(dataset: str, side: int = 0) -> Resident:
 # ----------------------------------------------------------------------------------------------------------- ours
 
 
+def iterate(config: Pretrain, state: train.State, batch: list[Tensor]) -> None:
+    """One iteration: what the loop of pretrain/train.py does between two batches, but for its log."""
+    x1, x2 = batch
+    rngs = [numpy_generator(config.seed, "mix", state.step, group) for group in range(config.mix_groups)]
+    anchors = METHODS[config.method](config, x1, rngs)
+    epoch_steps = state.steps // config.epochs
+    rate = learning_rate(config.schedule, config.optimizer.lr, state.step, epoch_steps, config.epochs)
+    set_learning_rate(state.optimizer, rate)
+    with torch.autocast(x1.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        shuffle = torch_generator(x1.device, config.seed, "shuffle", state.step)
+        loss, _, targets = objective(state.framework, x1, x2, anchors, shuffle)
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    state.optimizer.step()
+    state.framework.finish(targets, state.step, state.steps)
+    state.step += 1
+
+
+iterate = getattr(train, "iterate", iterate)  # the training's own, where it is a function
+
+
 @dataclass
 class Ours:
     """A pre-training, ready for its next step."""
 
     config: Pretrain
     device: torch.device
-    number: int = 0  # of the next step
     clock: train.Clock = field(default_factory=train.Clock)
 
     def __post_init__(self) -> None:
-        self.framework, self.optimizer = train.build(self.config, self.device)
         self.data = images(self.config.dataset).to(self.device)
-        self.epoch_steps = len(self.data) // self.config.batch_size
+        steps = len(self.data) // self.config.batch_size * self.config.epochs
+        self.state = train.State(*train.build(self.config, self.device), steps)
         self.batches = self.clock.waits(self.views())
 
     def views(self) -> Iterator[list[Tensor]]:
@@ -86,21 +106,8 @@ class Ours:
             yield from train.views(self.config, self.data, epoch, 0, self.device)
 
     def step(self) -> None:
-        """One iteration: what the loop of pretrain/train.py does between two batches, but for its log."""
-        x1, x2 = next(self.batches)
-        config, step = self.config, self.number
-        rngs = [numpy_generator(config.seed, "mix", step, group) for group in range(config.mix_groups)]
-        anchors = METHODS[config.method](config, x1, rngs)
-        rate = learning_rate(config.schedule, config.optimizer.lr, step, self.epoch_steps, config.epochs)
-        set_learning_rate(self.optimizer, rate)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            shuffle = torch_generator(self.device, config.seed, "shuffle", step)
-            loss, _, targets = objective(self.framework, x1, x2, anchors, shuffle)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        self.framework.finish(targets, step, self.epoch_steps * config.epochs)
-        self.number += 1
+        """One iteration of the training."""
+        iterate(self.config, self.state, next(self.batches))
 
 
 # ---------------------------------------------------------------------------------------------------------- plain
