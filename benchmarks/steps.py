@@ -19,11 +19,6 @@ from benchmarks import measure, plain
 from mixmask import config as configs
 from mixmask.config import Pretrain
 from mixmask.data import Resident
-from mixmask.methods import METHODS
-from mixmask.objective import objective
-from mixmask.optim import set_learning_rate
-from mixmask.randomness import numpy_generator, torch_generator
-from mixmask.schedules import learning_rate
 from mixmask.views import without_crop
 from pretrain import train
 
@@ -65,27 +60,6 @@ def images(dataset: str, side: int = 0) -> Resident:
 # ----------------------------------------------------------------------------------------------------------- ours
 
 
-def iterate(config: Pretrain, state: train.State, batch: list[Tensor]) -> None:
-    """One iteration: what the loop of pretrain/train.py does between two batches, but for its log."""
-    x1, x2 = batch
-    rngs = [numpy_generator(config.seed, "mix", state.step, group) for group in range(config.mix_groups)]
-    anchors = METHODS[config.method](config, x1, rngs)
-    epoch_steps = state.steps // config.epochs
-    rate = learning_rate(config.schedule, config.optimizer.lr, state.step, epoch_steps, config.epochs)
-    set_learning_rate(state.optimizer, rate)
-    with torch.autocast(x1.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        shuffle = torch_generator(x1.device, config.seed, "shuffle", state.step)
-        loss, _, targets = objective(state.framework, x1, x2, anchors, shuffle)
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    state.optimizer.step()
-    state.framework.finish(targets, state.step, state.steps)
-    state.step += 1
-
-
-iterate = getattr(train, "iterate", iterate)  # the training's own, where it is a function
-
-
 @dataclass
 class Ours:
     """A pre-training, ready for its next step."""
@@ -107,7 +81,7 @@ class Ours:
 
     def step(self) -> None:
         """One iteration of the training."""
-        iterate(self.config, self.state, next(self.batches))
+        train.iterate(self.config, self.state, next(self.batches))
 
 
 # ---------------------------------------------------------------------------------------------------------- plain
