@@ -241,7 +241,8 @@ def test_an_unknown_target_is_refused(cli):
     assert status == 1 and error.startswith("error: unknown target 'stepz'; expected one of steps/moco/vanilla")
 
 
-def test_the_command_writes_every_number(tmp_path, cli, few_images):
+def test_the_command_writes_every_number(tmp_path, cli, few_images, monkeypatch):
+    monkeypatch.setitem(measure.MATMUL, "cpu", 128)
     small = ["backbone.width=8", "batch_size=16"]
     status, shown, _ = cli(
         run.main, "steps/byol/vanilla", "--device", "cpu", "--json", tmp_path / "x.json", "--set", *small
