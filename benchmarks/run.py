@@ -94,9 +94,10 @@ def compare(results: Numbers) -> None:
     for name, row in results.items():
         group = name.split("/")[0]
         partner = results.get(row.get("partner") or f"{name}/plain")
-        if partner is not None and group in PARTNERS:
-            ratio = row[PARTNERS[group]] / partner[PARTNERS[group]]
-            row["ratio"] = 1 / ratio if group == "knn" else ratio
+        if partner is None or partner is row or group not in PARTNERS:
+            continue
+        ratio = row[PARTNERS[group]] / partner[PARTNERS[group]]
+        row["ratio"] = 1 / ratio if group == "knn" else ratio
 
 
 def added(report: Mapping[str, Any], path: Path) -> dict[str, Any]:
