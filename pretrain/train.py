@@ -374,7 +374,8 @@ class Work:
         if self.flops:
             yield
             return
-        with FlopCounterMode(display=False) as counter:
+        eager = torch.compiler.set_stance("force_eager")  # the counter sees no operation of a compiled graph
+        with eager, FlopCounterMode(display=False) as counter:
             yield
         self.flops = counter.get_total_flops()
 
