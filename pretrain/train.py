@@ -32,7 +32,7 @@ from mixmask.interrupt import Interrupt
 from mixmask.masks import check_grid, sample_mask
 from mixmask.methods import METHODS, Anchor, extra_crops
 from mixmask.objective import objective
-from mixmask.optim import build_optimizer, device_name, pick_device, set_learning_rate
+from mixmask.optim import build_optimizer, device_name, keep_freed_memory, pick_device, set_learning_rate
 from mixmask.progress import Progress, say
 from mixmask.randomness import numpy_generator, seed_globals, torch_generator
 from mixmask.runs import Run, read_log, run_directory, what_is_left
@@ -224,6 +224,8 @@ def check_data(config: Pretrain, framework: nn.Module, train_set: Any) -> None:
 
 def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The framework, initialised from the seed, and its optimiser; of several processes each builds the same."""
+    if device.type == "cpu":
+        keep_freed_memory()
     seed_globals(config.seed, "init")
     framework = build_framework(distributed.own_part(config)).to(device).train()
     if config.run.channels_last:
