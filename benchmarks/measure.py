@@ -84,6 +84,10 @@ def peak_memory(device: torch.device) -> float:
     """GiB: allocated on a GPU; on a CPU resident memory of the process, the interpreter and the data set included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
+    status = Path("/proc/self/status")
+    if status.exists():  # of this process alone: ru_maxrss begins with that of the process which started it
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024 / GIB
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 

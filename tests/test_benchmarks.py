@@ -164,8 +164,9 @@ print(measure.peak_memory(cpu) - before)
 
 def test_peak_memory_forgets_what_was_freed():
     # A process of its own: here freed memory may be kept (optim.keep_freed_memory), and then it is no new memory.
-    printed = subprocess.run([sys.executable, "-c", PEAK], cwd=launcher.ROOT, capture_output=True, text=True, check=True).stdout
-    assert float(printed) == pytest.approx(0.25, abs=0.03)
+    command = [sys.executable, "-c", PEAK]
+    child = subprocess.run(command, cwd=launcher.ROOT, capture_output=True, text=True, check=True)
+    assert float(child.stdout) == pytest.approx(0.25, abs=0.03)
 
 
 def test_the_plain_step_and_its_input_yield_their_numbers(few_images):
