@@ -124,3 +124,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
         return status, *capsys.readouterr()
 
     return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork come first: a process in which a test has started threads can no longer be forked safely."""
+    items.sort(key=lambda item: item.path.name != "test_distributed.py")

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -14,6 +17,8 @@ from torchvision.transforms import functional as F
 
 from mixmask import augment as aug
 from mixmask.config import Augment, ConfigError
+
+ROOT = Path(__file__).parents[1]
 
 MOCO_V1 = Augment(
     order=("crop", "flip", "jitter", "grayscale"),
@@ -294,26 +299,55 @@ def test_the_path_of_gpus_and_compiled_graphs_equals_the_cpus(recipe: str, monke
     assert torch.equal(aug.apply(augment, images, parameters), here)
 
 
+GRAPH = """
+import dataclasses, sys, torch
+from mixmask import augment as aug, config
+augment = config.load(sys.argv[1]).augment
+images = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+p = aug.sample(augment, 16, 32, 32, torch.Generator().manual_seed(1), "cpu")
+columns = [getattr(p, field.name) for field in dataclasses.fields(p)]
+view = torch.compile(lambda x, *p: aug.apply(augment, x, aug.Parameters(*p)), backend="eager", fullgraph=True)
+print(torch.equal(view(images, *columns), aug.apply(augment, images, p)))
+"""
+
+
 def test_a_view_compiles_to_one_graph_that_computes_the_same() -> None:
-    """`fullgraph` refuses what would wait for a device. The graph is run as it is: nothing here needs a compiler."""
-    images, p = photographs(32, 32, 16), aug.sample(MOCO_V2, 16, 32, 32, generator(11), "cpu")
-    columns = [getattr(p, field.name) for field in dataclasses.fields(p)]
-    compiled = torch.compile(lambda x, *p: aug.apply(MOCO_V2, x, aug.Parameters(*p)), backend="eager", fullgraph=True)
-    assert torch.equal(compiled(images, *columns), aug.apply(MOCO_V2, images, p))
+    """`fullgraph` refuses what would wait for a device. The graph is run as it is: nothing here needs a compiler.
+
+    In a process of its own: what compiles starts threads, and a process that has had some cannot be forked safely.
+    """
+    command = [sys.executable, "-c", GRAPH, str(ROOT / "pretrain/configs/imagenet_moco.yaml")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "True"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_threads_and_chunks_change_no_bit(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_change_no_bit(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     augment, images = RECIPES[recipe], photographs(32, 32, 50)
     parameters = aug.sample(augment, 50, 32, 32, generator(10), "cpu")
     whole = aug.apply(augment, images, parameters)
     monkeypatch.setattr(aug, "CPU_PIXELS", 7 * 32 * 32)
     assert torch.equal(aug.apply(augment, images, parameters), whole)
-    threads = []  # what torch is told; not really, or a process forked later could not start threads of its own
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    assert torch.equal(aug.apply(augment, images, parameters), whole)
-    assert set(threads[:-1]) == {1} and threads[-1] == 3  # each thread computes alone; afterwards all is as it was
+
+
+THREADS = """
+import sys, torch
+from mixmask import augment as aug, config
+augment = config.load(sys.argv[1]).augment
+images = torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+parameters = aug.sample(augment, 50, 32, 32, torch.Generator().manual_seed(1), "cpu")
+torch.set_num_threads(1)
+alone = aug.apply(augment, images, parameters)
+aug.CPU_PIXELS = 7 * 32 * 32
+torch.set_num_threads(3)
+print(torch.equal(aug.apply(augment, images, parameters), alone), torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize("recipe", ["cifar100_moco", "cifar100_simclr", "imagenet_moco"])
+def test_threads_change_no_bit(recipe: str) -> None:
+    """In a process of its own: one that has had threads cannot be forked safely, as other tests do."""
+    command = [sys.executable, "-c", THREADS, str(ROOT / f"pretrain/configs/{recipe}.yaml")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["True", "3"]
 
 
 # ---------------------------------------------------------------------------------------------------- independence
