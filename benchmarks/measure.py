@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from mixmask.optim import device_name
 from mixmask.runs import environment
+from pretrain.train import Work
 
 MATMUL = {"cpu": 2048, "cuda": 8192}  # side of the square matrices whose product is the peak
 CODE = ("mixmask", "pretrain", "eval", "slurm", "paper", "requirements.lock")  # what is measured
@@ -52,13 +52,11 @@ def median(values: list[float]) -> float:
 
 
 def counted_flop(work: Callable[[], Any]) -> int:
-    """FLOP of `work`, counted operation by operation as it runs: 2 for each multiply-add of convolutions and products.
-
-    Compiled code runs as it was written, since a counter cannot look into it. Elementwise work counts 0.
-    """
-    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+    """FLOP of `work`, counted as the training counts its own: 2 for each multiply-add, nothing for elementwise work."""
+    meter = Work()
+    with meter.counted():
         work()
-    return counter.get_total_flops()
+    return meter.flops
 
 
 def peak(device: torch.device, precision: str, repeats: int = 10) -> float:
