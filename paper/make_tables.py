@@ -7,8 +7,8 @@ examples:
 
 Each cell shows the runs of the paper's budget where there are some, else those of the smoke preset, marked as such:
 a smoke number is never compared with a published one. Where there is no run, the table says so. Tables 8, 9 and 10 are
-hyper-parameters: ours are read from the recipes. `reduced` and `reduced_masks` hold no published numbers: our small CPU
-runs, each against the table's first row.
+hyper-parameters: ours are read from the recipes. `reduced` and what begins with it hold no published numbers: our small
+CPU runs, each against the table's first row.
 """
 
 from __future__ import annotations
