@@ -49,10 +49,14 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _move(self, mean: Tensor, var: Tensor) -> None:
-        """Statistics (groups * views, C) into the running ones, view by view, as separate passes would."""
-        for view_mean, view_var in zip(mean.chunk(self.views), var.chunk(self.views), strict=True):
-            self.running_mean.lerp_(view_mean.mean(0).to(self.running_mean), self.momentum)
-            self.running_var.lerp_(view_var.mean(0).to(self.running_var), self.momentum)
+        """Statistics (groups * views, C) into the running ones, view by view, as separate passes would.
+
+        A momentum of None, which `torch.optim.swa_utils.update_bn` sets, makes them the mean over all passes.
+        """
+        for number, statistics in enumerate(zip(mean.chunk(self.views), var.chunk(self.views), strict=True), 1):
+            rate = 1 / (int(self.num_batches_tracked) + number) if self.momentum is None else self.momentum
+            for running, of_view in zip((self.running_mean, self.running_var), statistics, strict=True):
+                running.lerp_(of_view.mean(0).to(running), rate)
         self.num_batches_tracked.add_(self.views)
 
 

@@ -71,6 +71,19 @@ def test_split_batchnorm_has_the_state_of_batchnorm():
     assert SplitBatchNorm2d(5, 4).state_dict().keys() == nn.BatchNorm2d(5).state_dict().keys()
 
 
+def test_update_bn_averages_over_all_passes_as_with_plain_batchnorm():
+    batches = [torch.randn(8, 5, 4, 4, dtype=torch.float64) * scale for scale in (1, 2, 3, 4)]
+    plain = nn.BatchNorm2d(5).double()
+    torch.optim.swa_utils.update_bn(batches, plain)
+    for per_pass in (1, 2):  # batch by batch, and two views in one pass
+        split = SplitBatchNorm2d(5).double()
+        split.views = per_pass
+        torch.optim.swa_utils.update_bn(torch.stack(batches).unflatten(0, (-1, per_pass)).flatten(1, 2), split)
+        assert torch.allclose(split.running_mean, plain.running_mean, rtol=1e-12)
+        assert torch.allclose(split.running_var, plain.running_var, rtol=1e-12)
+        assert split.num_batches_tracked == 4
+
+
 def test_split_batchnorm_refuses_a_batch_that_its_groups_do_not_divide():
     with pytest.raises(ValueError, match="10 images cannot be split into 4"):
         SplitBatchNorm2d(5, 4)(torch.randn(10, 5, 2, 2))
