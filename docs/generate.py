@@ -140,19 +140,21 @@ def table(name: str) -> str:
 
 
 def curves(target: str) -> str:
-    """Of the first seed of each of the cells: the loss at step 0, loss and k-NN after some epochs, from results/."""
+    """Of the first seed of each of the cells: the loss at step 0, loss and k-NN of some epochs, from results/."""
     from mixmask.runs import read_log
     from paper.cells import select
     from paper.presets import budget, chains, located
 
-    lines, heading = [], ""
+    lines = [
+        "| run | k-NN before (%) | loss at step 0 | epochs | mean loss | k-NN after (%) |",
+        "|---|---|---|---|---|---|",
+    ]
     for cell in select([target]):
         pretraining = chains(cell, budget("paper"))[0][0]
         log = read_log(located([ROOT / "results"], pretraining))
-        epochs = sorted({0, 1, -(-pretraining.config.epochs // 2), pretraining.config.epochs})
-        heading = f"| run | loss at step 0 | mean loss, epochs {_some(epochs[1:])} | k-NN (%), epochs {_some(epochs)} |"
-        lines.append(f"| {cell.row} | {_curve(log, epochs)} |" if log else f"| {cell.row} | not run | | |")
-    return "\n".join([heading, "|---|---|---|---|", *lines])
+        epochs = sorted({1, -(-pretraining.config.epochs // 2), pretraining.config.epochs})
+        lines.append(f"| {cell.row} | {_curve(log, epochs) if log else 'not run | | | |'} |")
+    return "\n".join(lines)
 
 
 def runs(target: str) -> str:
@@ -183,8 +185,8 @@ def _curve(log: list[dict], epochs: list[int]) -> str:
     start = next(line["loss"] for line in log if line["kind"] == "step" and line["step"] == 0)
     after = {line["epoch"]: line for line in log if line["kind"] == "epoch"}
     accuracy = next(key for key in after[0] if key.startswith("knn_"))
-    losses, accuracies = [f"{after[e]['loss']:.2f}" for e in epochs[1:]], [f"{after[e][accuracy]:.1f}" for e in epochs]
-    return f"{start:.2f} | {_some(losses)} | {_some(accuracies)}"
+    losses, accuracies = [f"{after[e]['loss']:.2f}" for e in epochs], [f"{after[e][accuracy]:.1f}" for e in epochs]
+    return f"{after[0][accuracy]:.1f} | {start:.2f} | {_some(epochs)} | {_some(losses)} | {_some(accuracies)}"
 
 
 def _some(values: list) -> str:
