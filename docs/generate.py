@@ -145,10 +145,8 @@ def curves(target: str) -> str:
     from paper.cells import select
     from paper.presets import budget, chains, located
 
-    lines = [
-        "| run | k-NN before (%) | loss at step 0 | epochs | mean loss | k-NN after (%) |",
-        "|---|---|---|---|---|---|",
-    ]
+    heading = "| run | k-NN before (%) | loss at step 0 | epochs | mean loss | k-NN after (%) |"
+    lines = [heading, "|---|---|---|---|---|---|"]
     for cell in select([target]):
         pretraining = chains(cell, budget("paper"))[0][0]
         log = read_log(located([ROOT / "results"], pretraining))
