@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mixmask import checkpoint, data, knn
 from mixmask import config as configs
-from mixmask.config import KNNEval
+from mixmask.config import ConfigError, KNNEval, Pretrain
 from mixmask.optim import pick_device
 from mixmask.progress import say
 from mixmask.runs import Run, run_directory
@@ -50,12 +51,26 @@ def main() -> None:
     args = parser.parse_args()
     state = checkpoint.load(args.checkpoint)
     recipe, identity = checkpoint.pretraining(state, args.checkpoint)
-    own = {"recipe": "knn", "knn": state["config"]["knn"], "seed": recipe.seed}
-    overrides = {"dataset": recipe.dataset, "run": state["config"]["run"]}
-    values = {**(configs.read_yaml(args.config) if args.config else own), **overrides}
-    config = configs.resolve(values, configs.parse_overrides(args.set), KNNEval)
-    config = dataclasses.replace(config, checkpoint=identity, seed=recipe.seed)
+    config = dataclasses.replace(_config(args.config, args.set, recipe), checkpoint=identity, seed=recipe.seed)
     evaluate(config, args.checkpoint, args.run_dir or run_directory(args.runs_dir, "knn", config))
+
+
+def _config(path: str | None, items: Sequence[str], recipe: Pretrain) -> KNNEval:
+    """The protocol at `path`, or the pre-training's own; what it leaves open is the pre-training's, too."""
+    overrides = configs.parse_overrides(items)
+    for key in ("checkpoint", "seed"):
+        if key in overrides:
+            raise ConfigError(f"--set {key}: it is the checkpoint's own, and cannot be chosen")
+    pretraining = configs.to_dict(recipe)
+    inherited = {key: pretraining[key] for key in ("dataset", "allow_partial_data", "run", "seed")}
+    if not path:
+        return configs.resolve({"recipe": "knn", "knn": pretraining["knn"], **inherited}, overrides, KNNEval)
+    protocol = {key: value for key, value in configs.read_yaml(path).items() if value != ""}
+    try:
+        run = {**inherited["run"], **protocol.get("run", {})}
+        return configs.resolve({**inherited, **protocol, "run": run}, overrides, KNNEval)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {path})") from None
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class Mask:
     type: Literal["block", "discrete"]
     block_impl: Literal["repaired", "literal"]
     grid: int = within(2)  # cells along a side
-    ratio: float | tuple[float, float] = within(0, 1, interval=True)  # expected lambda; [a, b]: U(a, b) per iteration
+    ratio: float | tuple[float, float] = within(0, 1, interval=True)  # lambda aimed at; [a, b]: U(a, b) per mask
     switch: bool = True  # the (1 - lambda) term of Eq. 6
     permutation: Permutation = "reverse"  # partner of image i in plain MixMask
     per_image: bool = False  # a mask and a lambda for each image; false: one for each mix group (Section 3.2)
@@ -132,7 +132,7 @@ class Optimizer:
     name: Literal["sgd", "adam"]
     lr: float = within(0)
     weight_decay: float = within(0)
-    momentum: float = within(0, 1, default=0.0)
+    momentum: float = within(0, 1, default=0.0)  # of SGD; Adam takes none
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,12 @@ class Augment:
     blur_sigma: tuple[float, float] = within(0, default=(0.1, 2.0), interval=True)  # pixels
     mean: tuple[float, ...] = ()  # per channel, of pixels in [0, 1]; empty: those of the checkpoint that is evaluated
     std: tuple[float, ...] = within(1e-6, default=())
+
+    def __post_init__(self) -> None:
+        if len(set(self.order)) < len(self.order):
+            raise ConfigError(f"augment.order: expected each operation once, found {list(self.order)}")
+        if self.jitter[3] > 0.5:
+            raise ConfigError(f"augment.jitter: expected a hue of at most 0.5 (half a turn), found {self.jitter[3]:g}")
 
 
 @dataclass(frozen=True)
@@ -517,15 +523,33 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None, cls: type
 
 
 def _take_settings(values: dict[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
-    """Move the section named after the framework to `settings`, each value in the type the recipe gave it."""
+    """Move the section named after the framework to `settings`; `build_framework` checks it against the framework."""
     if "framework" not in values:  # missing or misspelt: build() says which
         build(Pretrain, {k: v for k, v in values.items() if not isinstance(v, Mapping)})
     name = values["framework"]
     if not isinstance(name, str) or not isinstance(values.get(name), Mapping):
-        raise ConfigError(f"framework: the recipe has no section '{name}:' with its settings")
+        fields = {spec.name for spec in dataclasses.fields(Pretrain)}
+        sections = [key for key, value in values.items() if isinstance(value, Mapping) and key not in fields]
+        missing = f"framework: the recipe has no section '{name}:' with its settings"
+        raise ConfigError(f"{missing}{nearest(name, sections)}")
     section, given = values.pop(name), original.get(name, {})
-    values["settings"] = {k: convert(v, type(given.get(k, v)), f"{name}.{k}") for k, v in section.items()}
+    values["settings"] = {k: _setting(v, given.get(k, v), f"{name}.{k}") for k, v in section.items()}
     return values
+
+
+def _setting(value: Any, given: Any, where: str) -> Any:
+    """`value` as a number where the recipe's `given` is one, however written; otherwise in the type of `given`.
+
+    1 and 1.0, 5e-1 (a string to YAML) and 0.5 are the same setting, and have the same hash.
+    """
+    number = isinstance(given, int | float) and not isinstance(given, bool)
+    if isinstance(given, str):
+        with contextlib.suppress(ValueError):
+            number = math.isfinite(float(given))
+    if not number:
+        return convert(value, type(given), where)
+    value = convert(value, float, where)
+    return int(value) if value.is_integer() else value
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def load(
     Raises DataError when anything differs from the published data set.
     """
     if name not in DATASETS:
-        raise DataError(f"unknown data set '{name}'; expected one of {', '.join(DATASETS)}")
+        raise DataError(f"dataset: unknown data set '{name}'; expected one of {', '.join(DATASETS)}")
     if split not in ("train", "test"):
         raise DataError(f"unknown split '{split}'; expected train or test")
     return DATASETS[name](Path(root), split, download, allow_partial, expected or EXPECTED[name])

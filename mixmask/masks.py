@@ -25,11 +25,12 @@ MAX_REDRAWS = 100  # at most 4 block masks in 10 are drawn again (3x3, 8 cells):
 def sample_mask(mask: Mask, height: int, width: int, rng: np.random.Generator) -> Tensor:
     """One pixel mask as the recipe describes it: float (1, 1, H, W) on the CPU, 1 where image i is shown.
 
-    Raises ConfigError when the grid is finer than the image, and for a constant ratio of 0 or 1.
+    Raises ConfigError when the grid is finer than the image, and for a ratio that can only be 0 or only 1.
     """
     check_grid("mask.grid", mask.grid, height, width)
-    if mask.ratio in (0, 1):
-        raise ConfigError(f"mask.ratio: {mask.ratio:g} mixes nothing; expected a share between 0 and 1")
+    if mask.ratio in (0, 1, (0, 0), (1, 1)):
+        shown = f"{mask.ratio:g}" if isinstance(mask.ratio, float) else list(mask.ratio)
+        raise ConfigError(f"mask.ratio: {shown} mixes nothing; expected a share between 0 and 1")
     ratio = mask.ratio if isinstance(mask.ratio, float) else rng.uniform(*mask.ratio)
     if mask.type == "discrete":
         cells = discrete_mask(mask.grid, ratio, rng)

@@ -181,9 +181,8 @@ def check(config: Pretrain) -> None:
             raise ConfigError(f"{key}: expected three numbers, one per channel, found {list(values)}")
     if config.method in ("mixmask", "both", "erase"):
         sample_mask(config.mask, config.augment.size, config.augment.size, numpy_generator("check"))
-    permutations = {"mixmask": config.mask.permutation, "both": config.both.permutation}
-    if permutations.get(config.method) == "derangement" and config.batch_size == config.mix_groups:
-        raise ConfigError("mix_groups: a derangement needs at least two images in a group")
+    if config.method in ("unmix", "mixmask", "both") and config.batch_size == config.mix_groups:
+        raise ConfigError("mix_groups: a mixture needs at least two images in a group")
     check_crops(config)
 
 
@@ -191,6 +190,9 @@ def check_crops(config: Pretrain) -> None:
     """Raises ConfigError for extra crops that the augmentation does not cut, or that are too small for their masks."""
     for augment in [config.augment, *extra_crops(config)] if config.method == "mscn" else []:
         check_grid("mscn.grid", config.mscn.grid, augment.size, augment.size)
+        if config.mscn.focal_prob and round(config.mscn.focal_side * augment.size) < 1:
+            where = f"a window of {config.mscn.focal_side:g} of {augment.size} pixels"
+            raise ConfigError(f"mscn.focal_side: {where} shows nothing; expected at least one pixel")
     if extra_crops(config) and "crop" not in config.augment.order:
         raise ConfigError("mscn.crops: augment.order has no crop, which would cut them; expected mscn.crops=0")
 

@@ -111,6 +111,15 @@ def test_scientific_notation_without_a_point_is_a_number(tiny):
     assert tiny("optimizer.lr=1e-4").optimizer.lr == 1e-4  # YAML 1.1 reads 1e-4 as a word
 
 
+@pytest.mark.parametrize("written", ["1", "1.0", "1e0"])
+def test_a_number_of_the_framework_section_is_one_number_however_written(recipe, tiny, written):
+    recipe.write_text(recipe.read_text().replace("temperature: 0.1", f"temperature: {written}", 1))
+    config = configs.load(recipe)
+    assert build_framework(config).settings.temperature == 1
+    assert configs.hash8(config) == configs.hash8(tiny("moco.temperature=1")) != configs.hash8(tiny())
+    assert configs.load(recipe, {"moco.temperature": 0.1}) == tiny()
+
+
 def test_config_survives_its_own_yaml(tiny):
     config = tiny("mask.ratio=[0.2, 0.8]", "optimizer.lr=1e-4", "knn.every=0", "run.workers=3")
     text = yaml.safe_dump(configs.to_dict(config))

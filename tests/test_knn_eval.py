@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from eval import knn as script
-from mixmask import checkpoint
+from mixmask import checkpoint, data
 from pretrain import train as pretrain_script
 from pretrain.train import train
 
@@ -57,6 +57,37 @@ def test_another_protocol_by_its_recipe(cli, pretrained, tmp_path):
         words = ["--checkpoint", pretrained / "checkpoint.pt", "--config", f"eval/configs/{name}.yaml"]
         status, out, _ = cli(script.main, *words, "--runs-dir", tmp_path, "--set", f"knn.k={k}")
         assert status == 0 and out.startswith(f"{metric}_last ")
+
+
+def test_partial_data_of_the_pretraining_is_accepted_again(tiny, cli, tmp_path, monkeypatch):
+    squares = data.DATASETS["squares"]
+
+    def partial(root, split, download, allow_partial, expected):
+        assert allow_partial
+        return squares(root, split, download, allow_partial, expected)
+
+    monkeypatch.setitem(data.DATASETS, "squares", partial)
+    result = train(tiny("allow_partial_data=true"), tmp_path / "run")
+    assert evaluate(cli, tmp_path / "run", tmp_path)[f"{METRIC}_last"] == result["metrics"][f"{METRIC}_last"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "items", "words"),
+    [
+        ("dataset: circles", [], "dataset: unknown data set 'circles'"),
+        ("run: {device: meta}", [], "run.device"),
+        ("features: cached", [], "unknown key 'features'"),
+        ("", ["seed=7"], "--set seed: it is the checkpoint's own"),
+        ("", ["checkpoint=x"], "--set checkpoint: it is the checkpoint's own"),
+    ],
+)
+def test_what_a_protocol_says_counts_or_is_refused(cli, pretrained, tmp_path, lines, items, words):
+    protocol = tmp_path / "protocol.yaml"
+    protocol.write_text(f"recipe: mine\nknn: {{k: 5, temperature: 0.1, features: output, every: 0}}\n{lines}\n")
+    given = ["--checkpoint", pretrained / "checkpoint.pt", "--config", protocol, "--runs-dir", tmp_path]
+    status, _, err = cli(script.main, *given, *(["--set", *items] if items else []))
+    assert status == 1 and words in err and err.count("\n") == 1
+    assert ("protocol.yaml" in err) == ("unknown key" in words)
 
 
 def test_pooled_features_are_named_by_their_width(cli, pretrained, tmp_path):
