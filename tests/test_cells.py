@@ -92,12 +92,12 @@ def test_reduced_cells_are_named_to_be_launched_and_are_no_part_of_the_papers_co
     assert {table.name for table in own} == {"reduced", "reduced_frameworks", "reduced_masks"}
     assert all(table.about for table in own)
     cells = select(["reduced*"])
-    assert len(cells) == 46 and {cell.scale for cell in cells} == {"reduced"}
+    assert len(cells) == 47 and {cell.scale for cell in cells} == {"reduced"}
     assert all(cell.published is None and not cell.source for cell in cells)
     assert not {cell.id for cell in cells} & {cell.id for cell in select([])}
     assert len(pretrainings("reduced")) == 5 and len(pretrainings("reduced_masks")) == 5
     runs = [job for job in jobs("reduced*") if job.stage == "pretrain"]
-    assert len(runs) == 13 + 2 + 19 and {job.config.dataset for job in runs} == {"cifar100_reduced", "cifar100"}
+    assert len(runs) == 13 + 2 + 20 and {job.config.dataset for job in runs} == {"cifar100_reduced", "cifar100"}
     found = {(job.config.framework, job.config.method) for job in runs}
     assert found == {(framework, method) for framework in FRAMEWORKS for method in METHODS}
     linear = [job for job in jobs("reduced*") if job.stage == "linear"]
