@@ -281,12 +281,14 @@ def _own(cell: pd.Series) -> str:
     return f"{cell['ours_mean']:.1f}{spread} ({cell['preset']}, n = {cell['n']})"
 
 
-def _gains(row: Heading, cells: list[pd.Series], notes: Footnotes) -> list[list[str]]:
+def _gains(row: Heading, cells: list[pd.Series | None], notes: Footnotes) -> list[list[str]]:
     """Of a table at a scale of its own: nothing is published, the difference is from the first row."""
-    name = row.name + notes.marks(cell["note"] for cell in cells)
-    lines = [[name, "ours", *(_own(cell) if cell["n"] else cell["state"] for cell in cells)]]
-    gains = [baseline.words(cell) for cell in cells]
-    return [*lines, ["", f"from {cells[0]['baseline']}", *gains]] if any(gains) else lines
+    made = [cell for cell in cells if cell is not None]
+    name = row.name + notes.marks(cell["note"] for cell in made)
+    ours = [NONE if cell is None else _own(cell) if cell["n"] else cell["state"] for cell in cells]
+    gains = ["" if cell is None else baseline.words(cell) for cell in cells]
+    lines = [[name, "ours", *ours]]
+    return [*lines, ["", f"from {made[0]['baseline']}", *gains]] if any(gains) else lines
 
 
 def _legend(table: Table, frame: pd.DataFrame) -> list[str]:

@@ -74,6 +74,17 @@ def test_the_table_says_its_scale_beside_each_number_and_prints_nothing_as_publi
     assert csv["published"].isna().all() and csv["difference"].isna().all()
 
 
+def test_a_row_may_lack_cells_which_get_a_dash(tmp_path):
+    for row, accuracy in (("vanilla", 5.0), ("mscn/adapted", 8.0)):
+        finish(tmp_path, f"reduced_frameworks/byol/{row}", accuracy)
+    make_tables.main(["reduced_frameworks", "--runs-dir", str(tmp_path), "--out", str(tmp_path / "out")])
+    lines = (tmp_path / "out/reduced_frameworks.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    first = next(n for n, row in enumerate(cells) if row[:1] == ["MSCN, adapted"])
+    assert cells[first][1:] == ["ours", "no run yet", "–", "8.0 (reduced, n = 1)", "–"]
+    assert cells[first + 1] == ["", "from Vanilla", "", "", "+3.0 (noise unknown)", ""]
+
+
 def test_the_launcher_says_the_scale_in_place_of_the_published_budget(tmp_path, cli):
     _, out, _ = cli(launch.main, "reduced", "table3", "--dry-run", "--runs-dir", tmp_path)
     assert "preset  reduced: ResNet-18 of width 16" in out and "preset  paper: the published budget" in out
