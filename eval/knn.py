@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,9 @@ def _config(path: str | None, items: Sequence[str], recipe: Pretrain) -> KNNEval
         return configs.resolve({"recipe": "knn", "knn": pretraining["knn"], **inherited}, overrides, KNNEval)
     protocol = {key: value for key, value in configs.read_yaml(path).items() if value != ""}
     try:
-        run = {**inherited["run"], **protocol.get("run", {})}
-        return configs.resolve({**inherited, **protocol, "run": run}, overrides, KNNEval)
+        if isinstance(protocol.get("run"), Mapping):
+            protocol["run"] = {**inherited["run"], **protocol["run"]}
+        return configs.resolve({**inherited, **protocol}, overrides, KNNEval)
     except ConfigError as error:
         raise ConfigError(f"{error} (in {path})") from None
 
