@@ -19,6 +19,8 @@ from benchmarks import measure, plain
 from mixmask import config as configs
 from mixmask.config import Pretrain
 from mixmask.data import Resident
+from mixmask.training.clock import Clock
+from mixmask.training.state import TrainState
 from mixmask.views import without_crop
 from pretrain import train
 
@@ -66,12 +68,12 @@ class Ours:
 
     config: Pretrain
     device: torch.device
-    clock: train.Clock = field(default_factory=train.Clock)
+    clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
         self.data = images(self.config.dataset).to(self.device)
-        steps = len(self.data) // self.config.batch_size * self.config.epochs
-        self.state = train.State(*train.build(self.config, self.device), steps)
+        steps_per_epoch = len(self.data) // self.config.batch_size
+        self.state = TrainState(*train.build(self.config, self.device), self.config.epochs, steps_per_epoch)
         self.batches = self.clock.waits(self.views())
 
     def views(self) -> Iterator[list[Tensor]]:
@@ -94,7 +96,7 @@ class Plain:
     config: Pretrain
     device: torch.device
     workers: int
-    clock: train.Clock = field(default_factory=train.Clock)
+    clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
         self.model = plain.MoCo(self.config).to(self.device).train()

@@ -443,11 +443,11 @@ def _check_archive(path: Path) -> None:
         return
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged, signed = archive.testzip(), archive.comment.startswith(checkpoint.MARK)
+            damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         what = f"{path} is cut off or damaged ({_one_line(error)}){checkpoint.remedy(path)}"
         raise FormatError(what) from None
-    what = f"is damaged: the checksum of {damaged} is wrong" if damaged else signed and checkpoint.damage(path)
+    what = f"is damaged: the checksum of {damaged} is wrong" if damaged else checkpoint.damage(path)
     if what:
         raise FormatError(f"{path} {what}{checkpoint.remedy(path)}")
 
