@@ -22,8 +22,8 @@ from mixmask.backbones import SplitBatchNorm2d
 from mixmask.config import ConfigError, Finetune, UserError
 from mixmask.data import DataError, Expected
 from mixmask.runs import read_log, run_directory
-from mixmask.training.loop import Loop
 from mixmask.schedules import learning_rate
+from mixmask.training.loop import Loop
 from mixmask.views import train_batches
 from pretrain.train import train
 
