@@ -43,7 +43,7 @@ from detection import weights
 from detection.datasets import Found, Position, batches
 from mixmask import distributed
 from mixmask.config import ConfigError, Detection, UserError
-from mixmask.data import DataError
+from mixmask.datasets import DataError
 from mixmask.randomness import seed_globals, seed_of
 
 warnings.filterwarnings("ignore", "torch.meshgrid")  # Detectron2's anchors; PyTorch means to change its default

@@ -31,10 +31,11 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mixmask import checkpoint, data, formats, labels  # noqa: E402
+from mixmask import checkpoint, datasets, formats, labels  # noqa: E402
 from mixmask import config as configs  # noqa: E402
 from mixmask.backbones import Encoder, build_backbone  # noqa: E402
 from mixmask.config import Augment, ConfigError, Finetune, UserError  # noqa: E402
+from mixmask.datasets.views import train_batches  # noqa: E402
 from mixmask.features import accuracy, extract  # noqa: E402
 from mixmask.formats import Source  # noqa: E402
 from mixmask.interrupt import Interrupt  # noqa: E402
@@ -43,7 +44,6 @@ from mixmask.progress import Progress, Stopwatch, say  # noqa: E402
 from mixmask.randomness import seed_globals, seed_of  # noqa: E402
 from mixmask.runs import Run, read_log, run_directory, what_is_left  # noqa: E402
 from mixmask.schedules import cautions, learning_rate  # noqa: E402
-from mixmask.views import train_batches  # noqa: E402
 
 
 def finetune(config: Finetune, source: Source, directory: Path) -> dict[str, Any]:
@@ -139,14 +139,16 @@ def load_data(config: Finetune, device: torch.device) -> tuple[Any, Any, Tensor,
     """
     sets = []
     for split in ("train", "test"):
-        dataset = data.load(config.dataset, config.run.data_root, split, config.run.download, config.allow_partial_data)
+        dataset = datasets.load(
+            config.dataset, config.run.data_root, split, config.run.download, config.allow_partial_data
+        )
         if dataset.note:
             say(f"note: {dataset.note}")
         sets.append(dataset)
     indices, labelled = labels.choose(sets[0], config)
     check_data(config, sets[0], len(indices))
     sets[0] = labels.part(sets[0], indices)
-    train_set, test_set = (s.to(device) if isinstance(s, data.Resident) else s for s in sets)
+    train_set, test_set = (s.to(device) if isinstance(s, datasets.Resident) else s for s in sets)
     return train_set, test_set, indices, labelled
 
 
@@ -154,7 +156,7 @@ def check_data(config: Finetune, train_set: Any, labelled: int) -> None:
     """Raises ConfigError for settings that this training set cannot bear."""
     if config.batch_size > labelled:
         raise ConfigError(f"batch_size: {config.batch_size} exceeds the {labelled} labelled training images")
-    if "crop" not in config.augment.order and isinstance(train_set, data.Resident):
+    if "crop" not in config.augment.order and isinstance(train_set, datasets.Resident):
         side = train_set.images.shape[-1]
         if side != config.augment.size:
             raise ConfigError(f"augment.size: {config.augment.size}, but no crop resizes the images of {side} pixels")
@@ -256,7 +258,7 @@ def autopsy(config: Finetune, state: State, labelled: Tensor) -> dict[str, Any]:
     steps_per_epoch = state.steps // config.epochs
     first = state.step - len(state.losses)  # of this epoch
     step = first + [math.isfinite(loss) for loss in [*state.losses[:-1], math.nan]].index(False)
-    batches = data.batch_indices(len(labelled), config.batch_size, config.seed, first // steps_per_epoch)
+    batches = datasets.batch_indices(len(labelled), config.batch_size, config.seed, first // steps_per_epoch)
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     return {
         "step": step,

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmask import checkpoint, data
+from mixmask import checkpoint, datasets
 from mixmask import config as configs
 from mixmask.config import Augment, ConfigError, Linear, UserError
+from mixmask.datasets.views import train_batches
 from mixmask.features import accuracy, extract
 from mixmask.interrupt import Interrupt
 from mixmask.optim import build_optimizer, device_name, pick_device, set_learning_rate
@@ -34,7 +35,6 @@ from mixmask.progress import Progress, Stopwatch, say
 from mixmask.randomness import seed_of
 from mixmask.runs import Run, read_log, run_directory, what_is_left
 from mixmask.schedules import cautions, learning_rate
-from mixmask.views import train_batches
 
 
 def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
@@ -97,11 +97,11 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
         return run.result
 
 
-def load(config: Linear, split: str, device: torch.device) -> data.Resident | data.Files:
+def load(config: Linear, split: str, device: torch.device) -> datasets.Resident | datasets.Files:
     """The verified data set; held on the device where it fits in memory."""
     options = (config.run.download, config.allow_partial_data)
-    dataset = data.load(config.dataset, config.run.data_root, split, *options)
-    return dataset.to(device) if isinstance(dataset, data.Resident) else dataset
+    dataset = datasets.load(config.dataset, config.run.data_root, split, *options)
+    return dataset.to(device) if isinstance(dataset, datasets.Resident) else dataset
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -128,7 +128,11 @@ def build_classifier(features: int, classes: int, seed: int, init: str = "normal
 
 
 def training_features(
-    backbone: nn.Module, train_set: data.Resident | data.Files, augment: Augment, config: Linear, device: torch.device
+    backbone: nn.Module,
+    train_set: datasets.Resident | datasets.Files,
+    augment: Augment,
+    config: Linear,
+    device: torch.device,
 ) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
     """A function of the epoch: its shuffled batches of features (N, D), without gradient, and labels (N,)."""
     labels, options = train_set.labels.to(device), (config.batch_size, config.seed)
@@ -140,7 +144,7 @@ def training_features(
             yield features, labels[indices.to(device)]
 
     def cached(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for indices in data.batch_indices(len(bank), *options, epoch).to(device):
+        for indices in datasets.batch_indices(len(bank), *options, epoch).to(device):
             yield bank[indices], labels[indices]
 
     if config.features == "augmented":
@@ -198,7 +202,7 @@ def autopsy(
 ) -> str:
     """Save the first step of the epoch whose loss is not finite, its images' indices, and the state; says where."""
     position = [math.isfinite(loss) for loss in [*losses[:-1], math.nan]].index(False)  # the last one: by its update
-    batches = data.batch_indices(images, config.batch_size, config.seed, epoch)
+    batches = datasets.batch_indices(images, config.batch_size, config.seed, epoch)
     step = epoch * len(batches) + position
     report = {
         "run": run.id,

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixmask import checkpoint, data, distributed, knn
+from mixmask import checkpoint, datasets, distributed, knn
 from mixmask import config as configs
 from mixmask.backbones import compile_backbones
 from mixmask.config import ConfigError, Pretrain, UserError
+from mixmask.datasets.views import train_batches
 from mixmask.frameworks import build_framework
 from mixmask.interrupt import Interrupt
 from mixmask.masks import check_grid, sample_mask
@@ -37,7 +38,6 @@ from mixmask.progress import Progress, say
 from mixmask.randomness import numpy_generator, seed_globals, torch_generator
 from mixmask.runs import Run, read_log, run_directory, what_is_left
 from mixmask.schedules import cautions, learning_rate
-from mixmask.views import train_batches
 
 
 def train(config: Pretrain, directory: Path, command: list[str] | None = None) -> dict[str, Any]:
@@ -203,8 +203,8 @@ def load_data(config: Pretrain, device: torch.device) -> tuple[Any, Any]:
     for split in ("train", "test"):
         options = (config.run.download, config.allow_partial_data)
         with distributed.first():
-            dataset = data.load(config.dataset, config.run.data_root, split, *options)
-        sets.append(dataset.to(device) if isinstance(dataset, data.Resident) else dataset)
+            dataset = datasets.load(config.dataset, config.run.data_root, split, *options)
+        sets.append(dataset.to(device) if isinstance(dataset, datasets.Resident) else dataset)
         if dataset.note:
             say(f"note: {dataset.note}")
     return sets[0], sets[1]
@@ -214,7 +214,7 @@ def check_data(config: Pretrain, framework: nn.Module, train_set: Any) -> None:
     """Raises ConfigError for settings that this training set cannot bear."""
     images = len(train_set)
     framework.check_data(images)
-    if "crop" not in config.augment.order and isinstance(train_set, data.Resident):
+    if "crop" not in config.augment.order and isinstance(train_set, datasets.Resident):
         side = train_set.images.shape[-1]
         if side != config.augment.size:
             raise ConfigError(f"augment.size: {config.augment.size}, but no crop resizes the images of {side} pixels")
@@ -344,7 +344,7 @@ def autopsy(config: Pretrain, state: State, images: int, step: int) -> dict[str,
     """The iteration whose loss is not finite, and the indices of its images and of those of the iteration before."""
     steps_per_epoch = state.steps // config.epochs
     epoch, first = step // steps_per_epoch, step - step % steps_per_epoch
-    batches = data.batch_indices(images, config.batch_size, config.seed, epoch)
+    batches = datasets.batch_indices(images, config.batch_size, config.seed, epoch)
     gradients = [p.grad for p in state.framework.parameters() if p.grad is not None]
     return {
         "step": step,
