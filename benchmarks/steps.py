@@ -18,10 +18,10 @@ from torch import Tensor
 from benchmarks import measure, plain
 from mixmask import config as configs
 from mixmask.config import Pretrain
-from mixmask.data import Resident
+from mixmask.datasets import Resident
+from mixmask.datasets.views import without_crop
 from mixmask.training.clock import Clock
 from mixmask.training.state import TrainState
-from mixmask.views import without_crop
 from pretrain import train
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -42,7 +42,7 @@ with warnings.catch_warnings():  # about pkg_resources, which it still uses
 from detection import weights
 from detection.datasets import Found, Position, batches
 from mixmask.config import ConfigError, Detection, UserError
-from mixmask.data import DataError
+from mixmask.datasets import DataError
 from mixmask.randomness import seed_globals, seed_of
 from mixmask.training import distributed
 

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmask import checkpoint, data, formats, labels
+from mixmask import checkpoint, datasets, formats, labels
 from mixmask import config as configs
 from mixmask.backbones import Encoder, build_backbone
 from mixmask.config import Augment, ConfigError, Finetune
+from mixmask.datasets.views import train_batches
 from mixmask.features import accuracy, extract
 from mixmask.formats import Source
 from mixmask.randomness import seed_globals, seed_of
@@ -39,7 +40,6 @@ from mixmask.training.loop import Loop, epoch_lines, finished, last_and_best, se
 from mixmask.training.optim import build_optimizer, device_name, pick_device
 from mixmask.training.progress import say
 from mixmask.training.state import TrainState
-from mixmask.views import train_batches
 
 
 def finetune(config: Finetune, source: Source, directory: Path) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def learning_rates(config: Finetune, steps_per_epoch: int, step: int) -> dict[st
 
 def batch_images(config: Finetune, labelled: Tensor, epoch: int) -> Tensor:
     """The indices of an epoch's images in the whole training set, (steps, batch); `labelled` (N,) are in use."""
-    return labelled[data.batch_indices(len(labelled), config.batch_size, config.seed, epoch)]
+    return labelled[datasets.batch_indices(len(labelled), config.batch_size, config.seed, epoch)]
 
 
 # ----------------------------------------------------------------------------------------------------- before
@@ -122,14 +122,16 @@ def load_data(config: Finetune, device: torch.device) -> tuple[Any, Any, Tensor,
     """
     sets = []
     for split in ("train", "test"):
-        dataset = data.load(config.dataset, config.run.data_root, split, config.run.download, config.allow_partial_data)
+        dataset = datasets.load(
+            config.dataset, config.run.data_root, split, config.run.download, config.allow_partial_data
+        )
         if dataset.note:
             say(f"note: {dataset.note}")
         sets.append(dataset)
     indices, labelled = labels.choose(sets[0], config)
     check_data(config, sets[0], len(indices))
     sets[0] = labels.part(sets[0], indices)
-    train_set, test_set = (s.to(device) if isinstance(s, data.Resident) else s for s in sets)
+    train_set, test_set = (s.to(device) if isinstance(s, datasets.Resident) else s for s in sets)
     return train_set, test_set, indices, labelled
 
 
@@ -137,7 +139,7 @@ def check_data(config: Finetune, train_set: Any, labelled: int) -> None:
     """Raises ConfigError for settings that this training set cannot bear."""
     if config.batch_size > labelled:
         raise ConfigError(f"batch_size: {config.batch_size} exceeds the {labelled} labelled training images")
-    if "crop" not in config.augment.order and isinstance(train_set, data.Resident):
+    if "crop" not in config.augment.order and isinstance(train_set, datasets.Resident):
         side = train_set.images.shape[-1]
         if side != config.augment.size:
             raise ConfigError(f"augment.size: {config.augment.size}, but no crop resizes the images of {side} pixels")

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmask import checkpoint, data
+from mixmask import checkpoint, datasets
 from mixmask import config as configs
 from mixmask.config import Augment, ConfigError, Linear, UserError
+from mixmask.datasets.views import train_batches
 from mixmask.features import accuracy, extract
 from mixmask.randomness import seed_of
 from mixmask.runs import Run, run_directory
@@ -35,7 +36,6 @@ from mixmask.training.loop import Loop, epoch_lines, finished, last_and_best, se
 from mixmask.training.optim import build_optimizer, device_name, pick_device, set_learning_rate
 from mixmask.training.progress import say
 from mixmask.training.state import TrainState
-from mixmask.views import train_batches
 
 
 def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
@@ -92,16 +92,16 @@ def learning_rates(config: Linear, steps_per_epoch: int, step: int) -> dict[str,
     return {"lr": learning_rate(config.schedule, config.optimizer.lr, step, steps_per_epoch, config.epochs)}
 
 
-def batch_images(config: Linear, train_set: data.Resident | data.Files, epoch: int) -> Tensor:
+def batch_images(config: Linear, train_set: datasets.Resident | datasets.Files, epoch: int) -> Tensor:
     """The indices of an epoch's images, (steps, batch)."""
-    return data.batch_indices(len(train_set), config.batch_size, config.seed, epoch)
+    return datasets.batch_indices(len(train_set), config.batch_size, config.seed, epoch)
 
 
-def load(config: Linear, split: str, device: torch.device) -> data.Resident | data.Files:
+def load(config: Linear, split: str, device: torch.device) -> datasets.Resident | datasets.Files:
     """The verified data set; held on the device where it fits in memory."""
     options = (config.run.download, config.allow_partial_data)
-    dataset = data.load(config.dataset, config.run.data_root, split, *options)
-    return dataset.to(device) if isinstance(dataset, data.Resident) else dataset
+    dataset = datasets.load(config.dataset, config.run.data_root, split, *options)
+    return dataset.to(device) if isinstance(dataset, datasets.Resident) else dataset
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -128,7 +128,11 @@ def build_classifier(features: int, classes: int, seed: int, init: str = "normal
 
 
 def training_features(
-    backbone: nn.Module, train_set: data.Resident | data.Files, augment: Augment, config: Linear, device: torch.device
+    backbone: nn.Module,
+    train_set: datasets.Resident | datasets.Files,
+    augment: Augment,
+    config: Linear,
+    device: torch.device,
 ) -> Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]:
     """A function of epoch and steps to skip: the shuffled batches of features (N, D), without gradient, labels (N,)."""
     labels, workers = train_set.labels.to(device), config.run.workers

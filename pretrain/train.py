@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from mixmask import config as configs
-from mixmask import data, knn
+from mixmask import datasets, knn
 from mixmask.backbones import compile_backbones
 from mixmask.config import ConfigError, Pretrain
+from mixmask.datasets.views import train_batches
 from mixmask.frameworks import build_framework
 from mixmask.masks import check_grid, sample_mask
 from mixmask.methods import METHODS, Anchor, extra_crops
@@ -35,7 +36,6 @@ from mixmask.training.loop import Loop, epoch_lines, finished, last_and_best, se
 from mixmask.training.optim import build_optimizer, device_name, keep_freed_memory, pick_device, set_learning_rate
 from mixmask.training.progress import say
 from mixmask.training.state import TrainState
-from mixmask.views import train_batches
 
 
 def train(config: Pretrain, directory: Path, command: list[str] | None = None) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
         run.describe(command)
         state = TrainState(framework, optimizer, config.epochs, len(train_set) // config.batch_size)
         rates = functools.partial(learning_rates, config, state.steps_per_epoch)
-        images = functools.partial(data.batch_indices, len(train_set), config.batch_size, config.seed)
+        images = functools.partial(datasets.batch_indices, len(train_set), config.batch_size, config.seed)
         loop = Loop(run, config, state, rates, images, step_lines=True)
         loop.resume()
         say(header(run, config, train_set, device, state))
@@ -145,8 +145,8 @@ def load_data(config: Pretrain, device: torch.device) -> tuple[Any, Any]:
     for split in ("train", "test"):
         options = (config.run.download, config.allow_partial_data)
         with distributed.main_process_first():
-            dataset = data.load(config.dataset, config.run.data_root, split, *options)
-        sets.append(dataset.to(device) if isinstance(dataset, data.Resident) else dataset)
+            dataset = datasets.load(config.dataset, config.run.data_root, split, *options)
+        sets.append(dataset.to(device) if isinstance(dataset, datasets.Resident) else dataset)
         if dataset.note:
             say(f"note: {dataset.note}")
     return sets[0], sets[1]
@@ -156,7 +156,7 @@ def check_data(config: Pretrain, framework: nn.Module, train_set: Any) -> None:
     """Raises ConfigError for settings that this training set cannot bear."""
     images = len(train_set)
     framework.check_data(images)
-    if "crop" not in config.augment.order and isinstance(train_set, data.Resident):
+    if "crop" not in config.augment.order and isinstance(train_set, datasets.Resident):
         side = train_set.images.shape[-1]
         if side != config.augment.size:
             raise ConfigError(f"augment.size: {config.augment.size}, but no crop resizes the images of {side} pixels")

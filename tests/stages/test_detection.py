@@ -28,7 +28,7 @@ from mixmask import config as configs
 from mixmask import formats
 from mixmask.backbones import build_backbone
 from mixmask.config import Backbone, ConfigError, Detection, UserError
-from mixmask.data import DataError
+from mixmask.datasets import DataError
 from mixmask.formats import Detectron2File, FormatError
 from mixmask.runs import read_log
 

@@ -15,7 +15,7 @@ from torchvision import transforms as T
 
 from eval import linear as script
 from eval.linear import build_classifier, fingerprint, probe
-from mixmask import checkpoint, config, data
+from mixmask import checkpoint, config, datasets
 from mixmask.backbones import ResNet
 from mixmask.config import UserError
 from mixmask.features import extract
@@ -88,14 +88,14 @@ def test_cached_adam_is_htdts_loop(tiny_linear, pretrained, tmp_path):
     """Features once, un-augmented, as they are; Adam; ExponentialLR to 1e-6 after the last epoch."""
     metrics = probe(tiny_linear(*CACHED), pretrained, tmp_path)["metrics"]
     encoder, _, _ = checkpoint.load_encoder(pretrained)
-    train, test = (data.load("squares", "", split) for split in ("train", "test"))
+    train, test = (datasets.load("squares", "", split) for split in ("train", "test"))
     mean, std = (torch.tensor(v)[:, None, None] for v in ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]))
     x_train, x_test = (encoder.backbone((d.images / 255 - mean) / std) for d in (train, test))
     classifier = build_classifier(64, 4, seed=0, init="uniform")
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-2, weight_decay=5e-6)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=(1e-6 / 1e-2) ** (1 / 5))
     for epoch in range(5):
-        for index in data.batch_indices(96, 16, 0, epoch):
+        for index in datasets.batch_indices(96, 16, 0, epoch):
             optimizer.zero_grad()
             F.cross_entropy(classifier(x_train[index]), train.labels[index]).backward()
             optimizer.step()
@@ -122,7 +122,7 @@ def test_sgd_recipe_tests_as_patrickhua():
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     images = torch.randint(0, 256, (8, 3, 4, 4), generator=torch.Generator().manual_seed(0)).float()
     images = F.interpolate(images, 32, mode="bilinear").round().byte()
-    dataset = data.Resident(images, torch.zeros(8, dtype=torch.int64), ("a",), "squares")
+    dataset = datasets.Resident(images, torch.zeros(8, dtype=torch.int64), ("a",), "squares")
     augment = dataclasses.replace(recipe.augment, mean=mean, std=std)
     found = extract(torch.nn.Identity(), dataset, augment, recipe.test_resize, torch.device("cpu"))
 
