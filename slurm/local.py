@@ -20,7 +20,7 @@ from typing import BinaryIO
 from mixmask.config import UserError
 from mixmask.runs import is_busy, read_result
 from paper.cells import ROOT
-from slurm import squeue
+from slurm import shell, squeue
 from slurm.graph import Job, make_folder, needed
 from slurm.squeue import Live
 from slurm.status import headline
@@ -56,7 +56,7 @@ def launch(jobs: list[Job]) -> None:
 def _queued() -> dict[str, Live]:
     """Run directory -> job, of SLURM's, where there is one; a line where it does not answer."""
     try:
-        return squeue.live_jobs() if squeue.available() else {}
+        return squeue.live_jobs() if shell.available() else {}
     except UserError as error:
         print(f"note: {error}; a run that it has a job for is not left to it", flush=True)
         return {}

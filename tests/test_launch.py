@@ -16,7 +16,7 @@ from mixmask import config as configs
 from mixmask.config import Backbone, ConfigError, UserError
 from paper.cells import select
 from paper.presets import budget, steps
-from slurm import cost, graph, launch, local, squeue
+from slurm import cost, graph, launch, local, shell, squeue
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -247,7 +247,7 @@ def test_local_runs_what_is_not_finished_and_keeps_the_output(tmp_path, capfdbin
 def test_local_leaves_a_run_that_slurm_has_a_job_for(tmp_path, monkeypatch, capfdbinary):
     jobs = scripted(tmp_path, SUCCEED, SUCCEED, SUCCEED)
     live = {str(jobs[0].directory): squeue.Live("12_3", "PENDING", "Priority")}
-    monkeypatch.setattr(squeue, "available", lambda: True)
+    monkeypatch.setattr(shell, "available", lambda: True)
     monkeypatch.setattr(squeue, "live_jobs", lambda: live)
     with pytest.raises(UserError, match=f"{jobs[0].directory}: left to SLURM: job 12_3 is PENDING"):
         local.launch(jobs)
@@ -260,7 +260,7 @@ def test_local_goes_on_with_a_note_where_slurm_does_not_answer(tmp_path, monkeyp
         raise UserError("no answer")
 
     (job,) = scripted(tmp_path, SUCCEED)
-    monkeypatch.setattr(squeue, "available", unanswered)
+    monkeypatch.setattr(shell, "available", unanswered)
     local.launch([job])
     assert job.state == "finished" and b"note: no answer; a run that it has a job for" in capfdbinary.readouterr().out
 
