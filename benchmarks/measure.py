@@ -18,9 +18,10 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from mixmask.optim import device_name
 from mixmask.runs import environment
+from mixmask.training.optim import device_name
 from pretrain.train import Work
 
 MATMUL = {"cpu": 2048, "cuda": 8192}  # side of the square matrices whose product is the peak
@@ -86,10 +87,12 @@ class Launches(TorchDispatchMode):
         return self.operations.total() + self.graphs
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
         name = operation.overloadpacket.__name__
-        if not (self._inside or operation.is_view or name.startswith(self.ALLOCATIONS)):
+        on_tensors = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((args, result)))
+        if on_tensors and not (self._inside or operation.is_view or name.startswith(self.ALLOCATIONS)):
             self.operations[name] += 1
-        return operation(*args, **(kwargs or {}))
+        return result
 
     def backend(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """For torch.compile: runs each graph as it was traced, which needs no compiler, and counts its calls."""
