@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from mixmask.optim import device_name
 from mixmask.runs import environment
+from mixmask.training.optim import device_name
 from pretrain.train import Work
 
 MATMUL = {"cpu": 2048, "cuda": 8192}  # side of the square matrices whose product is the peak

@@ -17,7 +17,6 @@ import io
 import json
 import os
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from mixmask import config as configs  # noqa: E402
-from mixmask.config import Convert, UserError  # noqa: E402
-from mixmask.formats import FormatError, Source, detectron2_name, read, read_sidecar, sidecar  # noqa: E402
-from mixmask.progress import say  # noqa: E402
-from mixmask.runs import Run, commit, file_sha256, write_atomically  # noqa: E402
+from mixmask import config as configs
+from mixmask.config import Convert, UserError
+from mixmask.formats import FormatError, Source, detectron2_name, read, read_sidecar, sidecar
+from mixmask.runs import Run, commit, file_sha256, write_atomically
+from mixmask.training.progress import say
 
 Weights = dict[str, Tensor]  # torchvision's names
 

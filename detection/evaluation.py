@@ -30,10 +30,10 @@ with warnings.catch_warnings():  # about pkg_resources, which it still uses
 
 from detection.annotations import VOC_CLASSES
 from detection.loading import Task, test_batches, training_batches
-from mixmask import distributed
 from mixmask.config import UserError
 from mixmask.randomness import seed_globals
 from mixmask.runs import write_atomically
+from mixmask.training import distributed
 
 PREDICTIONS = "predictions.json"  # in a run's directory
 KINDS = {"voc": {"bbox": "box"}, "coco": {"bbox": "box", "segm": "mask"}}  # task -> Detectron2's words -> ours

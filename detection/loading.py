@@ -25,10 +25,10 @@ with warnings.catch_warnings():  # about pkg_resources, which it still uses
 
 from detection.annotations import VOC_CLASSES, read_voc
 from detection.datasets import Data, Found, Position, batches
-from mixmask import distributed
 from mixmask.config import Detection
 from mixmask.data import DataError
 from mixmask.randomness import seed_of
+from mixmask.training import distributed
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Loader:
 @contextlib.contextmanager
 def training_batches(task: Task, purpose: str, first: int = 0) -> Iterator[Loader]:
     """This process's images of each batch, endlessly, from batch `first` on. Raises DataError for a damaged file."""
-    rows = distributed.share(task.cfg.SOLVER.IMS_PER_BATCH)
+    rows = distributed.local_slice(task.cfg.SOLVER.IMS_PER_BATCH)
     own = (batch[rows] for batch in itertools.islice(order(task, purpose), first, None))
     dataset = Training(task.images, task.cfg, task.config.seed, purpose)
     with contextlib.closing(Loader(dataset, own, task.config.run.workers)) as loader:

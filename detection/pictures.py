@@ -12,7 +12,7 @@ from PIL import Image
 
 from detection.annotations import Picture
 from mixmask.data import DataError
-from mixmask.progress import Progress, say
+from mixmask.training.progress import Progress, say
 
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF: width and height change places, as Detectron2 turns the image
 DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # more than 8 bits, which become white in Detectron2

@@ -16,7 +16,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,21 +24,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from detection import datasets, weights
+from mixmask import checkpoint
+from mixmask import config as configs
+from mixmask.config import ConfigError, Detection, UserError
+from mixmask.randomness import seed_globals
+from mixmask.runs import Run, read_log, run_directory, what_is_left, write_atomically
+from mixmask.training import distributed
+from mixmask.training.distributed import Follower
+from mixmask.training.interrupt import Interrupt
+from mixmask.training.optim import device_name, pick_device
+from mixmask.training.progress import Progress, say
 
 if importlib.util.find_spec("detectron2"):  # `train` and `test_only` say how to install it
     from detection import evaluation, loading, model
-from detection import datasets, weights  # noqa: E402
-from mixmask import checkpoint, distributed  # noqa: E402
-from mixmask import config as configs  # noqa: E402
-from mixmask.config import ConfigError, Detection, UserError  # noqa: E402
-from mixmask.distributed import Follower  # noqa: E402
-from mixmask.interrupt import Interrupt  # noqa: E402
-from mixmask.optim import device_name, pick_device  # noqa: E402
-from mixmask.progress import Progress, say  # noqa: E402
-from mixmask.randomness import seed_globals  # noqa: E402
-from mixmask.runs import Run, read_log, run_directory, what_is_left, write_atomically  # noqa: E402
 
 
 def train(config: Detection, backbone: weights.Weights, directory: Path) -> dict[str, Any]:
@@ -56,7 +54,7 @@ def train(config: Detection, backbone: weights.Weights, directory: Path) -> dict
     datasets.check_batches(cfg.SOLVER.IMS_PER_BATCH, config.group, world.size)
     check_norm(cfg.MODEL.RESNETS.NORM, device, world.size)
     with distributed.start(world, device), (Follower if world.rank else Run)(directory, config) as run:
-        with distributed.first():
+        with distributed.main_process_first():
             result = run.result
             if result is not None:
                 datasets.check_unchanged(config, directory)
@@ -66,9 +64,9 @@ def train(config: Detection, backbone: weights.Weights, directory: Path) -> dict
         task, detector = loading.task(config, cfg, data), model.build(cfg, config.seed, backbone)
         state = State(detector, *model.optimisation(cfg, detector))
         run.describe()
-        with distributed.first():
+        with distributed.main_process_first():
             resume(run, state)
-        distributed.agreed(state.model.state_dict(), state.step)
+        distributed.assert_in_sync(state.model.state_dict(), state.step)
         norm = model.norm_used(cfg, world.size)
         say(header(run, task, backbone, norm, data.notes, state))
         if state.step < cfg.SOLVER.MAX_ITER:
@@ -95,7 +93,7 @@ def test_only(config: Detection, directory: Path) -> dict[str, Any]:
     cfg = model.settings(config, device)
     datasets.check_batches(cfg.SOLVER.IMS_PER_BATCH, config.group, world.size)
     with distributed.start(world, device), (Follower if world.rank else Run)(directory, config) as run:
-        with distributed.first():
+        with distributed.main_process_first():
             saved = checkpoint.load_last(run.checkpoint)
             if saved is None:
                 raise UserError(f"{run.checkpoint}: no checkpoint to test; train first, without --eval-only")
@@ -151,7 +149,7 @@ def learn(run: Run, task: Any, state: State) -> None:
             losses, rate = forward(state.model, batch), state.optimizer.param_groups[0]["lr"]
             loss = sum(losses.values())
             state.recent[step] = rate, loss.detach()
-            if distributed.anywhere("proposals" in losses)[0]:
+            if distributed.any_rank("proposals" in losses)[0]:
                 finite(distributed.mean({"loss": loss.detach()}), run, task, state)
             state.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -173,7 +171,7 @@ def learn(run: Run, task: Any, state: State) -> None:
             else:
                 progress.step()
             due = distributed.rank() == 0 and clock.due(config.run.checkpoint_minutes)
-            stop, due = distributed.anywhere(interrupt.requested, due)
+            stop, due = distributed.any_rank(interrupt.requested, due)
             if stop or due or at_end:
                 save(run, task, state)
             if stop and not at_end:
@@ -218,7 +216,7 @@ def save(run: Run, task: Any, state: State) -> None:
     The first process writes, and the others wait: one that ended now would take the first with it.
     """
     finite(state_norm(state), run, task, state)
-    with distributed.first():
+    with distributed.main_process_first():
         if distributed.rank() == 0:
             run.sync()
             checkpoint.save(run.checkpoint, snapshot(run, task.config, state))
@@ -247,7 +245,7 @@ def finite(values: dict[str, Tensor], run: Run, task: Any, state: State) -> dict
     if not what:
         return numbers
     report, where = autopsy(task, state), "the first process says why"
-    with distributed.first():
+    with distributed.main_process_first():
         if distributed.rank() == 0:
             report = {"run": run.id, **report, "noticed": f"{what} after {state.step} iterations"}
             where = checkpoint.post_mortem(run, report, snapshot(run, task.config, state))

@@ -21,10 +21,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from mixmask.config import UserError, main_guard
 
-from mixmask.config import UserError, main_guard  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 MODULES = [  # of the library, in the order in which a reader meets them
     "methods",

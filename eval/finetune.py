@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,22 +27,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from mixmask import checkpoint, data, formats, labels  # noqa: E402
-from mixmask import config as configs  # noqa: E402
-from mixmask.backbones import Encoder, build_backbone  # noqa: E402
-from mixmask.config import Augment, ConfigError, Finetune, UserError  # noqa: E402
-from mixmask.features import accuracy, extract  # noqa: E402
-from mixmask.formats import Source  # noqa: E402
-from mixmask.interrupt import Interrupt  # noqa: E402
-from mixmask.optim import build_optimizer, device_name, pick_device  # noqa: E402
-from mixmask.progress import Progress, Stopwatch, say  # noqa: E402
-from mixmask.randomness import seed_globals, seed_of  # noqa: E402
-from mixmask.runs import Run, read_log, run_directory, what_is_left  # noqa: E402
-from mixmask.schedules import cautions, learning_rate  # noqa: E402
-from mixmask.views import train_batches  # noqa: E402
+from mixmask import checkpoint, data, formats, labels
+from mixmask import config as configs
+from mixmask.backbones import Encoder, build_backbone
+from mixmask.config import Augment, ConfigError, Finetune, UserError
+from mixmask.features import accuracy, extract
+from mixmask.formats import Source
+from mixmask.randomness import seed_globals, seed_of
+from mixmask.runs import Run, read_log, run_directory, what_is_left
+from mixmask.schedules import cautions, learning_rate
+from mixmask.training.interrupt import Interrupt
+from mixmask.training.optim import build_optimizer, device_name, pick_device
+from mixmask.training.progress import Progress, Stopwatch, say
+from mixmask.views import train_batches
 
 
 def finetune(config: Finetune, source: Source, directory: Path) -> dict[str, Any]:

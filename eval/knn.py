@@ -18,9 +18,9 @@ from typing import Any
 from mixmask import checkpoint, data, knn
 from mixmask import config as configs
 from mixmask.config import ConfigError, KNNEval, Pretrain
-from mixmask.optim import pick_device
-from mixmask.progress import say
 from mixmask.runs import Run, run_directory
+from mixmask.training.optim import pick_device
+from mixmask.training.progress import say
 
 
 def evaluate(config: KNNEval, path: Path, directory: Path) -> dict[str, Any]:

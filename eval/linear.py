@@ -28,12 +28,12 @@ from mixmask import checkpoint, data
 from mixmask import config as configs
 from mixmask.config import Augment, ConfigError, Linear, UserError
 from mixmask.features import accuracy, extract
-from mixmask.interrupt import Interrupt
-from mixmask.optim import build_optimizer, device_name, pick_device, set_learning_rate
-from mixmask.progress import Progress, Stopwatch, say
 from mixmask.randomness import seed_of
 from mixmask.runs import Run, read_log, run_directory, what_is_left
 from mixmask.schedules import cautions, learning_rate
+from mixmask.training.interrupt import Interrupt
+from mixmask.training.optim import build_optimizer, device_name, pick_device, set_learning_rate
+from mixmask.training.progress import Progress, Stopwatch, say
 from mixmask.views import train_batches
 
 

@@ -26,8 +26,8 @@ from mixmask import config as configs
 from mixmask.backbones import Encoder
 from mixmask.config import ConfigError, Pretrain, UserError
 from mixmask.frameworks import build_framework
-from mixmask.progress import say
 from mixmask.runs import Run, discard, previous_checkpoint, what_is_left, write_atomically
+from mixmask.training.progress import say
 
 FORMAT = 1
 MARK = b"sha256:"  # the comment's beginning; the digest follows, and ends the file

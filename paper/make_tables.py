@@ -14,24 +14,20 @@ CPU runs, each against the table's first row.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import pandas as pd
 
-import pandas as pd  # noqa: E402
-
-from mixmask.config import ConfigError, UserError, main_guard  # noqa: E402
-from mixmask.progress import printable  # noqa: E402
-from mixmask.runs import ResultError, read_result, write_atomically  # noqa: E402
-from paper import baseline, settings  # noqa: E402
-from paper.cells import Cell, Heading, Table, select, tables  # noqa: E402
-from paper.checkpoints import public_checkpoints  # noqa: E402
-from paper.markup import Footnotes, Sheet, latex, markdown  # noqa: E402
-from paper.presets import (  # noqa: E402
+from mixmask.config import ConfigError, UserError, main_guard
+from mixmask.runs import ResultError, read_result, write_atomically
+from mixmask.training.progress import printable
+from paper import baseline, settings
+from paper.cells import Cell, Heading, Table, select, tables
+from paper.checkpoints import public_checkpoints
+from paper.markup import Footnotes, Sheet, latex, markdown
+from paper.presets import (
     Budget,
     Step,
     budget,

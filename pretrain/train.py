@@ -23,20 +23,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixmask import checkpoint, data, distributed, knn
+from mixmask import checkpoint, data, knn
 from mixmask import config as configs
 from mixmask.backbones import compile_backbones
 from mixmask.config import ConfigError, Pretrain, UserError
 from mixmask.frameworks import build_framework
-from mixmask.interrupt import Interrupt
 from mixmask.masks import check_grid, sample_mask
 from mixmask.methods import METHODS, Anchor, extra_crops
 from mixmask.objective import objective
-from mixmask.optim import build_optimizer, device_name, keep_freed_memory, pick_device, set_learning_rate
-from mixmask.progress import Progress, say
 from mixmask.randomness import numpy_generator, seed_globals, torch_generator
 from mixmask.runs import Run, read_log, run_directory, what_is_left
 from mixmask.schedules import cautions, learning_rate
+from mixmask.training import distributed
+from mixmask.training.interrupt import Interrupt
+from mixmask.training.optim import build_optimizer, device_name, keep_freed_memory, pick_device, set_learning_rate
+from mixmask.training.progress import Progress, say
 from mixmask.views import train_batches
 
 
@@ -50,7 +51,7 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
     configs.check_processes(config, world.size)
     device = world.device(pick_device(config.run.device))
     with distributed.start(world, device), distributed.open_run(directory, config) as run:
-        with distributed.first():
+        with distributed.main_process_first():
             found = run.result
         if found is not None:
             say(f"{run.id} is finished: {summary(found)}; nothing to do")
@@ -61,9 +62,9 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
         run.describe(command)
         steps_per_epoch = len(train_set) // config.batch_size
         state = State(framework, optimizer, steps_per_epoch * config.epochs)
-        with distributed.first():
+        with distributed.main_process_first():
             resume(run, state)
-        distributed.agreed(framework.state_dict(), state.step)
+        distributed.assert_in_sync(framework.state_dict(), state.step)
         say(header(run, config, train_set, device, state.step, steps_per_epoch))
         if state.step == 0 and config.knn.every:
             run.log("epoch", -1, epoch=0, **evaluate(framework, train_set, test_set, config, device))
@@ -88,7 +89,7 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
                     else:
                         progress.step()
                     due = world.rank == 0 and clock.due(config.run.checkpoint_minutes)
-                    stop, due = distributed.anywhere(interrupt.requested, due)
+                    stop, due = distributed.any_rank(interrupt.requested, due)
                     within_epoch = state.step % steps_per_epoch > 0  # the end of an epoch is logged before it is saved
                     if within_epoch and (stop or due):
                         save(run, config, state)
@@ -101,12 +102,12 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
                 last = epoch + 1 == config.epochs
                 if last or (config.knn.every and (epoch + 1) % config.knn.every == 0):
                     means.update(evaluate(framework, train_set, test_set, config, device))
-                same = distributed.agreed(framework.state_dict(), state.step)
+                same = distributed.assert_in_sync(framework.state_dict(), state.step)
                 run.log("epoch", step, epoch=epoch + 1, **means, lr=rate, **same, timing=timing)
                 say(epoch_line(epoch + 1, config.epochs, means, rate, timing))
                 state.sums.clear()
                 state.losses.clear()
-                (stop,) = distributed.anywhere(interrupt.requested)
+                (stop,) = distributed.any_rank(interrupt.requested)
                 if last or (epoch + 1) % config.run.checkpoint_every == 0 or stop:
                     save(run, config, state)
                 if stop and not last:
@@ -126,7 +127,7 @@ def iterate(config: Pretrain, state: State, batch: list[Tensor]) -> tuple[dict[s
     """
     framework, optimizer, step = state.framework, state.optimizer, state.step
     (x1, x2, *crops), device = batch, batch[0].device
-    own_groups = range(config.mix_groups)[distributed.share(config.mix_groups)]
+    own_groups = range(config.mix_groups)[distributed.local_slice(config.mix_groups)]
     rngs = [numpy_generator(config.seed, "mix", step, group) for group in own_groups]
     anchors = METHODS[config.method](config, x1, rngs, *crops)
     rate = learning_rate(config.schedule, config.optimizer.lr, step, state.steps // config.epochs, config.epochs)
@@ -138,7 +139,7 @@ def iterate(config: Pretrain, state: State, batch: list[Tensor]) -> tuple[dict[s
     loss.backward()
     distributed.average(framework)
     optimizer.step()
-    framework.finish(targets, step, state.steps)
+    framework.after_step(targets, step, state.steps)
     state.step += 1
     values = {"loss": loss.detach(), **loss_parts(parts), **framework.metrics(targets)}
     return distributed.mean(values), anchors, rate
@@ -202,7 +203,7 @@ def load_data(config: Pretrain, device: torch.device) -> tuple[Any, Any]:
     sets = []
     for split in ("train", "test"):
         options = (config.run.download, config.allow_partial_data)
-        with distributed.first():
+        with distributed.main_process_first():
             dataset = data.load(config.dataset, config.run.data_root, split, *options)
         sets.append(dataset.to(device) if isinstance(dataset, data.Resident) else dataset)
         if dataset.note:
@@ -229,12 +230,12 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
     if device.type == "cpu":
         keep_freed_memory()
     seed_globals(config.seed, "init")
-    framework = build_framework(distributed.own_part(config)).to(device).train()
+    framework = build_framework(distributed.shard_config(config)).to(device).train()
     if config.run.channels_last:
         framework = framework.to(memory_format=torch.channels_last)
     if config.run.compile:
         compile_backbones(framework)
-    return framework, build_optimizer(config.optimizer, framework.parameters(), framework.constant_rate())
+    return framework, build_optimizer(config.optimizer, framework.parameters(), framework.fixed_lr_parameters())
 
 
 def resume(run: Run, state: State) -> None:
@@ -261,7 +262,7 @@ def save(run: Run, config: Pretrain, state: State) -> None:
     model = state.framework.state_dict()
     norm = nn.utils.get_total_norm([value for value in model.values() if value.is_floating_point()])
     finite({**state.sums, "the norm of weights and buffers": norm}, state.step - 1)
-    with distributed.first():
+    with distributed.main_process_first():
         if distributed.rank() == 0:
             run.sync()
             checkpoint.save(run.checkpoint, snapshot(run, config, state))
@@ -287,7 +288,7 @@ def snapshot(run: Run, config: Pretrain, state: State) -> dict[str, Any]:
 def views(config: Pretrain, train_set: Any, epoch: int, skip: int, device: torch.device) -> Iterator[list[Tensor]]:
     """This process's rows of the epoch's batches after the first `skip`: x1, x2 (N, 3, S, S), MSCN's extra crops."""
     sizes = (config.batch_size, config.seed, epoch, 2, device, config.run.workers)
-    part = {"skip": skip, "crops": extra_crops(config), "rows": distributed.share(config.batch_size)}
+    part = {"skip": skip, "crops": extra_crops(config), "rows": distributed.local_slice(config.batch_size)}
     for batch, _ in train_batches(train_set, config.augment, *sizes, **part):
         yield [x.contiguous(memory_format=torch.channels_last) for x in batch] if config.run.channels_last else batch
 
@@ -332,7 +333,7 @@ def explained(run: Run, config: Pretrain, state: State, images: int) -> Iterator
         finite_losses = [math.isfinite(loss) for loss in state.losses]
         step = error.step if all(finite_losses) else state.step - len(finite_losses) + finite_losses.index(False)
         where = "the first process says why"
-        with distributed.first():
+        with distributed.main_process_first():
             if distributed.rank() == 0:
                 report = {"run": run.id, **autopsy(config, state, images, step), "noticed": str(error)}
                 where = checkpoint.post_mortem(run, report, snapshot(run, config, state))
@@ -359,7 +360,7 @@ def autopsy(config: Pretrain, state: State, images: int, step: int) -> dict[str,
 def evaluate(framework: nn.Module, train_set: Any, test_set: Any, config: Pretrain, device: torch.device) -> dict:
     """k-NN accuracy of the encoder as it is now; the first process measures it, and the others wait."""
     options = (config.augment, config.knn, device, config.run.workers)
-    with distributed.first():
+    with distributed.main_process_first():
         return {} if distributed.rank() else knn.evaluate(framework.encoder, train_set, test_set, *options)
 
 

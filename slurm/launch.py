@@ -20,7 +20,6 @@ import argparse
 import os
 import shlex
 import signal
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,14 +27,14 @@ from pathlib import Path
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): no traceback of Ctrl-C during the imports
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
-from mixmask.config import UserError, main_guard  # noqa: E402
-from paper.cells import WITHOUT_RUNS, Cell, select, tables  # noqa: E402
-from paper.presets import Budget, budget, label, missing_file, offer, presets, remark  # noqa: E402
-from slurm import cost, graph, local, squeue, status, submit  # noqa: E402
-from slurm.graph import Job  # noqa: E402
+from mixmask.config import UserError, main_guard
+from paper.cells import WITHOUT_RUNS, Cell, select, tables
+from paper.presets import Budget, budget, label, missing_file, offer, presets, remark
+from slurm import cost, graph, local, squeue, status, submit
+from slurm.graph import Job
+
+ROOT = Path(__file__).resolve().parents[1]
 
 NOT_NEEDED = "not needed"  # of a run that is not finished, and is not made: what needs it is finished
 
