@@ -38,7 +38,7 @@ def listing(folder: Path) -> list[tuple[str, int, int]]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.is_file():
+                if os.path.isfile(entry.path):  # false for links that lead nowhere, or in circles
                     stat = entry.stat()
                     files.append((entry.name, stat.st_size, stat.st_mtime_ns))
     except OSError as error:

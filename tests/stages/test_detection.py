@@ -486,10 +486,10 @@ class Oracle(torch.nn.Module):
             size, things = (truth["height"], truth["width"]), truth["annotations"]
             found = Instances(size)
             boxes = [BoxMode.convert(t["bbox"], t["bbox_mode"], BoxMode.XYXY_ABS) for t in things]
-            found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
+            found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
             found.scores = torch.ones(len(things))
-            found.pred_classes = torch.tensor([t["category_id"] for t in things])
-            if "segmentation" in things[0]:
+            found.pred_classes = torch.tensor([t["category_id"] for t in things], dtype=torch.int64)
+            if any("segmentation" in thing for thing in things):
                 polygons = [[np.array(p, dtype=np.float64) for p in t["segmentation"]] for t in things]
                 found.pred_masks = BitMasks(
                     torch.tensor(np.array([polygons_to_bitmask(p, *size) for p in polygons]))
