@@ -1,4 +1,4 @@
-"""slurm/cluster.py and sbatch.py: what a job asks for, from cluster.yaml, profiles, --set, stage by stage (no SLURM)."""
+"""slurm/cluster.py and sbatch.py: what a job asks for, from cluster.yaml, profiles and --set, stage by stage."""
 
 from pathlib import Path
 
@@ -119,9 +119,9 @@ def test_a_profile_lies_between_cluster_yaml_and_the_command_line(tmp_path):
     smoke = asked(preset="smoke", profile=str(path), stage="linear")
     assert smoke["time"] == 60  # its small nets need little on any cluster
     path.write_text("partitoin: gpu\n")
-    with pytest.raises(ConfigError, match="did you mean 'cluster.partition'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'cluster\.partition'"):
         asked(profile=str(path))
-    with pytest.raises(ConfigError, match="--cluster aptainer: .*did you mean 'apptainer'"):
+    with pytest.raises(ConfigError, match=r"--cluster aptainer: .*did you mean 'apptainer'"):
         asked(profile="aptainer")
 
 
@@ -166,5 +166,7 @@ def test_a_job_that_no_node_holds_is_refused_with_what_the_largest_has(tmp_path,
         sbatch.check_nodes(graph.jobs(select(["table4"]), budget("paper", settings), tmp_path))
 
     launch("cluster.partition=big")
-    with pytest.raises(UserError, match=r"1 GPUs, 100 CPUs, 64 GB of a node, .* partition big .* 4 GPUs, 64 CPUs, 250 GB"):
+    with pytest.raises(
+        UserError, match=r"1 GPUs, 100 CPUs, 64 GB of a node, .* partition big .* 4 GPUs, 64 CPUs, 250 GB"
+    ):
         launch("cluster.partition=big", "cluster.cpus=100")

@@ -294,3 +294,33 @@ def test_a_node_at_whose_fault_a_run_has_died_is_named_and_not_used_again(jobs, 
     submit.launch([job], tmp_path / "runs")
     assert "not on n1, where it has died of the node's fault" in capsys.readouterr().out
     wait_finished(40, [job])
+
+
+# ------------------------------------------------------------------------------------------------ containers
+
+# As the real one is called; inside there is the image's Python, and no program of SLURM.
+APPTAINER = """#!/bin/sh
+[ "$1" = exec ] && shift
+while [ "${{1#--}}" != "$1" ]; do [ "$1" = --bind ] && shift; shift; done
+image=$1; shift
+[ "$1" = python ] && shift
+exec env PATH={bin} APPTAINER_CONTAINER="$image" {python} "$@"
+"""
+
+
+def test_jobs_run_inside_an_image_and_are_requeued_from_outside_of_it(jobs, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    apptainer = tmp_path / "bin" / "apptainer"
+    apptainer.write_text(APPTAINER.format(bin=Path(sys.executable).parent, python=sys.executable))
+    apptainer.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{apptainer.parent}:{os.environ['PATH']}")
+    python = "apptainer exec --nv --bind '$HOME' '$HOME/mixmask.sif' python".replace("'", '"')
+    inside = "import shutil\nassert not shutil.which('scontrol')\nnote('images', os.environ['APPTAINER_CONTAINER'])\n"
+    script = STAGE.replace("told = []", f"{inside}told = []")
+    (job,) = jobs(1, f"cluster.python={python}", script=script, arguments=("60",))
+    submit.launch([job], tmp_path / "runs")
+    started(job)
+    shell("scancel", "--signal=USR2", *numbers(job))
+    wait_finished(60, [job])
+    assert lines(job, "images") == [f"{os.environ['HOME']}/mixmask.sif"] * 2 and len(numbers(job)) == 1
+    assert lines(job, "log") == [str(step) for step in range(1, 61)]
