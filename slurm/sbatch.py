@@ -238,5 +238,5 @@ def nodes_of(partition: str, gpu_type: str = "") -> list[Node]:
     for cpus, memory, gres in (line.split("|") for line in shell.ask(*words).splitlines()):
         gpus = re.findall(r"\bgpu:(?:([^:,(]+):)?(\d+)", gres)
         count = sum(int(number) for kind, number in gpus if not gpu_type or kind == gpu_type)
-        nodes.append(Node(count, int(cpus), int(memory)))
+        nodes.append(Node(count, int(cpus.rstrip("+")), int(memory.rstrip("+"))))
     return nodes
