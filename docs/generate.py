@@ -41,7 +41,7 @@ MODULES = [  # of the library, in the order in which a reader meets them
     "schedules",
     "optim",
     "checkpoint",
-    "formats",
+    *(f"formats.{name}" for name in ("reading", "source", "layouts", "resnets", "notes", "detectron2_files")),
     "runs",
     "config",
 ]

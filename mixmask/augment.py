@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mixmask.config import Augment, ConfigError
+from mixmask.paths import few_operations
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, NONE = range(5)
 CROP_TRIES = 10
@@ -136,7 +137,7 @@ def augment_view(
 @torch.no_grad()
 def apply(augment: Augment, images: Tensor, parameters: Parameters) -> Tensor:
     """The view that `parameters` describe: uint8 (N, 3, H, W) -> normalised float32 (N, 3, size, size)."""
-    if compiled_or_on_gpu(images):
+    if few_operations(images):
         return normalise(apply_operations(augment, images.float(), parameters), augment.mean, augment.std)
     shape = (augment.size, augment.size) if "crop" in augment.order else images.shape[2:]
     views = torch.empty(len(images), 3, *shape)
@@ -341,7 +342,7 @@ def colour_jitter(images: Tensor, order: Tensor, factors: Tensor, chosen: Tensor
 
     Slot by slot: on a CPU each image has its own operation, elsewhere every image has all and keeps one.
     """
-    for_all = jitter_by_selection if compiled_or_on_gpu(images) else jitter_by_group
+    for_all = jitter_by_selection if few_operations(images) else jitter_by_group
     return for_all(images, order, factors, chosen, with_hue)
 
 
@@ -521,17 +522,9 @@ def _copied(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)
 
 
-def compiled_or_on_gpu(images: Tensor) -> bool:
-    """Whether an operation is computed of all images, to choose among the results.
-
-    To know which need it would wait for a GPU, and break a compiled graph; an eager CPU computes what is needed.
-    """
-    return images.device.type != "cpu" or torch.compiler.is_compiling()
-
-
 def where_chosen(operation, images: Tensor, chosen: Tensor, *parameters: Tensor) -> Tensor:
     """operation(images, *parameters) where chosen (N,); every parameter has N rows."""
-    if compiled_or_on_gpu(images):
+    if few_operations(images):
         return torch.where(column(chosen), operation(images, *parameters), images)
     index = chosen.nonzero()[:, 0]
     changed = operation(*(values.index_select(0, index) for values in (images, *parameters)))

@@ -24,13 +24,13 @@ import torch
 from PIL import Image
 
 from eval import knn as knn_script
-from eval import linear
 from eval.linear import probe
 from mixmask import checkpoint, datasets
 from mixmask import config as configs
 from mixmask.config import UserError
 from mixmask.datasets import DataError, cifar100, loading
 from mixmask.runs import Run, previous_checkpoint, read_log
+from mixmask.training import loop, nonfinite
 from pretrain import train as script
 from pretrain.train import train
 from tests.stages.test_train import assert_same_run, log, state
@@ -110,18 +110,18 @@ def test_both_checkpoints_damaged_is_one_line_that_names_both(tiny, recipe, cli,
     assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("epochs", [0, 1])
 def test_probe_goes_on_from_the_checkpoint_before(
     tiny_linear, undisturbed, probed, tmp_path, monkeypatch, capsys, epochs
 ):
-    line = linear.epoch_line
-    monkeypatch.setattr(linear, "epoch_line", lambda epoch, *a: line(epoch, *a) if epoch <= epochs else 1 / 0)
+    line = loop.epoch_line
+    monkeypatch.setattr(loop, "epoch_line", lambda epoch, *a: line(epoch, *a) if epoch <= epochs else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         probe(tiny_linear(), undisturbed / "checkpoint.pt", tmp_path)
     monkeypatch.undo()
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:-1])
-    if epochs == 1:  # there is no other
+    if epochs == 0:  # there is no other
         with pytest.raises(UserError, match="cut off"):
             probe(tiny_linear(), undisturbed / "checkpoint.pt", tmp_path)
         return
@@ -192,7 +192,7 @@ def assert_same_weights(directory: Path, undisturbed: Path) -> None:
 
 
 def test_probe_not_finite_saves_step_indices_and_state(tiny_linear, undisturbed, tmp_path):
-    line = r"the loss is \w+ in epoch 1; stopped, .*nonfinite\.json .*, no checkpoint was written yet$"
+    line = r"loss is \w+ at step \d; stopped, .*nonfinite\.json .*, no checkpoint was written yet$"
     with pytest.raises(UserError, match=line):
         probe(tiny_linear("optimizer.lr=1e38"), undisturbed / "checkpoint.pt", tmp_path)
     report = json.loads((tmp_path / "nonfinite.json").read_text())
@@ -204,13 +204,13 @@ def test_probe_not_finite_saves_step_indices_and_state(tiny_linear, undisturbed,
 
 def test_probe_whose_last_update_breaks_the_weights_saves_no_checkpoint(tiny_linear, undisturbed, tmp_path):
     """One step an epoch: its loss is finite, the weights after it are not."""
-    with pytest.raises(UserError, match="the norm of the weights is inf in epoch 1"):
+    with pytest.raises(UserError, match="the norm of weights and buffers is inf at step 0"):
         probe(tiny_linear("optimizer.lr=1e38", "batch_size=96"), undisturbed / "checkpoint.pt", tmp_path)
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_not_finite_on_a_full_disk_still_says_what_happened(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "write_atomically", failing)
+    monkeypatch.setattr(nonfinite, "write_atomically", failing)
     line = r"is (nan|inf) at step \d+; stopped, cannot write x: no space, no checkpoint was written yet$"
     with pytest.raises(UserError, match=line):
         train(tiny("optimizer.lr=1e38", "epochs=20", "knn.every=0"), tmp_path)

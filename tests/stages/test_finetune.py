@@ -15,7 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from eval import finetune as script
-from eval.finetune import build_groups, build_model, finetune, set_rates
+from eval.finetune import build_groups, build_model, finetune, learning_rates, set_rates
 from mixmask import checkpoint, config, datasets, formats, labels
 from mixmask.augment import test_view
 from mixmask.backbones import SplitBatchNorm2d
@@ -24,6 +24,7 @@ from mixmask.datasets import DataError, Expected
 from mixmask.datasets.views import train_batches
 from mixmask.runs import read_log, run_directory
 from mixmask.schedules import learning_rate
+from mixmask.training.loop import Loop
 from pretrain.train import train
 
 RECIPE = """
@@ -112,7 +113,7 @@ def test_rates_of_backbone_and_classifier_step_as_in_table10(name, stem, classif
     assert [len(group["params"]) for group in optimizer.param_groups] == [len(list(model.backbone.parameters())), 2]
     for epoch, factor in [(0, 1), (11, 1), (12, 0.2), (15, 0.2), (16, 0.04), (19, 0.04)]:
         for step in (50 * epoch, 50 * epoch + 49):
-            set_rates(optimizer, recipe, step, steps_per_epoch=50)
+            set_rates(optimizer, learning_rates(recipe, 50, step))
             found = [group["lr"] for group in optimizer.param_groups]
             assert found == pytest.approx([stem * factor, classifier * factor])
     assert {(g["momentum"], g["weight_decay"]) for g in optimizer.param_groups} == {(0.9, 0)}
@@ -133,7 +134,7 @@ def test_recipes_are_complete_and_named_after_their_file(dataset, percent):
 
 def test_two_steps_are_those_of_a_plain_loop(source, tmp_path, monkeypatch):
     """SGD with momentum and no decay, written out: the backbone and the classifier each at its rate."""
-    monkeypatch.setattr(script, "save", lambda run, config, state, images: saved.append(state.model.state_dict()))
+    monkeypatch.setattr(Loop, "save", lambda loop: saved.append(loop.state.model.state_dict()))
     saved = []
     config = recipe("epochs=1", "batch_size=24", "optimizer.weight_decay=0.01")
     finetune(config, source, tmp_path)
@@ -216,8 +217,8 @@ def test_sigkill_at_any_point_changes_nothing(source, tmp_path, undisturbed, lin
     config = recipe("run.checkpoint_minutes=0")
     pid = os.fork()
     if not pid:
-        rates = script.set_rates
-        script.set_rates = lambda *a: (time.sleep(0.03), rates(*a))[1]  # so that the signal finds it at work
+        fit = script.fit
+        script.fit = lambda *a: (time.sleep(0.03), fit(*a))[1]  # so that the signal finds it at work
         try:
             finetune(config, source, tmp_path)
         finally:
@@ -235,19 +236,18 @@ def test_sigkill_at_any_point_changes_nothing(source, tmp_path, undisturbed, lin
 
 @pytest.mark.parametrize("step", [0, 1, 2, 4, 8])
 def test_sigterm_saves_within_the_epoch_and_the_rest_follows(source, tmp_path, undisturbed, monkeypatch, step):
-    rates = script.set_rates
+    fit = script.fit
 
-    def interrupted(optimizer, config, now, *rest):
-        if now == step:
+    def interrupted(state, *rest):
+        if state.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return rates(optimizer, config, now, *rest)
+        return fit(state, *rest)
 
-    monkeypatch.setattr(script, "set_rates", interrupted)
-    if step < 8:
-        with pytest.raises(KeyboardInterrupt):
-            finetune(recipe(), source, tmp_path)
-        assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == step + 1
-        monkeypatch.undo()
+    monkeypatch.setattr(script, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(recipe(), source, tmp_path)
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == step + 1
+    monkeypatch.undo()
     finetune(recipe(), source, tmp_path)
     assert_same_run(tmp_path, undisturbed)
 
@@ -255,7 +255,9 @@ def test_sigterm_saves_within_the_epoch_and_the_rest_follows(source, tmp_path, u
 @pytest.mark.parametrize(("items", "step"), [(["backbone_lr=1e38"], 1), (["backbone_lr=1e38", "batch_size=48"], 0)])
 def test_what_is_not_finite_stops_the_run_and_names_the_iteration(source, tmp_path, items, step):
     """A loss, or with one iteration an epoch the weights that it leaves; the images are named."""
-    with pytest.raises(UserError, match=rf"the (loss|norm of the weights) is (nan|inf) at step {step}; stopped, batch"):
+    with pytest.raises(
+        UserError, match=rf"(loss|the norm of weights and buffers) is (nan|inf) at step {step}; stopped, batch"
+    ):
         finetune(recipe("optimizer.lr=1e38", *items), source, tmp_path)
     assert not (tmp_path / "result.json").exists() and not (tmp_path / "checkpoint.pt").exists()
     report = json.loads((tmp_path / "nonfinite.json").read_text())

@@ -20,6 +20,7 @@ from mixmask.backbones import ResNet
 from mixmask.config import UserError
 from mixmask.features import extract
 from mixmask.runs import read_log
+from mixmask.training import loop
 from pretrain.train import train
 
 
@@ -200,7 +201,7 @@ def test_last_epoch_is_reported_and_the_best_noted(undisturbed):
 
 def test_best_is_noted_even_if_a_later_epoch_is_worse(tiny_linear, pretrained, tmp_path, monkeypatch):
     accuracies = iter([10.0, 30.0, 20.0])
-    monkeypatch.setattr(script, "test", lambda *_: next(accuracies))
+    monkeypatch.setattr(script, "test", lambda *_: {"test_top1": next(accuracies)})
     metrics = probe(tiny_linear(), pretrained, tmp_path)["metrics"]
     assert metrics == {"linear_sgd_last": 20.0, "linear_sgd_best": 30.0}
 
@@ -235,8 +236,8 @@ def test_sigkill_at_any_point_changes_nothing(tiny_linear, pretrained, tmp_path,
 def test_cached_probe_repeats_what_came_after_its_checkpoint(tiny_linear, pretrained, tmp_path, monkeypatch, done):
     """A checkpoint every second epoch; stopped between the log line of an epoch and its checkpoint."""
     probe(tiny_linear(*CACHED), pretrained, tmp_path / "whole")
-    line = script.epoch_line
-    monkeypatch.setattr(script, "epoch_line", lambda epoch, *a: line(epoch, *a) if epoch <= done else 1 / 0)
+    line = loop.epoch_line
+    monkeypatch.setattr(loop, "epoch_line", lambda epoch, *a: line(epoch, *a) if epoch <= done else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         probe(tiny_linear(*CACHED), pretrained, tmp_path / "stopped")
     monkeypatch.undo()
@@ -247,14 +248,14 @@ def test_cached_probe_repeats_what_came_after_its_checkpoint(tiny_linear, pretra
     assert torch.equal(a["weight"], b["weight"]) and torch.equal(a["bias"], b["bias"])
 
 
-def test_kill_between_log_and_checkpoint_repeats_no_line(tiny_linear, pretrained, tmp_path, undisturbed, monkeypatch):
-    save = script.save
-    monkeypatch.setattr(script, "save", lambda *a: os._exit(9) if a[-1] == 2 else save(*a))
+def test_kill_before_a_checkpoint_repeats_no_line(tiny_linear, pretrained, tmp_path, undisturbed, monkeypatch):
+    save = loop.Loop.save
+    monkeypatch.setattr(loop.Loop, "save", lambda self: os._exit(9) if self.state.step == 12 else save(self))
     pid = os.fork()
     if not pid:
         probe(tiny_linear(), pretrained, tmp_path)
     os.waitpid(pid, 0)
-    assert len(read_log(tmp_path)) == 2
+    assert len(read_log(tmp_path)) == 1
     monkeypatch.undo()
     probe(tiny_linear(), pretrained, tmp_path)
     assert_same_probe(tmp_path, undisturbed)
@@ -272,7 +273,7 @@ def test_sigterm_stops_after_the_epoch_and_resumes(tiny_linear, pretrained, tmp_
 
 
 def test_loss_that_is_not_finite_stops_the_probe(tiny_linear, pretrained, tmp_path):
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) in epoch 1; stopped"):
+    with pytest.raises(UserError, match=r"loss is (nan|inf) at step \d; stopped"):
         probe(tiny_linear("optimizer.lr=1e38"), pretrained, tmp_path)
     assert not (tmp_path / "result.json").exists() and not (tmp_path / "checkpoint.pt").exists()
 
