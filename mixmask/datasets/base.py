@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,19 +34,43 @@ class Resident:
         """The same data set with images and labels on `device`."""
         return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
+    def take(self, indices: Tensor) -> Resident:
+        """The images at `indices`, int64 (M,), in that order."""
+        here = indices.to(self.labels.device)
+        return dataclasses.replace(self, images=self.images[here], labels=self.labels[here])
+
     def __len__(self) -> int:
         return len(self.labels)
+
+
+class Packed(Protocol):
+    """Images that do not each have a file of their own, as in a tar archive."""
+
+    def read(self, index: int) -> bytes:
+        """The file of image `index`. Raises DataError where it cannot be read."""
+
+    def take(self, indices: Sequence[int]) -> Packed:
+        """Those images alone."""
 
 
 @dataclass(frozen=True)
 class Files:
     """A data set of N image files, decoded by workers; labels int64 (N,). `note` says what is missing, if anything."""
 
-    paths: list[str]
+    paths: Sequence[str]  # of an image in an archive: archive/class/name
     labels: Tensor
     classes: tuple[str, ...]
     name: str
     note: str = ""
+    upright: bool = False  # whether images are turned as EXIF says; not those of published sets, as in public code
+    packed: Packed | None = None  # the archive that holds them
+
+    def take(self, indices: Tensor) -> Files:
+        """The images at `indices`, int64 (M,), in that order."""
+        places = indices.tolist()
+        packed = self.packed and self.packed.take(places)
+        paths = [self.paths[i] for i in places]
+        return dataclasses.replace(self, paths=paths, labels=self.labels[indices.to(self.labels.device)], packed=packed)
 
     def __len__(self) -> int:
         return len(self.labels)

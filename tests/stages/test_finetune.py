@@ -141,7 +141,7 @@ def test_two_steps_are_those_of_a_plain_loop(source, tmp_path, monkeypatch):
 
     augment = dataclasses.replace(config.augment, mean=source.mean, std=source.std)
     dataset = datasets.load("squares", "", "train")
-    dataset = labels.part(dataset, datasets.subset(dataset.labels, 0.5, seed=0))
+    dataset = dataset.take(datasets.subset(dataset.labels, 0.5, seed=0))
     model = build_model(config, source, classes=4)
     velocity = {name: 0 for name, _ in model.named_parameters()}
     for (images,), index in train_batches(dataset, augment, 24, 0, 0, 1, torch.device("cpu")):
@@ -341,10 +341,10 @@ def test_balanced_subset_is_deterministic_nested_and_the_same_for_every_seed():
 def test_part_keeps_images_and_labels_together():
     dataset = datasets.load("squares", "", "train")
     indices = torch.tensor([3, 9, 50])
-    part = labels.part(dataset, indices)
+    part = dataset.take(indices)
     assert torch.equal(part.images, dataset.images[indices]) and torch.equal(part.labels, dataset.labels[indices])
     files = datasets.Files(list("abcd"), torch.arange(4), tuple("wxyz"), "imagenet")
-    part = labels.part(files, torch.tensor([1, 3]))
+    part = files.take(torch.tensor([1, 3]))
     assert part.paths == ["b", "d"] and part.labels.tolist() == [1, 3] and part.classes == files.classes
 
 
