@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from detection import annotations, photos, pictures
 from detection.annotations import Annotations
 from mixmask.config import ConfigError, Detection, flatten
-from mixmask.data import DataError
+from mixmask.datasets import DataError
 from mixmask.randomness import numpy_generator
 from mixmask.runs import write_atomically
 

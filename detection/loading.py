@@ -26,7 +26,7 @@ with warnings.catch_warnings():  # about pkg_resources, which it still uses
 from detection.annotations import VOC_CLASSES, read_voc
 from detection.datasets import Data, Found, Position, batches
 from mixmask.config import Detection
-from mixmask.data import DataError
+from mixmask.datasets import DataError
 from mixmask.randomness import seed_of
 from mixmask.training import distributed
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from detection.annotations import Picture
-from mixmask.data import DataError
+from mixmask.datasets import DataError
 from mixmask.training.progress import Progress, say
 
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF: width and height change places, as Detectron2 turns the image
