@@ -8,8 +8,9 @@ Sources: torchvision.transforms (v1) and Pillow, which all public recipes of the
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
@@ -53,27 +54,38 @@ class Parameters:
 
 
 def sample(
-    augment: Augment, n: int, height: int, width: int, generator: torch.Generator, device: torch.device
+    augment: Augment,
+    n: int,
+    height: int,
+    width: int,
+    generator: torch.Generator,
+    device: torch.device,
+    views: int = 1,
+    rows: slice = slice(None),
 ) -> Parameters:
-    """Draw the parameters of n samples. Every call takes the same number of draws, whatever they are."""
+    """Draw the parameters of n samples; of several views one behind the other, each with these `rows` of the n.
 
-    def uniform(*shape: int, low=0.0, high=1.0) -> Tensor:
-        return low + (high - low) * torch.rand(n, *shape, generator=generator, device=device)
-
-    top, left, crop_height, crop_width = sample_crop(augment, height, width, uniform(CROP_TRIES, 4))
-    return Parameters(
-        top=top,
-        left=left,
-        height=crop_height,
-        width=crop_width,
-        flip=uniform() < augment.flip_prob,
-        jitter=uniform() < augment.jitter_prob,
-        order=uniform(4).argsort(dim=1),
-        factors=sample_factors(augment.jitter, uniform(4)),
-        grayscale=uniform() < augment.grayscale_prob,
-        blur=uniform() < augment.blur_prob,
-        sigma=uniform(low=augment.blur_sigma[0], high=augment.blur_sigma[1]),
+    Every sample takes the same number of draws, whatever they are, and a view the draws that it would take alone.
+    """
+    shapes = [(CROP_TRIES, 4), (), (), (4,), (4,), (), (), ()]
+    lengths = [n * math.prod(shape) for shape in shapes]
+    draws = torch.rand(views, sum(lengths), generator=generator, device=device).split(lengths, dim=1)
+    crop, flip, jitter, order, factors, grayscale, blur, sigma = (
+        part.view(views, n, *shape)[:, rows] for part, shape in zip(draws, shapes, strict=True)
     )
+    top, left, crop_height, crop_width = sample_crop(augment, height, width, crop.flatten(0, 1))
+    low, high = augment.blur_sigma
+    drawn = {
+        "flip": flip < augment.flip_prob,
+        "jitter": jitter < augment.jitter_prob,
+        "order": order.argsort(dim=-1),
+        "factors": sample_factors(augment.jitter, factors),
+        "grayscale": grayscale < augment.grayscale_prob,
+        "blur": blur < augment.blur_prob,
+        "sigma": low + (high - low) * sigma,
+    }
+    boxes = {"top": top, "left": left, "height": crop_height, "width": crop_width}
+    return Parameters(**boxes, **{name: values.flatten(0, 1) for name, values in drawn.items()})
 
 
 def sample_crop(augment: Augment, height: int, width: int, draws: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -124,8 +136,27 @@ def augment_view(
 
     Where `images` are only the `rows` of a batch of `batch_size`, they are changed as they are in the whole batch.
     """
-    parameters = sample(augment, batch_size or len(images), *images.shape[2:], generator, images.device)
-    return apply(augment, images, parameters[rows])
+    return augment_views([augment], [images], generator, batch_size, rows)[0]
+
+
+@torch.no_grad()
+def augment_views(
+    augments: Sequence[Augment],
+    images: Sequence[Tensor],
+    generator: torch.Generator,
+    batch_size: int = 0,
+    rows: slice = slice(None),
+) -> list[Tensor]:
+    """`augment_view` of each pair in turn. Views of one augmentation that follow each other share every operation."""
+    views: list[Tensor] = []
+    for (augment, shape), pairs in itertools.groupby(
+        zip(augments, images, strict=True), key=lambda pair: (pair[0], pair[1].shape)
+    ):
+        pixels = [images for _, images in pairs]
+        n, device = batch_size or shape[0], pixels[0].device
+        parameters = sample(augment, n, *shape[2:], generator, device, len(pixels), rows)
+        views += apply(augment, torch.cat(pixels) if len(pixels) > 1 else pixels[0], parameters).chunk(len(pixels))
+    return views
 
 
 @torch.no_grad()
@@ -211,8 +242,8 @@ test_view.__test__ = False  # not a test, whatever its name says to pytest
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], out: Tensor | None = None) -> Tensor:
     """(N, 3, H, W) with values 0..255 -> (value / 255 - mean) / std, of each channel its own; same shape."""
-    mean, std = (constants(tuple(values), images.device)[:, None, None] for values in (mean, std))
-    return torch.mul(images, 1 / (255 * std), out=out).sub_(mean / std)
+    scale, shift = channel_constants(tuple(mean), tuple(std), images.device)
+    return torch.mul(images, scale, out=out).sub_(shift)
 
 
 def flip(images: Tensor, chosen: Tensor) -> Tensor:
@@ -508,12 +539,12 @@ def box_blur(images: Tensor, weights: Tensor) -> Tensor:
 
 def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
     """The numbers as float32 on the device, copied there once: every copy would wait for a GPU."""
-    return torch.tensor(values, device=device) if torch.compiler.is_compiling() else _copied(values, device)
+    return torch.tensor(values, device=device) if torch.compiler.is_compiling() else _kept(torch.tensor, values, device)
 
 
-@functools.cache
-def _copied(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device)
+def whole_numbers(n: int, device: torch.device) -> Tensor:
+    """0 ... n - 1 as float32 on the device, made once."""
+    return torch.arange(float(n), device=device) if torch.compiler.is_compiling() else _kept(torch.arange, n, device)
 
 
 def where_chosen(operation, images: Tensor, chosen: Tensor, *parameters: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from eval import finetune as script
 from eval.finetune import build_groups, build_model, finetune, set_rates
 from mixmask import checkpoint, config, data, formats, labels
 from mixmask.augment import test_view
-from mixmask.backbones import SplitBatchNorm2d
+from mixmask.batchnorm import SplitBatchNorm2d
 from mixmask.config import ConfigError, Finetune, UserError
 from mixmask.data import DataError, Expected
 from mixmask.runs import read_log, run_directory
