@@ -20,9 +20,11 @@ from benchmarks import measure, plain
 from mixmask import config as configs
 from mixmask.backbones import compile_backbones
 from mixmask.config import Pretrain
-from mixmask.data import Resident
+from mixmask.datasets import Resident
+from mixmask.datasets.views import without_crop
 from mixmask.paths import as_on_a_gpu
-from mixmask.views import without_crop
+from mixmask.training.clock import Clock
+from mixmask.training.state import TrainState
 from pretrain import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,13 +71,13 @@ class Ours:
 
     config: Pretrain
     device: torch.device
-    clock: train.Clock = field(default_factory=train.Clock)
+    clock: Clock = field(default_factory=Clock)
     number: int = 0  # of images; 0: as many as the data set has
 
     def __post_init__(self) -> None:
         self.data = images(self.config.dataset, number=self.number).to(self.device)
-        steps = len(self.data) // self.config.batch_size * self.config.epochs
-        self.state = train.State(*train.build(self.config, self.device), steps)
+        steps_per_epoch = len(self.data) // self.config.batch_size
+        self.state = TrainState(*train.build(self.config, self.device), self.config.epochs, steps_per_epoch)
         self.batches = self.clock.waits(self.views())
 
     def views(self) -> Iterator[list[Tensor]]:
@@ -98,7 +100,7 @@ class Plain:
     config: Pretrain
     device: torch.device
     workers: int
-    clock: train.Clock = field(default_factory=train.Clock)
+    clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
         self.model = plain.MoCo(self.config).to(self.device).train()
@@ -143,7 +145,7 @@ def launches(config: Pretrain, device: torch.device, compiled: bool = False) -> 
     with as_on_a_gpu():
         training = Ours(config, device, number=16 * groups)
         if compiled:
-            compile_backbones(training.state.framework, counter.backend)
+            compile_backbones(training.state.model, counter.backend)
         training.step()  # compiles, and makes what is made once
         with counter:
             training.step()

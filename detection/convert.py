@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -48,15 +49,7 @@ def to_torchvision(weights: Weights) -> bytes:
 
 def to_timm(weights: Weights) -> bytes:
     """A safetensors file: timm's ResNets have torchvision's names."""
-    header, position = {}, 0
-    for name, value in weights.items():
-        dtype = {torch.float32: "F32", torch.int64: "I64"}[value.dtype]
-        end = position + value.numel() * value.itemsize
-        header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + b"".join(v.numpy().tobytes() for v in weights.values())
+    return safetensors.torch.save(weights, {"format": "pt"})
 
 
 TARGETS: dict[str, tuple[str, Callable[[Weights], bytes]]] = {
