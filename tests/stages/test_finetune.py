@@ -18,7 +18,7 @@ from eval import finetune as script
 from eval.finetune import build_groups, build_model, finetune, learning_rates, set_rates
 from mixmask import checkpoint, config, datasets, formats, labels, registry
 from mixmask.augment import test_view
-from mixmask.backbones import SplitBatchNorm2d
+from mixmask.batchnorm import SplitBatchNorm2d
 from mixmask.config import ConfigError, Finetune, UserError
 from mixmask.datasets import DataError
 from mixmask.datasets.views import train_batches
