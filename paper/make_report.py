@@ -5,7 +5,7 @@ examples:
   python paper/make_report.py --runs-dir /scratch/runs --out report.html
   python paper/make_report.py --preset paper --set epochs=100   the runs launched with the same --set
 
-The page is a single file that needs no network. #table4/imagenet/moco/mixmask/200 opens a number, #?q=byol+outside
+The page is a single file that needs no network. #table4/imagenet/moco/mixmask/200 opens a number, #?q=byol+differs
 searches. Figures 1 to 4 and 8 are those of docs/images; the others are drawn from the run logs.
 """
 
@@ -32,8 +32,8 @@ from mixmask.config import UserError, main_guard  # noqa: E402
 from mixmask.runs import commit, write_atomically  # noqa: E402
 from paper import settings  # noqa: E402
 from paper.cells import tables  # noqa: E402
+from paper.collect import UNREADABLE, collect  # noqa: E402
 from paper.make_figures import CURVES, FIGURES  # noqa: E402
-from paper.make_tables import UNREADABLE, collect  # noqa: E402
 from paper.presets import Budget, budget, presets  # noqa: E402
 from paper.report import numbers, prose  # noqa: E402
 from paper.report.records import Runs, record  # noqa: E402
