@@ -3,7 +3,8 @@
 Pillow and torchvision augment each image in DataLoader workers; fp32; NCHW; one forward pass for each view; a mixture
 is encoded anew for each direction of the loss; the queue is cloned and the logits concatenated for each term; the key
 encoder moves parameter by parameter; the loss is read after every step. It computes the loss that the project computes
-(tests/test_benchmarks.py), from the same recipe. After MoCo's CIFAR demo, Un-Mix's `unmix_c100.py` and MoCo's ImageNet
+(tests/docs/test_benchmarks.py), from the same recipe. After MoCo's CIFAR demo, Un-Mix's `unmix_c100.py` and
+MoCo's ImageNet
 code; written anew.
 """
 

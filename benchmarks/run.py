@@ -25,13 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != ROOT / "benchmarks"]
-
-from benchmarks import tables  # noqa: E402
-from mixmask import config as configs  # noqa: E402
-from mixmask.config import UserError, main_guard  # noqa: E402
+from benchmarks import tables
+from mixmask import config as configs
+from mixmask.config import UserError, main_guard
 
 Numbers = dict[str, dict[str, Any]]  # case -> what was measured
 PARTNERS = {"steps": "images_per_second", "input": "per_second", "knn": "seconds"}  # group -> what a ratio is of
@@ -127,7 +123,7 @@ def write(path: Path, report: Mapping[str, Any]) -> None:
 
 def _machine(options: argparse.Namespace) -> dict[str, Any]:
     from benchmarks import measure
-    from mixmask.optim import pick_device
+    from mixmask.training.optim import pick_device
 
     return measure.machine(pick_device(options.device))
 
@@ -146,7 +142,7 @@ def cases(options: argparse.Namespace, peaks: dict[str, float]) -> dict[str, Cal
 def step_cases(options: argparse.Namespace, peaks: dict[str, float]) -> Iterator[tuple[str, Callable[[], Numbers]]]:
     """Each framework with each mixture; MoCo's plain partners; on a GPU the paper's main ImageNet run."""
     from benchmarks import steps
-    from mixmask.optim import pick_device
+    from mixmask.training.optim import pick_device
 
     device = pick_device(options.device)
     for framework in steps.FRAMEWORKS[: 1 if options.quick else None]:
@@ -175,16 +171,20 @@ def step(options, peaks, device, dataset, framework, method, usual: bool = False
     plan = steps.Plan(5, 10, 10) if device.type == "cuda" else steps.Plan(3, 1, 1)
     if options.quick:
         plan = steps.Plan(1, plan.block, 1)
-    build = partial(steps.Ours, config=config, device=device)
     if usual:
         build = partial(steps.Plain, config=config, device=device, workers=pipelines.workers_here())
-    return steps.numbers(build, device, plan, peaks[config.precision])
+        return steps.numbers(build, device, plan, peaks[config.precision])
+    counted = {"launches": steps.launches(config, device)}
+    if not options.quick:  # tracing takes a while
+        counted["launches_compiled"] = steps.launches(config, device, compiled=True)
+    build = partial(steps.Ours, config=config, device=device)
+    return {**steps.numbers(build, device, plan, peaks[config.precision]), **counted}
 
 
 def input_cases(options: argparse.Namespace, peaks: object) -> Iterator[tuple[str, Callable[[], Numbers]]]:
     """Two views from memory and from JPEG files."""
     from benchmarks import pipelines
-    from mixmask.optim import pick_device
+    from mixmask.training.optim import pick_device
 
     pairs, repeats = (2048, 1) if options.quick else (8192, 3)
     name = "input/cifar"
@@ -204,7 +204,7 @@ def input_cases(options: argparse.Namespace, peaks: object) -> Iterator[tuple[st
 def knn_cases(options: argparse.Namespace, peaks: object) -> Iterator[tuple[str, Callable[[], Numbers]]]:
     """The classifier alone; on a GPU with the features, too."""
     from benchmarks import neighbours
-    from mixmask.optim import pick_device
+    from mixmask.training.optim import pick_device
 
     device = pick_device(options.device)
     repeats, queries = (1, 2000) if options.quick else (3, 10_000)
@@ -230,7 +230,7 @@ def launcher(options: argparse.Namespace) -> Numbers:
 def profile(options: argparse.Namespace) -> Numbers:
     """One step of MoCo with MixMask, by class of operation."""
     from benchmarks import profiling, steps
-    from mixmask.optim import pick_device
+    from mixmask.training.optim import pick_device
 
     device = pick_device(options.device)
     config = steps.recipe("cifar100", "moco", "mixmask", device, configs.parse_overrides(options.set))

@@ -17,22 +17,19 @@ import io
 import json
 import os
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from mixmask import config as configs  # noqa: E402
-from mixmask.config import Convert, UserError  # noqa: E402
-from mixmask.formats import FormatError, Source, detectron2_name, read, read_sidecar, sidecar  # noqa: E402
-from mixmask.progress import say  # noqa: E402
-from mixmask.runs import Run, commit, file_sha256, write_atomically  # noqa: E402
+from mixmask import config as configs
+from mixmask.config import Convert, UserError
+from mixmask.formats import FormatError, Source, detectron2_name, read, read_sidecar, sidecar
+from mixmask.runs import Run, commit, file_sha256, write_atomically
+from mixmask.training.progress import say
 
 Weights = dict[str, Tensor]  # torchvision's names
 
@@ -52,15 +49,7 @@ def to_torchvision(weights: Weights) -> bytes:
 
 def to_timm(weights: Weights) -> bytes:
     """A safetensors file: timm's ResNets have torchvision's names."""
-    header, position = {}, 0
-    for name, value in weights.items():
-        dtype = {torch.float32: "F32", torch.int64: "I64"}[value.dtype]
-        end = position + value.numel() * value.itemsize
-        header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + b"".join(v.numpy().tobytes() for v in weights.values())
+    return safetensors.torch.save(weights, {"format": "pt"})
 
 
 TARGETS: dict[str, tuple[str, Callable[[Weights], bytes]]] = {

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from detection import photos
 from mixmask.config import ConfigError, Detection, flatten
-from mixmask.data import DataError
+from mixmask.datasets import DataError
 from mixmask.randomness import numpy_generator
 
 

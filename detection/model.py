@@ -41,10 +41,10 @@ with warnings.catch_warnings():  # about pkg_resources, which it still uses
 
 from detection import weights
 from detection.datasets import Found, Position, batches
-from mixmask import distributed
 from mixmask.config import ConfigError, Detection, UserError
-from mixmask.data import DataError
+from mixmask.datasets import DataError
 from mixmask.randomness import seed_globals, seed_of
+from mixmask.training import distributed
 
 warnings.filterwarnings("ignore", "torch.meshgrid")  # Detectron2's anchors; PyTorch means to change its default
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # about a function that Detectron2 calls
@@ -158,7 +158,7 @@ class Mapped(Dataset):
 
 def training_batches(task: Task, purpose: str, first: int = 0) -> Iterator[list[dict]]:
     """This process's images of each batch, endlessly, from batch `first` on. Raises DataError for a damaged file."""
-    rows = distributed.share(task.cfg.SOLVER.IMS_PER_BATCH)
+    rows = distributed.local_slice(task.cfg.SOLVER.IMS_PER_BATCH)
     own = (batch[rows] for batch in itertools.islice(order(task, purpose), first, None))
     dataset = Mapped(task.images, task.cfg, task.config.seed, purpose)
     options = {"num_workers": task.config.run.workers, "collate_fn": as_list, "worker_init_fn": ignore_signals}

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mixmask import data
+from mixmask import datasets
 from mixmask.randomness import numpy_generator
 from mixmask.runs import write_atomically
 
@@ -88,7 +88,7 @@ def pictures(name: str, patches: str, classes: int) -> Iterator[tuple[Image.Imag
 @functools.cache
 def _patches(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Patches (N, 32, 32, 3) of the photographs, and which photograph each is of (N,)."""
-    photographs = data.load("photos", "", split)
+    photographs = datasets.load("photos", "", split)
     return photographs.images.permute(0, 2, 3, 1).numpy(), photographs.labels.numpy()
 
 

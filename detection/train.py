@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import importlib.util
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from detection import datasets, weights  # noqa: E402
-from mixmask import checkpoint, distributed  # noqa: E402
-from mixmask import config as configs  # noqa: E402
-from mixmask.config import ConfigError, Detection, UserError  # noqa: E402
-from mixmask.distributed import Follower  # noqa: E402
-from mixmask.interrupt import Interrupt  # noqa: E402
-from mixmask.optim import device_name, pick_device  # noqa: E402
-from mixmask.progress import Progress, say  # noqa: E402
-from mixmask.randomness import seed_globals  # noqa: E402
-from mixmask.runs import Run, previous_checkpoint, read_log, run_directory, what_is_left  # noqa: E402
+from detection import datasets, weights
+from mixmask import checkpoint
+from mixmask import config as configs
+from mixmask.config import ConfigError, Detection, UserError
+from mixmask.randomness import seed_globals
+from mixmask.runs import Run, previous_checkpoint, read_log, run_directory, what_is_left
+from mixmask.training import distributed
+from mixmask.training.distributed import Follower
+from mixmask.training.interrupt import Interrupt
+from mixmask.training.optim import device_name, pick_device
+from mixmask.training.progress import Progress, say
 
 
 def train(config: Detection, backbone: weights.Weights, directory: Path) -> dict[str, Any]:
@@ -52,19 +49,19 @@ def train(config: Detection, backbone: weights.Weights, directory: Path) -> dict
     datasets.check_batches(cfg.SOLVER.IMS_PER_BATCH, config.group, world.size)
     check_norm(cfg.MODEL.RESNETS.NORM, device, world.size)
     with distributed.start(world, device), (Follower if world.rank else Run)(directory, config) as run:
-        with distributed.first():
+        with distributed.main_process_first():
             found = run.result
         if found is not None:
             say(f"{run.id} is finished: {summary(found)}; nothing to do")
             return found
-        with distributed.first():
+        with distributed.main_process_first():
             *found, notes = datasets.prepare(config, directory)
         task, model = detectron.task(config, cfg, *found), detectron.build(cfg, config.seed, backbone)
         state = State(model, *detectron.optimisation(cfg, model))
         run.describe()
-        with distributed.first():
+        with distributed.main_process_first():
             resume(run, state)
-        distributed.agreed(model.state_dict(), state.step)
+        distributed.assert_in_sync(model.state_dict(), state.step)
         norm = detectron.norm_used(cfg, world.size)
         say(header(run, task, backbone, norm, notes, state))
         if state.step < cfg.SOLVER.MAX_ITER:
@@ -122,7 +119,7 @@ def learn(run: Run, task: Any, state: State) -> None:
             losses, rate = forward(state.model, batch), state.optimizer.param_groups[0]["lr"]
             loss = sum(losses.values())
             state.recent[step] = rate, loss.detach()
-            if distributed.anywhere("proposals" in losses)[0]:
+            if distributed.any_rank("proposals" in losses)[0]:
                 finite(distributed.mean({"loss": loss.detach()}), run, task, state)
             state.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -144,7 +141,7 @@ def learn(run: Run, task: Any, state: State) -> None:
             else:
                 progress.step()
             due = distributed.rank() == 0 and clock.due(config.run.checkpoint_minutes)
-            stop, due = distributed.anywhere(interrupt.requested, due)
+            stop, due = distributed.any_rank(interrupt.requested, due)
             if stop or due or at_end:
                 save(run, task, state)
             if stop and not at_end:
@@ -189,7 +186,7 @@ def save(run: Run, task: Any, state: State) -> None:
     The first process writes, and the others wait: one that ended now would take the first with it.
     """
     finite(state_norm(state), run, task, state)
-    with distributed.first():
+    with distributed.main_process_first():
         if distributed.rank() == 0:
             run.sync()
             checkpoint.save(run.checkpoint, snapshot(run, task.config, state))
@@ -218,7 +215,7 @@ def finite(values: dict[str, Tensor], run: Run, task: Any, state: State) -> dict
     if not what:
         return numbers
     report, where = autopsy(task, state), "the first process says why"
-    with distributed.first():
+    with distributed.main_process_first():
         if distributed.rank() == 0:
             report = {"run": run.id, **report, "noticed": f"{what} after {state.step} iterations"}
             where = checkpoint.post_mortem(run, report, snapshot(run, task.config, state))

@@ -21,10 +21,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from mixmask.config import UserError, main_guard
 
-from mixmask.config import UserError, main_guard  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 MODULES = [  # of the library, in the order in which a reader meets them
     "methods",
@@ -33,13 +32,16 @@ MODULES = [  # of the library, in the order in which a reader meets them
     *(f"frameworks.{name}" for name in ("moco", "simclr", "byol", "simsiam")),
     "backbones",
     "augment",
-    "views",
-    "data",
+    "datasets",
+    "datasets.base",
+    "datasets.views",
+    "datasets.loading",
+    "datasets.sampling",
     "knn",
     "schedules",
     "optim",
     "checkpoint",
-    "formats",
+    *(f"formats.{name}" for name in ("reading", "source", "layouts", "resnets", "notes", "detectron2_files")),
     "runs",
     "config",
 ]

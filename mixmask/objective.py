@@ -19,7 +19,7 @@ from mixmask.methods import Anchor
 def objective(
     framework: Any, x1: Tensor, x2: Tensor, anchors: Sequence[Anchor], generator: torch.Generator | None = None
 ) -> tuple[Tensor, dict[str, Tensor], Any]:
-    """The loss (a scalar), its parts by anchor (detached, weighted), and the targets for `framework.finish`.
+    """The loss (a scalar), its parts by anchor (detached, weighted), and the targets for `framework.after_step`.
 
     x1, x2: the two views, (N, C, H, W). Each distinct batch of images is embedded once, all in one pass where they can.
     """

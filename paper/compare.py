@@ -13,18 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from mixmask.config import UserError, flatten, main_guard, read_yaml  # noqa: E402
-from mixmask.runs import read_log  # noqa: E402
-from paper.report.curve import quantities, unit  # noqa: E402
+from mixmask.config import UserError, flatten, main_guard, read_yaml
+from mixmask.runs import read_log
+from paper.report.curve import quantities, unit
 
 Curve = Mapping[int, float]  # epoch -> value
 

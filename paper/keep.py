@@ -15,17 +15,15 @@ import argparse
 import gzip
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from mixmask.config import UserError, main_guard, read_yaml
+from mixmask.runs import file_sha256, read_log, read_result
 
-from mixmask.config import UserError, main_guard, read_yaml  # noqa: E402
-from mixmask.runs import file_sha256, read_log, read_result  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 TEXTS = ("config.yaml", "command.txt", "environment.json", "result.json")
 CONTINUED = "environments.jsonl"  # of a run that other code, or another machine, went on with

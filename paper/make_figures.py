@@ -15,15 +15,11 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import importlib
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from mixmask.config import ConfigError, UserError, main_guard, nearest  # noqa: E402
-from paper.presets import budget, presets  # noqa: E402
+from mixmask.config import ConfigError, UserError, main_guard, nearest
+from paper.presets import budget, presets
 
 FIGURES = (*(f"figure{number}" for number in range(1, 9)), "reduced")
 CURVES = ("figure5", "figure6", "figure7", "reduced")

@@ -17,26 +17,24 @@ import base64
 import html
 import importlib
 import io
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+import pandas as pd
+
+from mixmask.config import UserError, main_guard
+from mixmask.runs import commit, write_atomically
+from paper import settings
+from paper.cells import tables
+from paper.collect import UNREADABLE, collect
+from paper.make_figures import CURVES, FIGURES
+from paper.presets import Budget, budget, presets
+from paper.report import numbers, prose
+from paper.report.records import Runs, record
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import pandas as pd  # noqa: E402
-
-from mixmask.config import UserError, main_guard  # noqa: E402
-from mixmask.runs import commit, write_atomically  # noqa: E402
-from paper import settings  # noqa: E402
-from paper.cells import tables  # noqa: E402
-from paper.collect import UNREADABLE, collect  # noqa: E402
-from paper.make_figures import CURVES, FIGURES  # noqa: E402
-from paper.presets import Budget, budget, presets  # noqa: E402
-from paper.report import numbers, prose  # noqa: E402
-from paper.report.records import Runs, record  # noqa: E402
 
 PIECES = ROOT / "paper" / "report"
 

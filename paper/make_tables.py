@@ -14,23 +14,19 @@ CPU runs, each against the table's first row.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import pandas as pd
 
-import pandas as pd  # noqa: E402
-
-from mixmask.config import ConfigError, UserError, main_guard  # noqa: E402
-from mixmask.progress import printable  # noqa: E402
-from mixmask.runs import write_atomically  # noqa: E402
-from paper import comparisons, settings  # noqa: E402
-from paper.cells import Heading, Table, select, tables  # noqa: E402
-from paper.collect import UNREADABLE, collect  # noqa: E402
-from paper.markup import Footnotes, Sheet, latex, markdown  # noqa: E402
-from paper.presets import budget, presets  # noqa: E402
+from mixmask.config import ConfigError, UserError, main_guard
+from mixmask.runs import write_atomically
+from mixmask.training.progress import printable
+from paper import comparisons, settings
+from paper.cells import Heading, Table, select, tables
+from paper.collect import UNREADABLE, collect
+from paper.markup import Footnotes, Sheet, latex, markdown
+from paper.presets import budget, presets
 
 NONE = "–"  # nothing is published
 

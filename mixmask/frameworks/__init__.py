@@ -5,8 +5,8 @@ A framework is a module with an `encoder` (backbone and head) and
     targets(x1, x2, generator)             what the images are scored against, once per iteration
     embed(batches, targets)                what the gradient flows through: of each batch a tuple of (N, ...)
     score(embedding, targets, clean)       one loss per row, (N,)
-    finish(targets, step, steps)           after the optimiser's step: queue, target network
-    constant_rate()                        parameters whose learning rate no schedule changes
+    after_step(targets, step, steps)       after the optimiser's step: queue, target network
+    fixed_lr_parameters()                        parameters whose learning rate no schedule changes
     metrics(targets)                       scalars worth a line in the log
     check_data(images)                     refuses settings that the data set cannot bear
 

@@ -83,12 +83,12 @@ class BYOL(nn.Module):
         return forward + 2 - 2 * cosine(targets.prediction, projection)
 
     @torch.no_grad()
-    def finish(self, targets: Targets, step: int, steps: int) -> None:
+    def after_step(self, targets: Targets, step: int, steps: int) -> None:
         """After the optimiser's step: target = tau * target + (1 - tau) * online, parameters only (BYOL, Eq. 1)."""
         tau = target_momentum(self.settings.momentum, step, steps)
         torch._foreach_lerp_(list(self.target_encoder.parameters()), list(self.encoder.parameters()), 1 - tau)
 
-    def constant_rate(self) -> list[nn.Parameter]:
+    def fixed_lr_parameters(self) -> list[nn.Parameter]:
         """None: the schedule changes every learning rate."""
         return []
 

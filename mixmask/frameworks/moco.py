@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from mixmask.backbones import Encoder, ResNet
 from mixmask.config import ConfigError, within
-from mixmask.distributed import gather, share
 from mixmask.frameworks.heads import unit
+from mixmask.training.distributed import gather, local_slice
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class MoCo(nn.Module):
         if not self.settings.shuffle_bn:
             return [unit(output) for output in self.key_encoder.views(views)]
         views = [gather(view) for view in views]
-        own = share(len(views[0]))
+        own = local_slice(len(views[0]))
         orders = [torch.randperm(len(view), generator=generator, device=view.device) for view in views]
         shuffled = self.key_encoder.views([view[order[own]] for view, order in zip(views, orders, strict=True)])
         return [gather(unit(keys))[torch.argsort(o)[own]] for keys, o in zip(shuffled, orders, strict=True)]
@@ -120,7 +120,7 @@ class MoCo(nn.Module):
         torch._foreach_lerp_(keys, queries, 1 - self.settings.momentum)
 
     @torch.no_grad()
-    def finish(self, targets: Targets, step: int, steps: int) -> None:
+    def after_step(self, targets: Targets, step: int, steps: int) -> None:
         """Enqueue all processes' keys of both views, once both directions have used the queue as it was."""
         views = [targets.k2] if targets.k1 is None else [targets.k1, targets.k2]
         self.enqueue(torch.cat([gather(keys) for keys in views]))
@@ -134,7 +134,7 @@ class MoCo(nn.Module):
         self.queue.index_copy_(0, index, keys[skipped:].to(self.queue.dtype))
         self.pointer.copy_((self.pointer + len(keys)) % size)
 
-    def constant_rate(self) -> list[nn.Parameter]:
+    def fixed_lr_parameters(self) -> list[nn.Parameter]:
         """None: the schedule changes every learning rate."""
         return []
 

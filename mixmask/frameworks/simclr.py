@@ -64,10 +64,10 @@ class SimCLR(nn.Module):
             targets.metrics = {"positive_similarity": cosine(*z.detach().chunk(2)).mean(), "output_spread": spread(z)}
         return nt_xent(unit(z), self.settings.temperature)
 
-    def finish(self, targets: Targets, step: int, steps: int) -> None:
+    def after_step(self, targets: Targets, step: int, steps: int) -> None:
         """Nothing moves but by gradient."""
 
-    def constant_rate(self) -> list[nn.Parameter]:
+    def fixed_lr_parameters(self) -> list[nn.Parameter]:
         """None: the schedule changes every learning rate."""
         return []
 

@@ -70,10 +70,10 @@ class SimSiam(nn.Module):
             return forward
         return (forward - cosine(targets.prediction, projection)) / 2
 
-    def finish(self, targets: Targets, step: int, steps: int) -> None:
+    def after_step(self, targets: Targets, step: int, steps: int) -> None:
         """Nothing moves but by gradient."""
 
-    def constant_rate(self) -> list[nn.Parameter]:
+    def fixed_lr_parameters(self) -> list[nn.Parameter]:
         """The predictor's parameters keep the base rate, through warm-up too."""
         return list(self.predictor.parameters()) if self.settings.predictor_constant_lr else []
 

@@ -1,0 +1,98 @@
+"""Recipes: YAML -> validated, frozen dataclasses; dotted overrides; a hash. Nothing here imports torch.
+
+errors.py <- fields.py <- schema.py <- recipe.py, processes.py, cli.py
+"""
+
+from mixmask.config.cli import (
+    main_guard,
+)
+from mixmask.config.errors import (
+    ConfigError,
+    UserError,
+)
+from mixmask.config.fields import (
+    build,
+    check_fields,
+    convert,
+    flatten,
+    nearest,
+    within,
+)
+from mixmask.config.processes import (
+    check_processes,
+    fitting_processes,
+)
+from mixmask.config.recipe import (
+    apply_overrides,
+    hash8,
+    identity,
+    load,
+    parse_overrides,
+    read_yaml,
+    resolve,
+    to_dict,
+)
+from mixmask.config.schema import (
+    GIVEN,
+    KNN,
+    MSCN,
+    Augment,
+    Backbone,
+    Both,
+    Config,
+    Convert,
+    Detection,
+    Erase,
+    Execution,
+    Finetune,
+    KNNEval,
+    Linear,
+    Mask,
+    Optimizer,
+    Permutation,
+    Pretrain,
+    Schedule,
+    UnMix,
+)
+
+__all__ = [
+    "GIVEN",
+    "KNN",
+    "MSCN",
+    "Augment",
+    "Backbone",
+    "Both",
+    "Config",
+    "ConfigError",
+    "Convert",
+    "Detection",
+    "Erase",
+    "Execution",
+    "Finetune",
+    "KNNEval",
+    "Linear",
+    "Mask",
+    "Optimizer",
+    "Permutation",
+    "Pretrain",
+    "Schedule",
+    "UnMix",
+    "UserError",
+    "apply_overrides",
+    "build",
+    "check_fields",
+    "check_processes",
+    "convert",
+    "fitting_processes",
+    "flatten",
+    "hash8",
+    "identity",
+    "load",
+    "main_guard",
+    "nearest",
+    "parse_overrides",
+    "read_yaml",
+    "resolve",
+    "to_dict",
+    "within",
+]

@@ -1,0 +1,325 @@
+"""Every key of every recipe: its type, its range, and the default of those that were added after the recipes.
+
+A recipe file lists every hyper-parameter of its table, so that no default decides a reported number. Fields that have
+a default here were added later, or describe an operation that is absent; a field at its default is left out of the
+hash (`identity`), so that adding one does not rename the runs that exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from mixmask.config.errors import ConfigError
+from mixmask.config.fields import check_fields, flatten, within
+
+# ---------------------------------------------------------------------------------------------- pre-training
+
+Permutation = Literal["reverse", "random", "derangement"]  # derangement: a random one that leaves nobody in place
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """ResNet and its stem (Tables 8, 9; stems: docs/fidelity.md)."""
+
+    arch: Literal["resnet18", "resnet50"]
+    stem: Literal["cifar", "tiny", "imagenet"]
+    width: int = within(1)  # channels of the first stage; 64 in the paper
+    bn_groups: int = within(1)  # split BatchNorm: how many parts of the batch have their own statistics
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Section 4.1 and Table 1: which cells of a grid show image i."""
+
+    type: Literal["block", "discrete"]
+    block_impl: Literal["repaired", "literal"]
+    grid: int = within(2)  # cells along a side
+    ratio: float | tuple[float, float] = within(0, 1, interval=True)  # lambda aimed at; [a, b]: U(a, b) per mask
+    switch: bool = True  # the (1 - lambda) term of Eq. 6
+    permutation: Permutation = "reverse"  # partner of image i in plain MixMask
+    per_image: bool = False  # a mask and a lambda for each image; false: one for each mix group (Section 3.2)
+
+    __post_init__ = check_fields
+
+
+@dataclass(frozen=True)
+class UnMix:
+    """Un-Mix: probability of the global mixture (Mixup); otherwise CutMix (Tables 8, 9)."""
+
+    prob: float = within(0, 1)
+
+    __post_init__ = check_fields
+
+
+@dataclass(frozen=True)
+class Both:
+    """Un-Mix and MixMask together (Algorithm 1, Table 2): `random` is "Different", `reverse` is "Same"."""
+
+    permutation: Permutation
+
+
+@dataclass(frozen=True)
+class Erase:
+    """The plain erase baseline (Figure 2, dashed box): what fills the cells that the mask removes."""
+
+    fill: Literal["zero", "noise"]
+
+    __post_init__ = check_fields
+
+
+@dataclass(frozen=True)
+class MSCN:
+    """Our reconstruction of Masked Siamese ConvNets (Jing, Zhu, LeCun 2022), whose code is not public: see
+    docs/fidelity.md for the source of each value. The defaults are those for views of 224 pixels."""
+
+    grid: int = within(2, default=7)  # cells along a side, of views and of crops
+    ratio: tuple[float, float] = within(0, 1, default=(0.05, 0.25), interval=True)  # share of the cells that is removed
+    focal_prob: float = within(0, 1, default=0.2)  # a window stays, what surrounds it is removed; otherwise a grid mask
+    focal_side: float = within(0, 1, default=200 / 224)  # of the window, as a share of the view's side
+    spatial_prob: float = within(0, 1, default=0.3)  # a grid mask removes the same cells in every channel
+    noise: float = within(0, default=1.0)  # standard deviation of the noise that fills what is removed
+    crops: int = within(0, default=2)  # extra masked crops of the raw image
+    crop_size: int = within(1, default=96)  # their side, pixels
+    crop_scale: tuple[float, float] = within(1e-3, 1, default=(0.05, 0.2), interval=True)
+    keep_clean: bool = False  # also the framework's own loss of the clean pair
+    mean: bool = False  # the masked terms are averaged, not summed
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Tables 8, 9. `lr` is the rate that is used: nothing scales it by batch size or number of processes."""
+
+    name: Literal["sgd", "adam"]
+    lr: float = within(0)
+    weight_decay: float = within(0)
+    momentum: float = within(0, 1, default=0.0)  # of SGD; Adam takes none
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate as a pure function of the iteration (see mixmask/schedules.py)."""
+
+    kind: Literal["cosine", "step", "exponential"]
+    unit: Literal["epoch", "iteration"] = "epoch"  # how often the rate changes
+    first_epoch: int = within(0, 1, default=0)  # cosine by epoch: 0 ... E-1, or 1 ... E (Un-Mix's CIFAR script)
+    warmup_epochs: int = within(0, default=0)  # linear, from 0
+    warmup_iterations: int = within(0, default=0)  # linear, from lr / warmup_iterations
+    milestones: tuple[int, ...] = ()  # step: epochs at which the rate is multiplied; negative ones count from the end
+    gamma: float = within(0, 1, default=0.1)
+    last_lr: float = within(0, default=0.0)  # exponential: falls by one ratio every epoch, to this after the last one
+
+    def __post_init__(self) -> None:
+        if self.kind == "exponential" and not self.last_lr:
+            raise ConfigError("schedule.last_lr: an exponential schedule ends above 0, found 0")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """One view's augmentation: the operations, in the order in which they are applied, and their parameters."""
+
+    order: tuple[Literal["crop", "flip", "jitter", "grayscale", "blur"], ...]
+    size: int = within(1)  # side of a view, pixels
+    crop_scale: tuple[float, float] = within(1e-3, 1, default=(1.0, 1.0), interval=True)
+    crop_ratio: tuple[float, float] = within(1e-3, default=(0.75, 4 / 3), interval=True)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    flip_prob: float = within(0, 1, default=0.0)
+    jitter: tuple[float, float, float, float] = within(0, default=(0.0, 0.0, 0.0, 0.0))  # b, c, s, hue
+    jitter_prob: float = within(0, 1, default=0.0)
+    grayscale_prob: float = within(0, 1, default=0.0)
+    blur_prob: float = within(0, 1, default=0.0)
+    blur_sigma: tuple[float, float] = within(0, default=(0.1, 2.0), interval=True)  # pixels
+    mean: tuple[float, ...] = ()  # per channel, of pixels in [0, 1]; empty: those of the checkpoint that is evaluated
+    std: tuple[float, ...] = within(1e-6, default=())
+
+    def __post_init__(self) -> None:
+        if len(set(self.order)) < len(self.order):
+            raise ConfigError(f"augment.order: expected each operation once, found {list(self.order)}")
+        if self.jitter[3] > 0.5:
+            raise ConfigError(f"augment.jitter: expected a hue of at most 0.5 (half a turn), found {self.jitter[3]:g}")
+
+
+@dataclass(frozen=True)
+class KNN:
+    """k-NN accuracy: weighted by cosine (Wu et al. 2018, as in MoCo's CIFAR demo), or a Euclidean majority (htdt)."""
+
+    k: int = within(1)
+    temperature: float = within(0, default=0.0)  # weighted: a neighbour's vote is exp(similarity / temperature)
+    features: Literal["output", "backbone"] = field(kw_only=True)  # the head's output (MoCo: 128-d) or pooled features
+    every: int = field(kw_only=True, metadata={"low": 0, "hashed": False})  # epochs between; 0: only after the last
+    distance: Literal["cosine", "euclidean"] = "cosine"  # euclidean: of the features as they are, not of unit length
+    vote: Literal["weighted", "majority"] = "weighted"  # majority: one neighbour, one vote; ties: the lowest class
+
+    def __post_init__(self) -> None:
+        if (self.vote == "weighted") != (self.temperature > 0):
+            expected = "a number above 0 for a weighted vote" if self.vote == "weighted" else "none for a majority vote"
+            raise ConfigError(f"knn.temperature: expected {expected}, found {self.temperature:g}")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and how a run is carried out: nothing here changes a number, so nothing here is hashed."""
+
+    data_root: str = "data"
+    download: bool = True  # fetch CIFAR-100 where it is missing
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    workers: int = within(0, default=8)  # processes that decode images (ImageNet)
+    log_every: int = within(1, default=10)  # iterations between log lines
+    checkpoint_every: int = within(1, default=1)  # epochs between checkpoints
+    checkpoint_minutes: float = within(0, default=15.0)  # and within a long epoch: minutes between checkpoints
+    channels_last: bool = True
+    compile: bool = False  # torch.compile of the backbones: a minute at the start, and a C++ compiler on a CPU
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """A pre-training run. `settings` is the section named after the framework (`moco:`), validated by its class."""
+
+    stage: ClassVar[str] = "pretrain"
+
+    recipe: str
+    dataset: str
+    framework: str
+    method: str
+    epochs: int = within(1)
+    batch_size: int = within(1)  # total, over all processes
+    seed: int = within(0)
+    mix_groups: int = within(1)  # parts of the batch that draw their own mask, permutation and pairs
+    precision: Literal["fp32", "bf16"]
+    backbone: Backbone
+    settings: Mapping[str, Any]
+    mask: Mask
+    unmix: UnMix
+    both: Both
+    erase: Erase
+    optimizer: Optimizer
+    schedule: Schedule
+    augment: Augment
+    knn: KNN
+    mscn: MSCN = MSCN()
+    allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
+    run: Execution = Execution()
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+@dataclass(frozen=True)
+class KNNEval:
+    """Offline k-NN on a checkpoint (`eval/knn.py`)."""
+
+    stage: ClassVar[str] = "knn"
+
+    recipe: str
+    dataset: str
+    seed: int = within(0)
+    knn: KNN
+    checkpoint: str = ""  # the pre-training run's identity, filled in by eval/knn.py
+    allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
+    run: Execution = Execution()
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear probe (`eval/linear.py`): a frozen encoder, and a classifier on its pooled features."""
+
+    stage: ClassVar[str] = "linear"
+
+    recipe: str
+    dataset: str
+    epochs: int = within(1)
+    batch_size: int = within(1)
+    seed: int = within(0)
+    optimizer: Optimizer
+    schedule: Schedule
+    augment: Augment
+    test_resize: int = within(0)  # shorter side before the centre crop; 0: none
+    features: Literal["augmented", "cached"] = "augmented"  # of views drawn anew each epoch, or of test views, once
+    init: Literal["normal", "uniform"] = "normal"  # N(0, 0.01) and bias 0 (MoCo), or PyTorch's own (htdt, PatrickHua)
+    checkpoint: str = ""  # the pre-training run's identity, filled in by eval/linear.py
+    allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
+    run: Execution = Execution()
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Fine-tuning of a whole network on some of the labels (`eval/finetune.py`; Table 10)."""
+
+    stage: ClassVar[str] = "finetune"
+
+    recipe: str
+    dataset: str
+    labels: float = within(0, 100)  # percent of the training labels, above 0
+    epochs: int = within(1)
+    batch_size: int = within(1)
+    seed: int = within(0)
+    backbone_lr: float = within(0)  # Table 10, "lr stem": of all that the checkpoint holds
+    optimizer: Optimizer  # its lr is the classifier's
+    schedule: Schedule  # of both rates
+    augment: Augment
+    test_resize: int = within(0)  # shorter side before the centre crop; 0: none
+    label_list: Literal["balanced", "simclr"] = "balanced"  # which images are labelled (mixmask/labels.py)
+    subset_seed: int = within(0, default=0)  # balanced: which subset; the same one for every `seed`
+    bn_groups: int = within(1, default=1)  # parts of the batch that have their own BatchNorm statistics
+    init: Literal["checkpoint", "random"] = "checkpoint"  # random: the checkpoint gives the architecture alone
+    checkpoint: str = ""  # the identity of the weights, filled in by eval/finetune.py
+    allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
+    run: Execution = Execution()
+
+    def __post_init__(self) -> None:
+        if not self.labels:
+            raise ConfigError("labels: expected a percentage above 0 and at most 100, found 0")
+
+
+@dataclass(frozen=True)
+class Convert:
+    """A backbone rewritten for other code (`detection/convert.py`)."""
+
+    stage: ClassVar[str] = "convert"
+
+    recipe: str
+    target: Literal["detectron2", "torchvision", "timm"]
+    seed: int = within(0)  # the pre-training's; nothing here is random
+    checkpoint: str = ""  # whose weights, filled in by detection/convert.py
+    run: Execution = Execution()
+
+
+GIVEN = {  # keys of Detectron2 -> what gives their value here
+    "detectron2.MODEL.DEVICE": "run.device",
+    "detectron2.MODEL.WEIGHTS": "--weights",
+    "detectron2.DATALOADER.NUM_WORKERS": "run.workers",
+    "detectron2.SEED": "seed",
+    "detectron2.OUTPUT_DIR": "--run-dir",
+    "detectron2.DATASETS.TRAIN": "task",
+    "detectron2.DATASETS.TEST": "task",
+}
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Transfer to object detection (`detection/train.py`; Section 4.5, Table 7).
+
+    `detectron2` is a section in Detectron2's own words: its keys, nested as in its config files.
+    """
+
+    stage: ClassVar[str] = "detection"
+
+    recipe: str
+    task: Literal["voc", "coco"]
+    seed: int = within(0)
+    group: int = within(1)  # images in a row that are all wide or all upright: those of one GPU in Detectron2
+    detectron2: Mapping[str, Any]
+    data: Literal["full", "photos"] = "full"  # photos: small trees in the same form, made of embedded photographs
+    checkpoint: str = ""  # the identity of the weights, filled in by detection/train.py
+    eval_every: int = field(default=0, metadata={"low": 0, "hashed": False})  # iterations; 0: only after the last
+    allow_partial_data: bool = False  # accept other numbers of images than VOC's and COCO's: not the paper's data
+    run: Execution = Execution()
+
+    def __post_init__(self) -> None:
+        for key in flatten({"detectron2": self.detectron2}):
+            if key in GIVEN:
+                raise ConfigError(f"{key}: is given by {GIVEN[key]}")
+
+
+Config = Pretrain | KNNEval | Linear | Finetune | Convert | Detection  # of a stage

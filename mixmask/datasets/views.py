@@ -1,0 +1,82 @@
+"""From a data set to augmented views on the device, for training, and to plain test images, for evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from mixmask.augment import augment_view, test_view
+from mixmask.config import Augment
+from mixmask.datasets import loading
+from mixmask.datasets.base import Files, Resident
+from mixmask.datasets.sampling import batch_indices
+from mixmask.randomness import torch_generator
+
+
+def train_batches(
+    dataset: Resident | Files,
+    augment: Augment,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    views: int,
+    device: torch.device,
+    workers: int = 0,
+    skip: int = 0,
+    crops: Sequence[Augment] = (),
+    rows: slice = slice(None),
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """One epoch of (views, indices): `views` tensors float (N, 3, S, S) on the device, indices int64 (N,).
+
+    Behind them comes an extra view for each of `crops`, an augmentation of its own; the others do not depend on it.
+    Which images and how they are augmented follow from (seed, epoch, position) alone; `skip` batches are passed over.
+    `rows`: those of each batch that this process holds; only they are read and augmented.
+    """
+    augments = [augment] * views + list(crops)
+    batches = batch_indices(len(dataset), batch_size, seed, epoch)
+    start = epoch * len(batches)
+    here = batches[skip:, rows]
+    if isinstance(dataset, Resident):  # the same uint8 images for each view: all happens on the device
+        here = here.to(dataset.images.device)
+        stream = (([dataset.images[indices]] * len(augments), indices) for indices in here)
+    else:  # workers decode and crop; each view is a uint8 crop of its own
+        stream = loading.loader(dataset, here, seed, epoch, augments, workers, pin_memory=device.type == "cuda")
+        augments = [without_crop(augment) for augment in augments]
+    for position, (images, indices) in enumerate(stream, start + skip):
+        generator = torch_generator(device, seed, "augment", position)
+        pixels = [view.to(device, non_blocking=True) for view in images]  # uint8 (N, 3, H, W) each
+        whole = (generator, batch_size, rows)
+        yield [augment_view(a, view, *whole) for a, view in zip(augments, pixels, strict=True)], indices
+
+
+def without_crop(augment: Augment) -> Augment:
+    """For images that are cropped already."""
+    return dataclasses.replace(augment, order=tuple(name for name in augment.order if name != "crop"))
+
+
+def test_batches(
+    dataset: Resident | Files,
+    augment: Augment,
+    resize: int,
+    device: torch.device,
+    batch_size: int = 500,
+    workers: int = 0,
+    first: int | None = None,
+) -> Iterator[Tensor]:
+    """The test images float (N, 3, S, S) in order: shorter side to `resize` (0: kept), centre crop, normalised."""
+    if isinstance(dataset, Files):
+        sizes = (batch_size, resize, augment.size)
+        stream = loading.centre_loader(dataset, *sizes, augment.interpolation, workers, device.type == "cuda")
+        pixels = (images.to(device, non_blocking=True) for images, _ in stream)
+        resize = 0
+    else:
+        pixels = (images.to(device) for images in dataset.images.split(batch_size))
+    for images in islice(pixels, first):
+        yield test_view(images, augment.size, resize or None, augment.mean, augment.std, augment.interpolation)
+
+
+test_batches.__test__ = False  # not a test, whatever its name says to pytest

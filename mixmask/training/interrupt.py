@@ -1,0 +1,42 @@
+"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP) stop a run between two steps, after a checkpoint.
+
+A second Ctrl-C stops it at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType
+
+
+class Interrupt:
+    """Context manager: `requested` becomes true when the first signal arrives."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        return self
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        if sys.stderr.isatty():
+            print("\nstopping at the next safe point; a second Ctrl-C stops at once", file=sys.stderr)
+
+    def stop_if_requested(self) -> None:
+        """Raises KeyboardInterrupt once a signal has come."""
+        if self.requested:
+            raise KeyboardInterrupt
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

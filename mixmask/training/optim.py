@@ -1,0 +1,69 @@
+"""Optimisers, devices and the small things every training stage sets up."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from mixmask.config import ConfigError, Optimizer
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt
+
+
+def build_optimizer(
+    optimizer: Optimizer, parameters: Iterable[nn.Parameter], fixed_lr_parameters: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """SGD or Adam, over the parameters that take gradients; those of `fixed_lr_parameters` stay at the base rate.
+
+    Each of their few operations is on all parameters at once (`foreach`).
+    """
+    constant = list(fixed_lr_parameters)
+    apart = {id(p) for p in constant}
+    groups = [{"params": [p for p in parameters if p.requires_grad and id(p) not in apart]}]
+    if constant:
+        groups.append({"params": constant, "constant_rate": True})
+    if optimizer.name == "sgd":
+        return torch.optim.SGD(
+            groups, lr=optimizer.lr, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay, foreach=True
+        )
+    return torch.optim.Adam(groups, lr=optimizer.lr, weight_decay=optimizer.weight_decay, foreach=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The same rate for every parameter group but that of constant rate."""
+    for group in optimizer.param_groups:
+        if not group.get("constant_rate"):
+            group["lr"] = rate
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: a GPU where there is one, else the CPU. Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError):
+        raise ConfigError(f"run.device: no '{name}' here; expected auto, cpu or a GPU such as cuda") from None
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """What a result says it was made on: the GPU's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep up to 2 GiB that tensors on the CPU have freed, in place of returning it to the system.
+
+    glibc returns a block of more than 32 MiB as soon as it is freed: every large intermediate result then gets its
+    pages anew, which costs as much as computing with it. Changes no number; where the C library is another, nothing.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
+        mallopt(option, value)

@@ -1,0 +1,266 @@
+"""The benchmarks: the plain reference computes what the project computes, and every case yields its numbers."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import launcher, measure, neighbours, pipelines, plain, profiling, run, steps, tables
+from mixmask.frameworks import build_framework
+from mixmask.methods import METHODS
+from mixmask.objective import objective
+from mixmask.randomness import numpy_generator
+from tests.reference import recipe
+
+CPU = torch.device("cpu")
+SMALL = {"backbone.width": 8, "batch_size": 16, "moco.queue": 32}
+
+
+# ------------------------------------------------------------------------------------------- the plain reference
+
+
+def pair(config, seed=0):
+    """Our MoCo and the plain one in float64, with equal weights and queues."""
+    torch.manual_seed(seed)
+    ours, usual = build_framework(config).double().train(), plain.MoCo(config).double().train()
+    for part in ("encoder", "key_encoder"):
+        state = {k.removeprefix("backbone."): v for k, v in getattr(ours, part).state_dict().items()}
+        state = {k.replace("head.", "fc."): v for k, v in state.items()}
+        getattr(usual, {"encoder": "encoder_q", "key_encoder": "encoder_k"}[part]).load_state_dict(state)
+    usual.queue.copy_(ours.queue.T)
+    return ours, usual
+
+
+def interleaved(n, groups):
+    """Row i of what the plain SplitBatchNorm is given is row `interleaved[i]` of ours: its groups are n % groups."""
+    return torch.arange(n).reshape(groups, -1).T.flatten()
+
+
+def usual_mixtures(config, anchors, x1):
+    """The plain reference's mixtures of the masks and partners that `anchors` were made with."""
+    found = []
+    for anchor in anchors:
+        if not anchor.clean and anchor.order is None:
+            switch = next(other for other in anchors if other.images is anchor.images and other.order is not None)
+            found.append(plain.Mixture(anchor.images, float(anchor.weight[0]), switch.order))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "symmetric", "groups"),
+    [("vanilla", True, 4), ("unmix", True, 4), ("mixmask", True, 4), ("both", False, 1)],
+)
+def test_the_plain_reference_computes_the_same_loss_gradient_and_queue(method, symmetric, groups):
+    config = recipe(
+        method=method, moco__symmetric=symmetric, moco__queue=32, moco__shuffle_bn=False, backbone__bn_groups=groups
+    )
+    ours, usual = pair(config)
+    x1, x2 = torch.randn(2, 8, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    anchors = METHODS[method](config, x1, [numpy_generator("test", method)])
+    loss, _, targets = objective(ours, x1, x2, anchors)
+    loss.backward()
+    ours.after_step(targets, 0, 1)
+
+    rows = interleaved(8, groups)
+    place = torch.argsort(rows)
+    mixtures = [
+        plain.Mixture(m.images[rows], m.lam, place[m.inverse[rows]]) for m in usual_mixtures(config, anchors, x1)
+    ]
+    expected = usual(x1[rows], x2[rows], mixtures)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    gradients = [p.grad for p in usual.encoder_q.parameters()]
+    for ours_p, grad in zip(ours.encoder.parameters(), gradients, strict=True):
+        torch.testing.assert_close(ours_p.grad, grad, rtol=1e-7, atol=1e-9)
+    keys = usual.queue.T[: usual.pointer].unflatten(0, (-1, 8))[:, place].flatten(0, 1)
+    torch.testing.assert_close(ours.queue[: usual.pointer], keys, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["unmix", "mixmask", "both"])
+def test_the_plain_reference_mixes_with_lambda_the_share_of_image_i(method):
+    config = recipe(method=method)
+    x = torch.zeros(6, 3, 16, 16)
+    x[:] = torch.arange(6)[:, None, None, None]
+    for mixture in plain.MIXTURES[method](x, config, np.random.Generator(np.random.PCG64(3))):
+        own = mixture.lam * torch.arange(6) + (1 - mixture.lam) * torch.argsort(mixture.inverse)
+        torch.testing.assert_close(mixture.images.mean(dim=(1, 2, 3)), own.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_plain_reference_encodes_a_mixture_once_for_each_direction():
+    counts = {}
+    for method in ("vanilla", "mixmask"):
+        config = recipe(method=method, moco__queue=32)
+        usual, x = plain.MoCo(config), torch.randn(2, 16, 3, 8, 8)
+        forward, calls = usual.encoder_q.forward, []
+        usual.encoder_q.forward = lambda images, forward=forward, calls=calls: calls.append(0) or forward(images)
+        usual(*x, plain.MIXTURES[method](x[0], config, np.random.Generator(np.random.PCG64(0))))
+        counts[method] = len(calls)
+    assert counts == {"vanilla": 2, "mixmask": 4}
+
+
+def test_the_usual_classifier_agrees_with_ours():
+    found = neighbours.predict(CPU, 1, bank=400, queries=100)
+    assert found["predict"]["agreement"] > 0.98 and found["predict"]["seconds"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------- the numbers
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    monkeypatch.setitem(steps.IMAGES, "cifar100", (64, 32))
+    steps.images.cache_clear()
+    yield
+    steps.images.cache_clear()
+
+
+@pytest.mark.parametrize("framework", steps.FRAMEWORKS)
+def test_every_framework_and_mixture_yields_its_numbers(framework, few_images):
+    small = {key: value for key, value in SMALL.items() if framework == "moco" or not key.startswith("moco")}
+    found = {}
+    for method in steps.MIXTURES:
+        config = steps.recipe("cifar100", framework, method, CPU, small)
+        build = partial(steps.Ours, config, CPU)
+        found[method] = steps.numbers(build, CPU, steps.Plan(1, 1, 1), peak=0.1)
+    work = {method: row["gflop_per_step"] for method, row in found.items()}
+    assert work["vanilla"] < work["unmix"] == work["mixmask"] < work["both"]
+    for row in found.values():
+        assert row["images_per_second"] == pytest.approx(16 / row["ms_per_step"] * 1000)
+        assert 0 < row["data_wait"] < 1 and row["share_of_peak"] > 0 and row["peak_memory_gib"] > 0.01
+
+
+def test_counted_work_is_that_of_the_passes():
+    """Vanilla MoCo in both directions: two passes with gradient, two without (docs/performance.md)."""
+    config = steps.recipe("cifar100", "moco", "vanilla", CPU, {**SMALL, "batch_size": 16})
+    training = steps.Ours(config, CPU)
+    counted = measure.counted_flop(training.step)
+    with torch.no_grad():
+        forward = measure.counted_flop(lambda: training.state.framework.encoder(torch.zeros(16, 3, 32, 32)))
+    assert 7.5 * forward < counted < 8.5 * forward  # 2 * 3 + 2, no gradient of the images; and the queue
+
+
+def test_the_counter_counts_a_multiply_add_as_two():
+    a, b = torch.zeros(3, 5), torch.zeros(5, 7)
+    assert measure.counted_flop(lambda: a @ b) == 2 * 3 * 5 * 7
+
+
+PEAK = """
+import torch
+from benchmarks import measure
+cpu = torch.device("cpu")
+torch.zeros(2**26).fill_(1.0)  # 256 MiB, gone at once
+measure.forget_peak(cpu)
+before = measure.peak_memory(cpu)
+kept = torch.zeros(2**26).fill_(1.0)
+print(measure.peak_memory(cpu) - before)
+"""
+
+
+def test_peak_memory_forgets_what_was_freed():
+    # A process of its own: here freed memory may be kept (optim.keep_freed_memory), and then it is no new memory.
+    command = [sys.executable, "-c", PEAK]
+    child = subprocess.run(command, cwd=launcher.ROOT, capture_output=True, text=True, check=True)
+    assert float(child.stdout) == pytest.approx(0.25, abs=0.03)
+
+
+def test_the_plain_step_and_its_input_yield_their_numbers(few_images):
+    config = steps.recipe("cifar100", "moco", "mixmask", CPU, {"batch_size": 16, "augment.size": 8})
+    build = partial(steps.Plain, config, CPU, workers=0)
+    assert steps.numbers(build, CPU, steps.Plan(1, 1, 1), peak=0.1)["images_per_second"] > 0
+    assert pipelines.cifar_plain(64, workers=0)["per_second"] > 0
+
+
+def test_files_are_read_by_both_pipelines():
+    with pipelines.jpeg_files(None, 4) as root:
+        assert all(image.stat().st_size > 10_000 for image in root.glob("*/*.JPEG"))
+        found = pipelines.jpeg(root, 4, 1)
+    assert set(found) == {"workers", "whole", "plain"} and all(row["per_second"] > 0 for row in found.values())
+
+
+def test_a_profile_accounts_for_the_whole_step(few_images):
+    config = steps.recipe("cifar100", "moco", "mixmask", CPU, SMALL)
+    found = profiling.numbers(profiling.Marked(config, CPU), 1)
+    assert {"convolution", "BatchNorm", "matmul", "optimiser", "elementwise", "augmentation"} <= set(found)
+    assert math.isclose(sum(row["share"] for row in found.values()), 1)
+
+
+# ------------------------------------------------------------------------------------- the launcher and the tables
+
+
+def test_generated_runs_are_finished_for_the_launcher_and_the_tables(tmp_path, cli):
+    from paper import make_tables
+    from slurm import launch
+
+    words, jobs = launcher.settings(1, ["table1"])
+    launcher.finished_runs(tmp_path / "runs", jobs, words)
+    given = ["--runs-dir", tmp_path / "runs", "--set", *words]
+    status, shown, _ = cli(launch.main, "table1", "--dry-run", *given)
+    assert (status == 0 and ": 37 finished" in shown.replace("23 pretrain", "")) or " finished\n" in shown
+    status, shown, _ = cli(make_tables.main, "table1", *given, "--out", tmp_path / "out")
+    assert status == 0 and "no run yet" not in shown
+
+
+# -------------------------------------------------------------------------------------------------------- reports
+
+
+def report(**results):
+    machine = {
+        "device": "a CPU",
+        "type": "cpu",
+        "processor": "a CPU",
+        "threads": 2,
+        "time": "2026-01-02T03",
+        "code": "c0",
+    }
+    versions = {"python": "3", "torch": "2", "torchvision": "0", "numpy": "2", "pillow": "13", "modified": False}
+    machine |= {"commit": "c1", **versions}
+    return {"quick": False, "machine": machine, "peak": {"fp32": 0.3}, "results": results}
+
+
+def test_a_ratio_stands_beside_a_number_with_a_partner():
+    rows = {
+        "steps/moco/unmix": {"images_per_second": 26.0, "steps": 3},
+        "steps/moco/unmix/plain": {"images_per_second": 13.0},
+        "steps/byol/unmix": {"images_per_second": 9.0},
+        "knn/predict": {"seconds": 1.0, "bank": 5, "queries": 2},
+        "knn/predict/plain": {"seconds": 3.0, "bank": 5, "queries": 2},
+    }
+    run.compare(rows)
+    assert rows["steps/moco/unmix"]["ratio"] == 2 and rows["knn/predict"]["ratio"] == 3
+    assert "ratio" not in rows["steps/byol/unmix"] and "ratio" not in rows["knn/predict/plain"]
+    text = tables.markdown(report(**rows))
+    assert "2.00x" in text and "3.00x" in text and "`c0`" in text and "torch 2" in text
+
+
+def test_numbers_of_other_code_are_not_mixed(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(report(**{"knn/predict": {"seconds": 1.0}})))
+    new = report(**{"launcher/a": {"seconds": 2.0}})
+    assert set(run.added(new, path)["results"]) == {"knn/predict", "launcher/a"}
+    other = copy.deepcopy(new)
+    other["machine"]["code"] = "c9"
+    with pytest.raises(run.UserError, match="code is c0 there and c9 here"):
+        run.added(other, path)
+
+
+def test_an_unknown_target_is_refused(cli):
+    status, _, error = cli(run.main, "stepz")
+    assert status == 1 and error.startswith("error: unknown target 'stepz'; expected one of steps/moco/vanilla")
+
+
+def test_the_command_writes_every_number(tmp_path, cli, few_images, monkeypatch):
+    monkeypatch.setitem(measure.MATMUL, "cpu", 128)
+    small = ["backbone.width=8", "batch_size=16"]
+    status, shown, _ = cli(
+        run.main, "steps/byol/vanilla", "--device", "cpu", "--json", tmp_path / "x.json", "--set", *small
+    )
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert status == 0 and "byol/vanilla" in shown and written["peak"]["fp32"] > 0
+    assert set(written["results"]["steps/byol/vanilla"]) >= {"images_per_second", "gflop_per_step", "data_wait"}
+    assert written["machine"]["torch"] == torch.__version__.split("+")[0]

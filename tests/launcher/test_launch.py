@@ -1,0 +1,318 @@
+"""slurm/launch.py: cells -> distinct runs -> a graph of jobs -> an executor."""
+
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mixmask import config as configs
+from mixmask.config import Backbone, ConfigError, UserError
+from paper.cells import select
+from paper.presets import budget, steps
+from slurm import cost, graph, launch, local, shell, squeue
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def table4(runs_dir, preset="paper", settings=()):
+    return graph.jobs(select(["table4"]), budget(preset, settings), Path(runs_dir))
+
+
+def finish(job, **metrics):
+    job.directory.mkdir(parents=True, exist_ok=True)
+    (job.directory / "result.json").write_text(json.dumps({"metrics": metrics or {"loss": 1.0}}))
+
+
+# ---------------------------------------------------------------------------------------------------- the graph
+
+
+def test_table4_is_six_pretrainings_and_six_linear_probes(tmp_path):
+    jobs = table4(tmp_path)
+    assert [job.stage for job in jobs] == ["pretrain", "linear"] * 6
+    assert {(job.config.method, job.config.epochs) for job in jobs[::2]} == {
+        (method, epochs) for method in ("vanilla", "mscn", "mixmask") for epochs in (200, 800)
+    }
+    assert len({job.directory for job in jobs}) == 12
+
+
+def test_a_probe_waits_for_its_pretraining_and_takes_its_seed(tmp_path):
+    jobs = table4(tmp_path, settings=["seed=3"])
+    for pretraining, probe in zip(jobs[::2], jobs[1::2], strict=True):
+        assert pretraining.parents == () and probe.parents == (pretraining.directory,)
+        assert probe.config.checkpoint == pretraining.id and probe.config.seed == pretraining.config.seed == 3
+        assert f"{pretraining.directory}/checkpoint.pt" in probe.command
+
+
+def test_a_printed_command_says_the_whole_config(tmp_path):
+    for job in table4(tmp_path, "smoke")[::2]:
+        words = shlex.split(job.shell)
+        recipe, after = words[words.index("--config") + 1], words[words.index("--set") + 1 : words.index("--run-dir")]
+        assert configs.load(ROOT / recipe, configs.parse_overrides(after)) == job.config
+
+
+def test_equal_runs_are_shared_by_their_cells(tmp_path):
+    jobs = table4(tmp_path, "smoke", ["epochs=1"])
+    assert len(jobs) == 6
+    assert jobs[0].cells == ("table4/imagenet/moco/vanilla/200", "table4/imagenet/moco/vanilla/800")
+
+
+def test_states_finished_unfinished_new(tmp_path):
+    jobs = table4(tmp_path)
+    finish(jobs[0])
+    jobs[2].directory.mkdir(parents=True)
+    (jobs[2].directory / "config.yaml").write_text("{}")
+    assert [job.state for job in jobs[:3]] == ["finished", "new", "unfinished"]
+
+
+def test_smoke_epochs_are_the_papers_divided_by_50(tmp_path):
+    assert [job.config.epochs for job in table4(tmp_path, "smoke")[::2]] == [4, 16] * 3
+
+
+def test_a_mask_grid_finer_than_the_image_is_clamped_with_a_note():
+    cell = select(["table4/*/mixmask/200"])[0]
+    cell = dataclasses.replace(cell, overrides={**cell.overrides, "mask.grid": 48})
+    step = steps(cell, 0, budget("smoke"))[0]
+    assert step.config.mask.grid == step.config.augment.size == 32
+    assert "48" in step.notes[0]
+    assert steps(cell, 0, budget("paper"))[0].config.mask.grid == 48
+
+
+def test_set_reaches_the_stage_it_names(tmp_path):
+    jobs = table4(tmp_path, settings=["epochs=100", "linear.epochs=7", "cluster.partition=a100"])
+    assert jobs[0].config.epochs == 100 and jobs[1].config.epochs == 7 and jobs[0].resources.partition == "a100"
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["epohcs=3"], ("epohcs", "epochs")),
+        (["linear.epohcs=3"], ("linear", "epohcs", "epochs")),
+        (["cluster.partitoin=x"], ("cluster.partitoin", "partition")),
+        (["linear.seed=3"], ("linear.seed",)),
+        (["epochs"], ("key=value",)),
+    ],
+)
+def test_a_wrong_key_is_named_with_the_nearest(tmp_path, settings, named):
+    with pytest.raises(ConfigError) as error:
+        table4(tmp_path, settings=settings)
+    assert all(word in str(error.value) for word in named)
+
+
+def test_an_unknown_target_is_named_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"tabel4.*did you mean 'table4'.*targets: "):
+        select(["tabel4"])
+    with pytest.raises(ConfigError, match="did you mean 'table5/cifar100/byol/mixmask'"):
+        select(["table5/cifar100/byol/mixmsk"])
+    assert select([]) == select(["all"]) and select(["table4"]) == select(["table4/*", "table4"])
+    assert select(["table[23]"]) == select(["table2", "table3"])
+
+
+def test_flops_are_those_counted_for_the_papers_networks():
+    assert cost.forward_gflop(Backbone("resnet18", "cifar", 64, 8), 32) == pytest.approx(1.111, rel=1e-3)
+    assert cost.forward_gflop(Backbone("resnet50", "imagenet", 64, 4), 224) == pytest.approx(8.178, rel=1e-3)
+
+
+def test_on_imagenet_mixmask_costs_seven_forward_passes_and_moco_four_and_mscn_four_and_six_of_its_crops(tmp_path):
+    vanilla, mscn, mixmask = (job.gpu_hours for job in table4(tmp_path)[::2] if job.config.epochs == 200)
+    assert mixmask / vanilla == pytest.approx(7 / 4)
+    assert mscn / vanilla == pytest.approx((4 + 6 * (96 / 224) ** 2) / 4)
+
+
+# --------------------------------------------------------------------------------------------------- the command
+
+
+def command(*words, **environment):
+    return subprocess.run(
+        [sys.executable, "slurm/launch.py", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=60,
+    )
+
+
+def test_dry_run_answers_within_two_seconds_and_prints_each_command_alone(tmp_path):
+    start = time.monotonic()
+    done = command("table4", "--dry-run", "--runs-dir", str(tmp_path), PATH="/nowhere")
+    assert time.monotonic() - start < 2
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert sum(line.startswith("python pretrain/train.py ") for line in lines) == 6
+    assert sum(line.startswith("python eval/linear.py ") for line in lines) == 6
+    assert "our reconstruction" in done.stdout and "GPU-hours" in done.stdout and "estimate" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_everything_answers_within_three_seconds_with_the_cost_of_each_table(tmp_path):
+    start = time.monotonic()
+    done = command("all", "--dry-run", "--runs-dir", str(tmp_path), PATH="/nowhere")
+    assert time.monotonic() - start < 3
+    assert done.returncode == 0, done.stderr
+    costs = [line.split()[0] for line in done.stdout.splitlines()[-13:]]
+    assert costs == [
+        "cells",
+        *(f"table{n}" for n in range(1, 8)),
+        "figure5",
+        "figure6",
+        "figure7",
+        "total",
+        "estimate:",
+    ]
+    assert "236 pretrain, 137 linear" in done.stdout
+
+
+def test_runs_that_tables_share_are_counted_once_in_the_total(tmp_path, capsys):
+    launch.main(["table1/imagenet/grid/8", "table5/imagenet/moco/mixmask", "--dry-run", "--runs-dir", str(tmp_path)])
+    table1, table5, total = (line.split()[1:4] for line in capsys.readouterr().out.splitlines()[-4:-1])
+    assert table1 == table5 == ["1", "2", total[2].rstrip(",")] and total[:2] == ["2", "2"]
+
+
+def test_what_cannot_be_launched_is_said_in_a_line_with_the_file_that_it_needs(tmp_path, capsys):
+    launch.main(["table6", "--dry-run", "--runs-dir", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "no pre-training of ours; --set checkpoints.swav=PATH" in shown
+    assert shown.count("python pretrain/train.py") == 3 and "10 distinct (3 pretrain, 7 finetune)" in shown
+
+
+@pytest.mark.parametrize(
+    ("target", "maker"), [("table8", "make_tables.py table8"), ("figure1", "make_figures.py figure1")]
+)
+def test_a_target_without_runs_says_what_makes_it(target, maker, capsys):
+    launch.main([target])
+    assert f"{target} needs no runs: python paper/{maker}" in capsys.readouterr().out
+
+
+def test_methods_that_are_not_implemented_launch_nothing_and_say_so(tmp_path, capsys):
+    launch.main(["table7/swav/*", "--dry-run", "--runs-dir", str(tmp_path)])
+    assert "0 distinct" in capsys.readouterr().out
+
+
+def test_the_launcher_never_imports_torch():
+    code = (
+        "import sys; sys.argv = ['launch', 'all', '--dry-run']; sys.path.insert(0, '.')\n"
+        "from slurm import launch; launch.main(); launch.main(['status', 'table4'])\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize("executor", ["auto", "slurm"])
+def test_the_paper_preset_without_slurm_ends_at_once_and_says_what_to_type(tmp_path, executor):
+    done = command("table4", "--executor", executor, "--runs-dir", str(tmp_path), PATH="/nowhere")
+    assert done.returncode == 1 and "no SLURM was found" in done.stderr and "--executor local" in done.stderr
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_status_tells_the_value_of_a_finished_cell(tmp_path, capsys):
+    jobs = table4(tmp_path)
+    finish(jobs[1], linear_sgd_last=66.6)
+    launch.main(["status", "table4/*/vanilla/200", "--runs-dir", str(tmp_path)])
+    assert "66.6" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------- the local executor
+
+SUCCEED = "import json, sys\nprint('hello')\njson.dump({'metrics': {'a_last': 12.3}}, open(sys.argv[1], 'w'))\n"
+
+
+def scripted(tmp_path, *scripts):
+    """Jobs of table4, the first ones running the given scripts; each gets the path of its result file."""
+    jobs = []
+    for job, script in zip(table4(tmp_path / "runs")[: len(scripts)], scripts, strict=True):
+        path = tmp_path / f"{job.id}.py"
+        path.write_text(script)
+        words = ("python", str(path), str(job.directory / "result.json"))
+        jobs.append(dataclasses.replace(job, command=words))
+    return jobs
+
+
+def test_local_runs_what_is_not_finished_and_keeps_the_output(tmp_path, capfdbinary):
+    jobs = scripted(tmp_path, SUCCEED, SUCCEED)
+    finish(jobs[0])
+    local.launch(jobs)
+    shown = capfdbinary.readouterr().out
+    assert shown.count(b"hello") == 1 and b"1 of 2 runs are finished already" in shown and b"a_last 12.3" in shown
+    assert (jobs[1].directory / "output.log").read_text() == "hello\n"
+    assert [job.state for job in jobs] == ["finished", "finished"]
+
+
+def test_local_leaves_a_run_that_slurm_has_a_job_for(tmp_path, monkeypatch, capfdbinary):
+    jobs = scripted(tmp_path, SUCCEED, SUCCEED, SUCCEED)
+    live = {str(jobs[0].directory): squeue.Live("12_3", "PENDING", "Priority")}
+    monkeypatch.setattr(shell, "available", lambda: True)
+    monkeypatch.setattr(squeue, "live_jobs", lambda: live)
+    with pytest.raises(UserError, match=f"{jobs[0].directory}: left to SLURM: job 12_3 is PENDING"):
+        local.launch(jobs)
+    assert [job.state for job in jobs] == ["new", "new", "finished"]
+    assert not jobs[0].directory.exists() and b"left to SLURM: job 12_3" in capfdbinary.readouterr().out
+
+
+def test_local_goes_on_with_a_note_where_slurm_does_not_answer(tmp_path, monkeypatch, capfdbinary):
+    def unanswered():
+        raise UserError("no answer")
+
+    (job,) = scripted(tmp_path, SUCCEED)
+    monkeypatch.setattr(shell, "available", unanswered)
+    local.launch([job])
+    assert job.state == "finished" and b"note: no answer; a run that it has a job for" in capfdbinary.readouterr().out
+
+
+def test_local_says_in_one_line_that_a_log_cannot_be_written(tmp_path):
+    (job,) = scripted(tmp_path, SUCCEED)
+    (job.directory / "output.log").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"cannot write {job.directory}/output.log: Is a directory"):
+        local.launch([job])
+
+
+def test_local_skips_the_descendants_of_a_failure_names_them_and_goes_on(tmp_path, capfdbinary):
+    jobs = scripted(tmp_path, "raise SystemExit('boom')", SUCCEED, SUCCEED, SUCCEED)
+    with pytest.raises(UserError) as error:
+        local.launch(jobs)
+    assert [job.state for job in jobs] == ["new", "new", "finished", "finished"]
+    assert "2 of 4 runs" in str(error.value)
+    assert f"{jobs[0].directory}/output.log" in str(error.value)
+    assert f"{jobs[1].directory}: skipped: it needs {jobs[0].directory}" in str(error.value)
+    assert "boom" in (jobs[0].directory / "output.log").read_text()
+
+
+def test_ctrl_c_reaches_the_job_which_saves_and_ends_with_status_130(tmp_path):
+    job = tmp_path / "job.py"
+    job.write_text(
+        "import pathlib, time\ntry:\n    print('running', flush=True)\n    time.sleep(30)\n"
+        f"except KeyboardInterrupt:\n    pathlib.Path({str(tmp_path / 'saved')!r}).write_text('yes')\n    raise\n"
+    )
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text(
+        f"import dataclasses, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path\nfrom mixmask.config import main_guard\nfrom paper.cells import select\n"
+        "from paper.presets import budget\nfrom slurm import graph, local\n"
+        "def main():\n"
+        f"    jobs = graph.jobs(select(['table4']), budget('smoke'), Path({str(tmp_path / 'runs')!r}))[:1]\n"
+        f"    local.launch([dataclasses.replace(jobs[0], command=('python', {str(job)!r}))])\n"
+        "if __name__ == '__main__':\n    main_guard(main)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(launcher)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while "running" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and "the same command continues" in errors
+    assert (tmp_path / "saved").read_text() == "yes"
+
+
+def test_a_job_of_the_project_s_own_scripts_ends_well_through_the_launcher_s_pipe(tmp_path, capfdbinary):
+    """What every stage's script does with its streams (`main_guard`) must work where they are a pipe."""
+    guarded = "from mixmask.config import main_guard\nmain_guard(lambda: print('guarded'))\n"
+    (job,) = scripted(tmp_path, guarded + SUCCEED)
+    local.launch([job])
+    assert job.state == "finished" and b"guarded" in capfdbinary.readouterr().out

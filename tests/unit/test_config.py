@@ -1,0 +1,210 @@
+"""Recipes: wrong ones are refused with the key and the nearest valid one; the hash follows what decides a number."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mixmask import config as configs
+from mixmask.config import ConfigError, Linear, Pretrain
+from mixmask.frameworks import build_framework
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "pretrain/configs").glob("*.yaml"))
+PROBES = sorted((ROOT / "eval/configs").glob("*linear*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_pretraining_recipe_loads(path):
+    assert configs.load(path).recipe == path.stem
+
+
+@pytest.mark.parametrize("path", PROBES, ids=lambda p: p.stem)
+def test_every_linear_recipe_loads(path):
+    assert configs.load(path, cls=Linear).recipe == path.stem
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ("epoch=3", ["unknown key 'epoch'", "did you mean 'epochs'"]),
+        ("optimiser.lr=1", ["unknown key 'optimiser.lr'", "did you mean 'optimizer.lr'"]),
+        ("mask.gird=2", ["unknown key 'mask.gird'", "did you mean 'mask.grid'"]),
+        ("moco.queu=2", ["unknown key 'moco.queu'", "did you mean 'moco.queue'"]),
+        ("mask=3", ["unknown key 'mask'"]),
+        ("epochs=many", ["epochs", "a whole number", "'many'"]),
+        ("epochs=1.5", ["epochs", "a whole number", "1.5"]),
+        ("epochs=true", ["epochs", "a whole number", "True"]),
+        ("epochs=0", ["epochs", "at least 1", "found 0"]),
+        ("epochs=2020-01-01", ["epochs", "a whole number"]),
+        ("optimizer.lr=fast", ["optimizer.lr", "a number", "'fast'"]),
+        ("optimizer.lr=.nan", ["optimizer.lr", "a number", "nan"]),
+        ("optimizer.lr=.inf", ["optimizer.lr", "a number", "inf"]),
+        ("mask.ratio=1.5", ["mask.ratio", "between 0 and 1", "1.5"]),
+        ("mask.ratio=[0.7, 0.2]", ["mask.ratio", "smaller number first"]),
+        ("mask.ratio=[0.2]", ["mask.ratio", "2 values", "found 1"]),
+        ("mask.type=blok", ["mask.type", "block, discrete", "'blok'"]),
+        ("mask.switch=1", ["mask.switch", "true or false"]),
+        ("augment.order=[crop, crap]", ["augment.order[1]", "'crap'"]),
+        ("augment.mean=0.5", ["augment.mean", "a list"]),
+        ("dataset=7", ["dataset", "a word", "7"]),
+        ("framework=simclr", ["framework", "simclr"]),
+        ("framework=[1]", ["framework", "[1]"]),
+        ("epochs", ["--set epochs", "key=value"]),
+        ("seed=[", ["--set seed=[", "YAML"]),
+    ],
+)
+def test_wrong_override_is_named_with_what_was_expected(tiny, item, words):
+    with pytest.raises(ConfigError) as error:
+        tiny(item)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("epochs:", "epoch:", ["unknown key 'epoch'", "did you mean 'epochs'"]),
+        ("framework:", "framwork:", ["unknown key 'framwork'", "did you mean 'framework'"]),
+        ("grid:", "gird:", ["unknown key 'mask.gird'", "did you mean 'mask.grid'"]),
+        ("epochs: 2\n", "", ["missing key 'epochs'"]),
+        ("framework: moco\n", "", ["missing key 'framework'"]),
+        ("grid: 2, ", "", ["missing key 'mask.grid'"]),
+        ("{prob: 0.5}", "0.5", ["unmix", "section", "0.5"]),
+        ("{prob: 0.5}", "[0.5", ["cannot read", "line"]),
+        ("epochs: 2", "epochs: 2020-01-01", ["epochs", "a whole number"]),
+    ],
+)
+def test_wrong_recipe_is_refused_naming_key_and_file(recipe, old, new, words):
+    text = recipe.read_text()
+    assert old in text
+    recipe.write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError) as error:
+        configs.load(recipe)
+    assert all(word in str(error.value) for word in [*words, str(recipe)]), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_misspelt_key_of_the_framework_section_is_named(recipe):
+    recipe.write_text(recipe.read_text().replace("queue:", "queu:"))
+    with pytest.raises(ConfigError, match=r"unknown key 'moco\.queu'; did you mean 'moco\.queue'"):
+        build_framework(configs.load(recipe))
+
+
+@pytest.mark.parametrize("content", ["", "- 1\n", "word", "\0"])
+def test_file_without_keys_and_values_is_refused_by_name(tmp_path, content):
+    (tmp_path / "x.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"x\.yaml"):
+        configs.load(tmp_path / "x.yaml")
+
+
+def test_missing_file_and_directory_are_refused_by_name(tmp_path):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(ConfigError, match=str(path)):
+            configs.load(path)
+
+
+def test_scientific_notation_without_a_point_is_a_number(tiny):
+    assert tiny("optimizer.lr=1e-4").optimizer.lr == 1e-4  # YAML 1.1 reads 1e-4 as a word
+
+
+@pytest.mark.parametrize("written", ["1", "1.0", "1e0"])
+def test_a_number_of_the_framework_section_is_one_number_however_written(recipe, tiny, written):
+    recipe.write_text(recipe.read_text().replace("temperature: 0.1", f"temperature: {written}", 1))
+    config = configs.load(recipe)
+    assert build_framework(config).settings.temperature == 1
+    assert configs.hash8(config) == configs.hash8(tiny("moco.temperature=1")) != configs.hash8(tiny())
+    assert configs.load(recipe, {"moco.temperature": 0.1}) == tiny()
+
+
+def test_config_survives_its_own_yaml(tiny):
+    config = tiny("mask.ratio=[0.2, 0.8]", "optimizer.lr=1e-4", "knn.every=0", "run.workers=3")
+    text = yaml.safe_dump(configs.to_dict(config))
+    again = configs.resolve(yaml.safe_load(text), {}, Pretrain)
+    assert again == config and configs.hash8(again) == configs.hash8(config)
+
+
+@pytest.mark.parametrize("item", ["seed=5", "knn.every=7", "run.workers=3", "run.device=cuda", "run.data_root=x"])
+def test_hash_ignores_what_changes_no_number(tiny, item):
+    assert configs.hash8(tiny(item)) == configs.hash8(tiny())
+
+
+OTHER = {
+    "both.permutation": "reverse",
+    "erase.fill": "noise",
+    "optimizer.name": "adam",
+    "schedule.kind": "step",
+    "schedule.unit": "iteration",
+    "schedule.milestones": [1],
+    "augment.order": ["flip"],
+    "augment.interpolation": "bicubic",
+    "augment.crop_ratio": [1, 1],
+    "augment.blur_sigma": [1, 2],
+    "backbone.arch": "resnet50",
+    "backbone.stem": "cifar",
+    "mask.type": "discrete",
+    "mask.block_impl": "literal",
+    "mask.permutation": "random",
+    "knn.features": "backbone",
+    "knn.distance": "euclidean",
+    "precision": "bf16",
+}
+
+
+def changed(key: str, value: object) -> object:
+    """Another valid value for the key."""
+    if key in OTHER:
+        return OTHER[key]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return value + "x"
+    if isinstance(value, list):
+        return [v / 2 + 0.01 for v in value]
+    return value + 1 if isinstance(value, int) else value / 2 + 0.01
+
+
+def test_hash_follows_everything_else(tiny):
+    config = tiny()
+    flat = configs.flatten(configs.to_dict(config))
+    apart = ("seed", "knn.every", "framework", "knn.vote")  # the vote: only together with the temperature
+    decisive = {k: v for k, v in flat.items() if not k.startswith("run.") and k not in apart}
+    assert len(decisive) > 50
+    hashes = {
+        key: configs.hash8(configs.resolve(flat_nested(flat, key, changed(key, v)), {}, Pretrain))
+        for key, v in decisive.items()
+    }
+    assert len({configs.hash8(config), *hashes.values()}) == len(decisive) + 1
+
+
+def test_hash_follows_the_vote(tiny):
+    majority = [tiny("knn.vote=majority", "knn.temperature=0", f"knn.distance={d}") for d in ("cosine", "euclidean")]
+    assert len({configs.hash8(c) for c in (tiny(), *majority)}) == 3
+
+
+def flat_nested(flat: dict, key: str, value: object) -> dict:
+    """Dotted keys as sections, one value replaced."""
+    nested: dict = {}
+    for name, old in flat.items():
+        section, _, last = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[last] = value if name == key else old
+    return nested
+
+
+def test_field_at_its_default_leaves_the_hash_alone(tiny):
+    recipe = yaml.safe_load(yaml.safe_dump(configs.to_dict(tiny())))
+    del recipe["mask"]["switch"], recipe["schedule"]["gamma"]
+    assert configs.hash8(configs.resolve(recipe, {}, Pretrain)) == configs.hash8(tiny())
+
+
+def test_configs_are_frozen(tiny):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tiny().epochs = 3
+
+
+def test_config_and_runs_start_without_torch():
+    code = "import sys, mixmask, mixmask.config, mixmask.runs; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
