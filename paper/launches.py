@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,13 @@ class Launch:
     seeds: int
     hours: float  # on one A100; of a small net (`cpu`) on two CPU cores
     cpu: bool = False
+    checkpoints: tuple[str, ...] = ()  # public ones that it needs
 
     @property
     def command(self) -> str:
         seeds = ",".join(map(str, range(self.seeds)))
-        quoted = [f"'{target}'" if "*" in target else target for target in self.targets]
-        return f"python slurm/launch.py {' '.join(quoted)} --set seed=[{seeds}]"
+        files = "".join(f" checkpoints.{name}=PATH" for name in self.checkpoints)
+        return f"python slurm/launch.py {' '.join(self.targets)} --set seed=[{seeds}]{files}"
 
     @property
     def cost(self) -> str:
@@ -35,10 +36,8 @@ class Launch:
         return f"{self.hours:,.{0 if self.hours >= 10 else 1}f} {'hours of two CPU cores' if self.cpu else 'GPU hours'}"
 
 
-def launch(
-    cells: Sequence[Cell], seeds: int, budget: Budget, folders: Sequence[Path], targets: Iterable[str] = ()
-) -> Launch:
-    """Of `cells`, named by `targets` or by their ids; each distinct run that has no result in `folders` counts once."""
+def launch(cells: Sequence[Cell], seeds: int, budget: Budget, folders: Sequence[Path]) -> Launch:
+    """Of `cells`; each distinct run that has no result in `folders` counts once."""
     settings = {**budget.settings, "pretrain": {**budget.settings.get("pretrain", {}), "seed": [*range(seeds)]}}
     budget, cpu = dataclasses.replace(budget, settings=settings), any(cell.scale for cell in cells)
     runs: dict[Path, float] = {}
@@ -48,7 +47,8 @@ def launch(
                 where = located(folders, step)
                 if where not in runs and not (where / "result.json").exists():
                     runs[where] = _hours(step, chain[0], cpu)
-    return Launch(tuple(targets) or tuple(cell.id for cell in cells), seeds, sum(runs.values()), cpu)
+    needed = tuple(dict.fromkeys(cell.checkpoint for cell in cells if cell.checkpoint and not cell.recipe))
+    return Launch(tuple(cell.id for cell in cells), seeds, sum(runs.values()), cpu, needed)
 
 
 def _hours(step: Step, origin: Step, cpu: bool) -> float:

@@ -4,6 +4,7 @@ examples:
   python paper/make_tables.py                      Tables 1 to 10 and reduced ones, of runs/ and results/
   python paper/make_tables.py table4 --runs-dir /scratch/runs --out tables
   python paper/make_tables.py table4 --preset paper --set epochs=100      the runs launched with the same --set
+  python paper/make_tables.py claims               the paper's claims: what its own numbers and our runs say of them
 
 Each cell shows the runs of the paper's budget where there are some, else those of the smoke preset, marked as such:
 a smoke number is never compared with a published one. Where there is no run, the table says so. Tables 8, 9 and 10 are
@@ -22,12 +23,13 @@ import pandas as pd
 from mixmask.config import ConfigError, UserError, main_guard
 from mixmask.runs import write_atomically
 from mixmask.training.progress import printable
-from paper import comparisons, settings
+from paper import claims, comparisons, settings
 from paper.cells import Heading, Table, select, tables
 from paper.collect import UNREADABLE, collect
 from paper.markup import Footnotes, Sheet, latex, markdown
 from paper.presets import budget, presets
 
+CLAIMS = "claims"
 NONE = "–"  # nothing is published
 
 
@@ -41,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     budgets = [budget(name, options.set) for name in chosen]
     unreadable: dict[str, None] = {}  # each reason once
     for name in _names(options.targets):
-        if name in settings.names():
+        if name == CLAIMS:
+            frame = claims.collected(budgets[0], [Path(folder) for folder in options.runs_dir])
+            sheet, csv = claims.sheet(frame), claims.csv(frame)
+        elif name in settings.names():
             frame = settings.collect(name)
             sheet, csv = settings.sheet(name, frame), settings.csv(frame)
         else:
@@ -77,13 +82,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _names(targets: Sequence[str]) -> list[str]:
     """The tables that `targets` name, in the paper's order. Raises ConfigError for anything else."""
-    found = {cell.target for cell in select(targets)} | set(targets) & set(settings.names())
+    numbered = [target for target in targets if target != CLAIMS]
+    found = {cell.target for cell in (select(numbered) if numbered or not targets else [])}
+    found |= set(targets) & {*settings.names(), CLAIMS}
     everything = not targets or "all" in targets
     figures = [name for name in [*found, *targets] if name.startswith("figure")]
     if figures and not everything:
         raise ConfigError(f"{figures[0]} is no table: python paper/make_figures.py {figures[0].partition('/')[0]}")
     own = [name for name, table in tables().items() if table.scale]
-    every = [*(name for name in tables() if name.startswith("table")), *settings.names(), *own]
+    every = [*(name for name in tables() if name.startswith("table")), *settings.names(), *own, CLAIMS]
     return [name for name in every if everything or name in found]
 
 
