@@ -9,11 +9,16 @@ import resource
 import statistics
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mixmask.runs import environment
 from mixmask.training.optim import device_name
@@ -57,6 +62,52 @@ def counted_flop(work: Callable[[], Any]) -> int:
     with meter.counted():
         work()
     return meter.flops
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations inside that are neither views nor allocations: on a GPU each launches a kernel, or several.
+
+    What `backend` compiled counts as one for each call of a graph, forward or backward, whatever is inside of it.
+    """
+
+    ALLOCATIONS = ("empty", "new_empty", "_unsafe_view", "lift_fresh", "detach", "alias")  # what their names begin with
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.graphs, self._inside = Counter(), 0, False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """That graphs run inside as they do outside."""
+        return True
+
+    @property
+    def total(self) -> int:
+        """Operations and calls of graphs."""
+        return self.operations.total() + self.graphs
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        name = operation.overloadpacket.__name__
+        on_tensors = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((args, result)))
+        if on_tensors and not (self._inside or operation.is_view or name.startswith(self.ALLOCATIONS)):
+            self.operations[name] += 1
+        return result
+
+    def backend(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        """For torch.compile: runs each graph as it was traced, which needs no compiler, and counts its calls."""
+        return aot_autograd(fw_compiler=self._counted, bw_compiler=self._counted)(graph, inputs)
+
+    def _counted(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            self.graphs += 1
+            self._inside = True
+            try:
+                return graph(*args)
+            finally:
+                self._inside = False
+
+        return make_boxed_func(call)
 
 
 def peak(device: torch.device, precision: str, repeats: int = 10) -> float:

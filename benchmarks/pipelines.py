@@ -19,9 +19,10 @@ from torchvision.datasets import ImageFolder
 from benchmarks import measure, plain
 from benchmarks.steps import ROOT, images, recipe
 from mixmask import config as configs
-from mixmask import data
+from mixmask import datasets
 from mixmask.config import UserError
-from mixmask.views import train_batches
+from mixmask.datasets import loading
+from mixmask.datasets.views import train_batches
 
 WORKERS = 2  # of torchvision's pipeline
 CPU = torch.device("cpu")
@@ -91,10 +92,10 @@ def photograph(index: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height)).resize(SIZE, Image.Resampling.BICUBIC)
 
 
-def listed(root: Path, number: int) -> data.Files:
+def listed(root: Path, number: int) -> datasets.Files:
     """Up to `number` of the files, as our reader takes them."""
     paths = sorted(map(str, root.glob("*/*.[jJ][pP]*[gG]")))[:number]
-    return data.Files(paths, torch.zeros(len(paths), dtype=torch.long), ("all",), "jpeg")
+    return datasets.Files(paths, torch.zeros(len(paths), dtype=torch.long), ("all",), "jpeg")
 
 
 def jpeg(root: Path, number: int, repeats: int) -> dict[str, dict[str, Any]]:
@@ -109,7 +110,7 @@ def jpeg(root: Path, number: int, repeats: int) -> dict[str, dict[str, Any]]:
     crops = torch.arange(count // batch * batch).reshape(-1, batch)
 
     def workers_part() -> None:
-        for _ in data.loader(files, crops, 0, 0, [config.augment] * 2, workers=0):
+        for _ in loading.loader(files, crops, 0, 0, [config.augment] * 2, workers=0):
             pass
 
     def whole() -> None:

@@ -171,10 +171,14 @@ def step(options, peaks, device, dataset, framework, method, usual: bool = False
     plan = steps.Plan(5, 10, 10) if device.type == "cuda" else steps.Plan(3, 1, 1)
     if options.quick:
         plan = steps.Plan(1, plan.block, 1)
-    build = partial(steps.Ours, config=config, device=device)
     if usual:
         build = partial(steps.Plain, config=config, device=device, workers=pipelines.workers_here())
-    return steps.numbers(build, device, plan, peaks[config.precision])
+        return steps.numbers(build, device, plan, peaks[config.precision])
+    counted = {"launches": steps.launches(config, device)}
+    if not options.quick:  # tracing takes a while
+        counted["launches_compiled"] = steps.launches(config, device, compiled=True)
+    build = partial(steps.Ours, config=config, device=device)
+    return {**steps.numbers(build, device, plan, peaks[config.precision]), **counted}
 
 
 def input_cases(options: argparse.Namespace, peaks: object) -> Iterator[tuple[str, Callable[[], Numbers]]]:

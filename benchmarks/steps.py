@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,9 +18,13 @@ from torch import Tensor
 
 from benchmarks import measure, plain
 from mixmask import config as configs
+from mixmask.backbones import compile_backbones
 from mixmask.config import Pretrain
-from mixmask.data import Resident
-from mixmask.views import without_crop
+from mixmask.datasets import Resident
+from mixmask.datasets.views import without_crop
+from mixmask.paths import as_on_a_gpu
+from mixmask.training.clock import Clock
+from mixmask.training.state import TrainState
 from pretrain import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,10 +54,10 @@ def recipe(dataset: str, framework: str, method: str, device: torch.device, over
 
 
 @functools.cache
-def images(dataset: str, side: int = 0) -> Resident:
+def images(dataset: str, side: int = 0, number: int = 0) -> Resident:
     """Random pixels in place of a data set: uint8 (N, 3, S, S)."""
-    number, usual = IMAGES[dataset]
-    side = side or usual
+    usual_number, usual_side = IMAGES[dataset]
+    side, number = side or usual_side, number or usual_number
     pixels = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (number, 3, side, side), dtype=np.uint8)
     return Resident(torch.from_numpy(pixels), torch.arange(number) % 100, tuple(map(str, range(100))), "synthetic")
 
@@ -66,12 +71,13 @@ class Ours:
 
     config: Pretrain
     device: torch.device
-    clock: train.Clock = field(default_factory=train.Clock)
+    clock: Clock = field(default_factory=Clock)
+    number: int = 0  # of images; 0: as many as the data set has
 
     def __post_init__(self) -> None:
-        self.data = images(self.config.dataset).to(self.device)
-        steps = len(self.data) // self.config.batch_size * self.config.epochs
-        self.state = train.State(*train.build(self.config, self.device), steps)
+        self.data = images(self.config.dataset, number=self.number).to(self.device)
+        steps_per_epoch = len(self.data) // self.config.batch_size
+        self.state = TrainState(*train.build(self.config, self.device), self.config.epochs, steps_per_epoch)
         self.batches = self.clock.waits(self.views())
 
     def views(self) -> Iterator[list[Tensor]]:
@@ -94,7 +100,7 @@ class Plain:
     config: Pretrain
     device: torch.device
     workers: int
-    clock: train.Clock = field(default_factory=train.Clock)
+    clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
         self.model = plain.MoCo(self.config).to(self.device).train()
@@ -123,6 +129,27 @@ class Plain:
 
 
 # -------------------------------------------------------------------------------------------------------- numbers
+
+
+def launches(config: Pretrain, device: torch.device, compiled: bool = False) -> int:
+    """Operations of one iteration and its augmentation that are neither views nor allocations, as on a GPU.
+
+    With `compiled`: calls of compiled graphs, and what is outside of them. Their number follows from the recipe's
+    layers, groups, framework and method, not from width or batch: both are small here, so that any CPU counts at once.
+    """
+    groups = math.lcm(config.backbone.bn_groups, config.mix_groups)
+    backbone = dataclasses.replace(config.backbone, width=4)
+    execution = dataclasses.replace(config.run, compile=False)
+    config = dataclasses.replace(config, backbone=backbone, batch_size=4 * groups, run=execution)
+    counter = measure.Launches()
+    with as_on_a_gpu():
+        training = Ours(config, device, number=16 * groups)
+        if compiled:
+            compile_backbones(training.state.model, counter.backend)
+        training.step()  # compiles, and makes what is made once
+        with counter:
+            training.step()
+    return counter.total
 
 
 def numbers(build: Callable[[], Ours | Plain], device: torch.device, plan: Plan, peak: float) -> dict[str, Any]:

@@ -34,6 +34,8 @@ GROUPS: dict[str, tuple[str, list[Column]]] = {
             ("of peak", "share_of_peak", "{:.0%}".format),
             ("data wait", "data_wait", "{:.1%}".format),
             ("peak memory, GiB", "peak_memory_gib", "{:.2f}".format),
+            ("launches", "launches", "{:,}".format),
+            ("compiled", "launches_compiled", "{:,}".format),
             ("images/s against plain", "ratio", _ratio),
         ],
     ),

@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,15 @@ from mixmask import checkpoint
 from mixmask import config as configs
 from mixmask.config import ConfigError, Detection, UserError
 from mixmask.randomness import seed_globals
-from mixmask.runs import Run, previous_checkpoint, read_log, run_directory, what_is_left
+from mixmask.runs import Run, read_log, run_directory, what_is_left, write_atomically
 from mixmask.training import distributed
 from mixmask.training.distributed import Follower
 from mixmask.training.interrupt import Interrupt
 from mixmask.training.optim import device_name, pick_device
 from mixmask.training.progress import Progress, say
+
+if importlib.util.find_spec("detectron2"):  # `train` and `test_only` say how to install it
+    from detection import evaluation, loading, model
 
 
 def train(config: Detection, backbone: weights.Weights, directory: Path) -> dict[str, Any]:
@@ -42,39 +47,68 @@ def train(config: Detection, backbone: weights.Weights, directory: Path) -> dict
     """
     datasets.check_task(config.task, config.detectron2)
     weights.check_recipe(config.detectron2, backbone.note)
-    detectron = detectron2()
+    require_detectron2()
     world = distributed.find()
     device = world.device(pick_device(config.run.device))
-    cfg = detectron.settings(config, device)
+    cfg = model.settings(config, device)
     datasets.check_batches(cfg.SOLVER.IMS_PER_BATCH, config.group, world.size)
     check_norm(cfg.MODEL.RESNETS.NORM, device, world.size)
     with distributed.start(world, device), (Follower if world.rank else Run)(directory, config) as run:
         with distributed.main_process_first():
-            found = run.result
-        if found is not None:
-            say(f"{run.id} is finished: {summary(found)}; nothing to do")
-            return found
-        with distributed.main_process_first():
-            *found, notes = datasets.prepare(config, directory)
-        task, model = detectron.task(config, cfg, *found), detectron.build(cfg, config.seed, backbone)
-        state = State(model, *detectron.optimisation(cfg, model))
+            result = run.result
+            if result is not None:
+                datasets.check_unchanged(config, directory)
+                say(f"{run.id} is finished: {summary(result)}; nothing to do")
+                return result
+            data = datasets.prepare(config, directory)
+        task, detector = loading.task(config, cfg, data), model.build(cfg, config.seed, backbone)
+        state = State(detector, *model.optimisation(cfg, detector))
         run.describe()
         with distributed.main_process_first():
             resume(run, state)
-        distributed.assert_in_sync(model.state_dict(), state.step)
-        norm = detectron.norm_used(cfg, world.size)
-        say(header(run, task, backbone, norm, notes, state))
+        distributed.assert_in_sync(state.model.state_dict(), state.step)
+        norm = model.norm_used(cfg, world.size)
+        say(header(run, task, backbone, norm, data.notes, state))
         if state.step < cfg.SOLVER.MAX_ITER:
             learn(run, task, state)
         metrics = test(run, task, state)
         save(run, task, state)
         if world.rank == 0:
-            about = {"norm": norm, "processes": world.size, "notes": notes, "detectron2": detectron.version()}
-            run.finish(result(run, config, backbone, metrics, device) | about)
-            previous_checkpoint(run.checkpoint).unlink(missing_ok=True)  # 270 MB that nothing needs any more
+            about = {"norm": norm, "processes": world.size, "notes": data.notes, "detectron2": model.version()}
+            run.finish(result_of(run, config, backbone, metrics, device) | about)
             say(f"{run.id} is finished: {summary(run.result)}")
         distributed.barrier()
         return run.result
+
+
+def test_only(config: Detection, directory: Path) -> dict[str, Any]:
+    """Test the last checkpoint of a run again; returns what evaluation.json in its directory holds.
+
+    The weights of a finished run are tested as they are, others with BatchNorm's precise statistics.
+    Raises UserError where there is no checkpoint, and as `train` does.
+    """
+    require_detectron2()
+    world = distributed.find()
+    device = world.device(pick_device(config.run.device))
+    cfg = model.settings(config, device)
+    datasets.check_batches(cfg.SOLVER.IMS_PER_BATCH, config.group, world.size)
+    with distributed.start(world, device), (Follower if world.rank else Run)(directory, config) as run:
+        with distributed.main_process_first():
+            saved = checkpoint.load_last(run.checkpoint)
+            if saved is None:
+                raise UserError(f"{run.checkpoint}: no checkpoint to test; train first, without --eval-only")
+            data = datasets.prepare(config, directory)
+        task, detector = loading.task(config, cfg, data), model.build(cfg, config.seed)
+        checkpoint.load_weights(detector, saved["model"], run.checkpoint)
+        if run.result is None:
+            evaluation.precise_statistics(detector, task)
+        metrics = evaluation.evaluate(detector, task, directory)
+        if world.rank:
+            return {}
+        say(f"{run.id}, iteration {saved['step']}: {summary({'metrics': metrics})}")
+        found = {"run": run.id, "step": saved["step"], "metrics": metrics, "notes": data.notes}
+        write_atomically(directory / "evaluation.json", json.dumps(found, indent=1) + "\n")
+        return found
 
 
 @dataclasses.dataclass
@@ -88,13 +122,10 @@ class State:
     recent: dict[int, tuple[float, Tensor]] = dataclasses.field(default_factory=dict)  # rates, losses since the log
 
 
-def detectron2() -> Any:
-    """The module that uses Detectron2. Raises UserError where that is not installed."""
+def require_detectron2() -> None:
+    """Raises UserError where it is not installed."""
     if importlib.util.find_spec("detectron2") is None:
         raise UserError("detection needs Detectron2, which is not installed: make detectron2 (docs/detection.md)")
-    from detection import model
-
-    return model
 
 
 def check_norm(norm: str, device: torch.device, processes: int) -> None:
@@ -106,10 +137,9 @@ def check_norm(norm: str, device: torch.device, processes: int) -> None:
 def learn(run: Run, task: Any, state: State) -> None:
     """The iterations from `state.step` to the last one, with their log, checkpoints and tests on the way."""
     config, last = task.config, task.cfg.SOLVER.MAX_ITER
-    detectron = detectron2()
-    batches = detectron.training_batches(task, "train", state.step)
     progress, clock = Progress(last, "training", state.step), Clock()
-    with Interrupt() as interrupt, detectron.EventStorage(state.step):
+    training = loading.training_batches(task, "train", state.step)
+    with Interrupt() as interrupt, evaluation.EventStorage(state.step), training as batches:
         while state.step < last:
             if config.eval_every and state.step and state.step % config.eval_every == 0:
                 finite(state_norm(state), run, task, state)
@@ -159,9 +189,9 @@ def forward(model: nn.Module, batch: list[dict]) -> dict[str, Tensor]:
 
 def test(run: Run, task: Any, state: State) -> dict[str, float]:
     """AP of the weights as they are, with BatchNorm's precise statistics; into the log as well."""
-    start, detectron = time.perf_counter(), detectron2()
-    detectron.precise_statistics(state.model, task)
-    metrics = detectron.evaluate(state.model, task)
+    start = time.perf_counter()
+    evaluation.precise_statistics(state.model, task)
+    metrics = evaluation.evaluate(state.model, task, run.directory)
     run.log("test", state.step, **metrics, timing={"seconds": round(time.perf_counter() - start, 3)})
     say(f"iteration {state.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     return metrics
@@ -228,12 +258,11 @@ def autopsy(task: Any, state: State) -> dict[str, Any]:
     means = distributed.mean({str(step): loss for step, (_, loss) in state.recent.items()})
     step = next((int(step) for step, loss in means.items() if not math.isfinite(loss)), state.step - 1)
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-    files = detectron2().files
     return {
         "step": step,
         "lr": state.recent[step][0] if step in state.recent else None,
         "gradient_norm": str(float(nn.utils.get_total_norm(gradients))),  # text: JSON has no NaN
-        "files": {i: files(task, "train", i) for i in range(max(0, step - 1), step + 1)},
+        "files": {i: loading.files(task, "train", i) for i in range(max(0, step - 1), step + 1)},
     }
 
 
@@ -268,7 +297,7 @@ class Clock:
         return True
 
 
-def result(
+def result_of(
     run: Run, config: Detection, backbone: weights.Weights, metrics: dict[str, float], device: torch.device
 ) -> dict[str, Any]:
     """What result.json holds: the metrics of the last iteration, in percent, and whose weights it began with."""
@@ -281,13 +310,14 @@ def result(
         "detections": metrics["detections"],
         "iterations": configs.flatten(config.detectron2)["SOLVER.MAX_ITER"],
         "seed": config.seed,
+        "format": backbone.note["source"]["format"],
         "weights": {"sha256": backbone.note["sha256"], "tensors": len(backbone.tensors), "dropped": backbone.dropped},
         "device": device_name(device),
         "timing": {"seconds": round(seconds, 1)},
     }
 
 
-def summary(result: dict[str, Any]) -> str:
+def summary(result: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in result["metrics"].items())
 
 
@@ -305,19 +335,31 @@ def header(run: Run, task: Any, backbone: weights.Weights, norm: str, notes: lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="detection/configs/voc.yaml or coco.yaml")
-    parser.add_argument("--weights", required=True, type=Path, help="a .pkl that detection/convert.py wrote")
+    about, _, examples = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=about, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="detection/configs/voc.yaml or coco.yaml")
+    parser.add_argument("--weights", type=Path, help="a .pkl that detection/convert.py wrote")
     parser.add_argument(
         "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="replace keys of the recipe"
     )
     parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/detection/<name of the run>")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
+    parser.add_argument(
+        "--eval-only", action="store_true", help="test the run's last checkpoint again; --run-dir alone names the run"
+    )
     args = parser.parse_args()
-    config = configs.load(args.config, configs.parse_overrides(args.set), Detection)
-    backbone = weights.read(args.weights)
+    overrides = configs.parse_overrides(args.set)
+    if args.eval_only and args.run_dir and not (args.config or args.weights):
+        test_only(configs.load(args.run_dir / "config.yaml", overrides, Detection), args.run_dir)
+        return
+    if not (args.config and args.weights):
+        parser.error("--config and --weights are needed; with --eval-only, --run-dir is enough")
+    config, backbone = configs.load(args.config, overrides, Detection), weights.read(args.weights)
     config = dataclasses.replace(config, checkpoint=backbone.note["identity"])
-    train(config, backbone, args.run_dir or run_directory(args.runs_dir, "detection", config))
+    directory = args.run_dir or run_directory(args.runs_dir, "detection", config)
+    test_only(config, directory) if args.eval_only else train(config, backbone, directory)
 
 
 if __name__ == "__main__":

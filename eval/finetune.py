@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
-import time
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmask import checkpoint, data, formats, labels
+from mixmask import checkpoint, datasets, formats, labels
 from mixmask import config as configs
 from mixmask.backbones import Encoder, build_backbone
-from mixmask.config import Augment, ConfigError, Finetune, UserError
+from mixmask.config import Augment, ConfigError, Finetune
+from mixmask.datasets.views import train_batches
 from mixmask.features import accuracy, extract
 from mixmask.formats import Source
 from mixmask.randomness import seed_globals, seed_of
-from mixmask.runs import Run, read_log, run_directory, what_is_left
+from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
-from mixmask.training.interrupt import Interrupt
+from mixmask.training.loop import Loop, epoch_lines, finished, last_and_best, seconds
 from mixmask.training.optim import build_optimizer, device_name, pick_device
-from mixmask.training.progress import Progress, Stopwatch, say
-from mixmask.views import train_batches
+from mixmask.training.progress import say
+from mixmask.training.state import TrainState
 
 
 def finetune(config: Finetune, source: Source, directory: Path) -> dict[str, Any]:
@@ -50,68 +50,55 @@ def finetune(config: Finetune, source: Source, directory: Path) -> dict[str, Any
     check(config)
     device = pick_device(config.run.device)
     with Run(directory, config) as run:
-        if run.result is not None:
-            say(f"{run.id} is finished: {summary(run.result)}; nothing to do")
-            return run.result
+        if result := finished(run):
+            return result
         train_set, test_set, indices, labelled = load_data(config, device)
-        augment = dataclasses.replace(
-            config.augment, mean=config.augment.mean or source.mean, std=config.augment.std or source.std
-        )
+        mean, std = config.augment.mean or source.mean, config.augment.std or source.std
+        augment = dataclasses.replace(config.augment, mean=mean, std=std)
         model = build_model(config, source, len(train_set.classes)).to(device)
-        steps_per_epoch = len(train_set) // config.batch_size
-        state = State(model, build_groups(config, model), steps_per_epoch * config.epochs)
         run.describe()
-        resume(run, state)
+        state = TrainState(model, build_groups(config, model), config.epochs, len(train_set) // config.batch_size)
+        rates = functools.partial(learning_rates, config, state.steps_per_epoch)
+        loop = Loop(run, config, state, rates, functools.partial(batch_images, config, indices))
+        loop.resume()
         say(header(run, config, source, train_set, labelled, state.step))
+        measure = functools.partial(test, model, test_set, augment, config, device)
 
-        with Interrupt() as interrupt:
-            for epoch in range(state.step // steps_per_epoch, config.epochs):
-                done, watch, saved = state.step % steps_per_epoch, Stopwatch(), time.monotonic()
-                progress = Progress(steps_per_epoch, f"epoch {epoch + 1}/{config.epochs}", done)
-                for images, targets in batches(config, train_set, augment, epoch, done, device):
-                    rates = set_rates(state.optimizer, config, state.step, steps_per_epoch)
-                    loss = F.cross_entropy(model(images), targets)
-                    state.optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    state.optimizer.step()
-                    state.losses.append(loss.detach())
-                    state.step += 1
-                    progress.step()
-                    minutes = (time.monotonic() - saved) / 60
-                    within_epoch = state.step % steps_per_epoch > 0  # the end of an epoch is logged before it is saved
-                    if within_epoch and (interrupt.requested or minutes > config.run.checkpoint_minutes):
-                        save(run, config, state, indices)
-                        saved = time.monotonic()
-                        interrupt.stop_if_requested()
-                progress.close()
-                check_finite(run, config, state, indices)
-                values = {
-                    "loss": torch.stack(state.losses).double().mean().item(),
-                    "test_top1": test(model, test_set, augment, config, device),
-                    **rates,
-                }
-                run.log("epoch", state.step - 1, epoch=epoch + 1, **values, timing={"seconds": round(watch.lap(), 3)})
-                say(epoch_line(epoch + 1, config.epochs, values))
-                state.losses.clear()
-                last = epoch + 1 == config.epochs
-                if last or (epoch + 1) % config.run.checkpoint_every == 0 or interrupt.requested:
-                    save(run, config, state, indices)
-                if not last:
-                    interrupt.stop_if_requested()
-        run.finish(result(run, config, source, labelled, device))
-        say(f"{run.id} is finished: {summary(run.result)}")
-        return run.result
+        with loop.running():
+            for epoch in loop.epochs():
+                for images, targets in loop.batches(batches(config, train_set, augment, epoch, loop.skip, device)):
+                    loop.log(fit(state, images, targets, rates(state.step)))
+                    loop.save_if_due()
+                loop.end_epoch(measure)
+        return loop.finish(result_of(run, config, source, labelled, device))
 
 
-@dataclass
-class State:
-    """Everything that the next iteration depends on: what is random follows from the seed and the step."""
+def fit(state: TrainState, images: Tensor, targets: Tensor, rates: dict[str, float]) -> dict[str, Tensor]:
+    """One step of the whole network on images (N, 3, S, S) and classes (N,); returns its loss."""
+    set_rates(state.optimizer, rates)
+    loss = F.cross_entropy(state.model(images), targets)
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    state.optimizer.step()
+    state.step += 1
+    return {"loss": loss.detach()}
 
-    model: Encoder
-    optimizer: torch.optim.Optimizer
-    steps: int  # of the whole run
-    step: int = 0  # iterations done
-    losses: list[Tensor] = field(default_factory=list)  # of this epoch
+
+def set_rates(optimizer: torch.optim.Optimizer, rates: dict[str, float]) -> None:
+    """Give each of the optimiser's groups its rate."""
+    for group, rate in zip(optimizer.param_groups, rates.values(), strict=True):
+        group["lr"] = rate
+
+
+def learning_rates(config: Finetune, steps_per_epoch: int, step: int) -> dict[str, float]:
+    """The step's two rates, one schedule for both, in the order of the optimiser's groups: backbone, classifier."""
+    bases = {"backbone_lr": config.backbone_lr, "lr": config.optimizer.lr}
+    return {k: learning_rate(config.schedule, b, step, steps_per_epoch, config.epochs) for k, b in bases.items()}
+
+
+def batch_images(config: Finetune, labelled: Tensor, epoch: int) -> Tensor:
+    """The indices of an epoch's images in the whole training set, (steps, batch); `labelled` (N,) are in use."""
+    return labelled[datasets.batch_indices(len(labelled), config.batch_size, config.seed, epoch)]
 
 
 # ----------------------------------------------------------------------------------------------------- before
@@ -135,14 +122,16 @@ def load_data(config: Finetune, device: torch.device) -> tuple[Any, Any, Tensor,
     """
     sets = []
     for split in ("train", "test"):
-        dataset = data.load(config.dataset, config.run.data_root, split, config.run.download, config.allow_partial_data)
+        dataset = datasets.load(
+            config.dataset, config.run.data_root, split, config.run.download, config.allow_partial_data
+        )
         if dataset.note:
             say(f"note: {dataset.note}")
         sets.append(dataset)
     indices, labelled = labels.choose(sets[0], config)
     check_data(config, sets[0], len(indices))
     sets[0] = labels.part(sets[0], indices)
-    train_set, test_set = (s.to(device) if isinstance(s, data.Resident) else s for s in sets)
+    train_set, test_set = (s.to(device) if isinstance(s, datasets.Resident) else s for s in sets)
     return train_set, test_set, indices, labelled
 
 
@@ -150,7 +139,7 @@ def check_data(config: Finetune, train_set: Any, labelled: int) -> None:
     """Raises ConfigError for settings that this training set cannot bear."""
     if config.batch_size > labelled:
         raise ConfigError(f"batch_size: {config.batch_size} exceeds the {labelled} labelled training images")
-    if "crop" not in config.augment.order and isinstance(train_set, data.Resident):
+    if "crop" not in config.augment.order and isinstance(train_set, datasets.Resident):
         side = train_set.images.shape[-1]
         if side != config.augment.size:
             raise ConfigError(f"augment.size: {config.augment.size}, but no crop resizes the images of {side} pixels")
@@ -177,28 +166,12 @@ def build_groups(config: Finetune, model: Encoder) -> torch.optim.Optimizer:
     return optimizer
 
 
-def resume(run: Run, state: State) -> None:
-    """Fill `state` from the last whole checkpoint, where there is one; log lines after it are dropped."""
-    saved = checkpoint.load_last(run.checkpoint)
-    if saved is None:
-        run.rewind(-1)
-        return
-    missing = [name for name in ("model", "optimizer", "step", "losses") if name not in saved]
-    if missing:
-        raise checkpoint.CheckpointError(
-            f"{run.checkpoint} is not a checkpoint of fine-tuning: no '{missing[0]}' in it"
-        )
-    checkpoint.load_weights(state.model, saved["model"], run.checkpoint)
-    state.optimizer.load_state_dict(saved["optimizer"])
-    state.losses = list(saved["losses"].to(next(state.model.parameters()).device))
-    state.step = saved["step"]
-    run.rewind(state.step)
-
-
 # ----------------------------------------------------------------------------------------------------- during
 
 
-def batches(config: Finetune, train_set: Any, augment: Augment, epoch: int, skip: int, device: torch.device) -> Any:
+def batches(
+    config: Finetune, train_set: Any, augment: Augment, epoch: int, skip: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The epoch's batches after the first `skip`: images (N, 3, S, S), classes (N,)."""
     targets, options = train_set.labels.to(device), (config.batch_size, config.seed, epoch, 1, device)
     for (images,), indices in train_batches(train_set, augment, *options, config.run.workers, skip):
@@ -207,115 +180,34 @@ def batches(config: Finetune, train_set: Any, augment: Augment, epoch: int, skip
         yield images, targets[indices.to(device)]
 
 
-def set_rates(optimizer: torch.optim.Optimizer, config: Finetune, step: int, steps_per_epoch: int) -> dict[str, float]:
-    """Give the optimiser's two groups the iteration's `learning_rates`, and return these."""
-    found = learning_rates(config, step, steps_per_epoch)
-    for group, rate in zip(optimizer.param_groups, found.values(), strict=True):
-        group["lr"] = rate
-    return found
-
-
-def learning_rates(config: Finetune, step: int, steps_per_epoch: int) -> dict[str, float]:
-    """The iteration's two rates, one schedule for both: "lr", the classifier's, and "backbone_lr"."""
-    bases = {"backbone_lr": config.backbone_lr, "lr": config.optimizer.lr}
-    return {k: learning_rate(config.schedule, b, step, steps_per_epoch, config.epochs) for k, b in bases.items()}
-
-
-def test(model: Encoder, test_set: Any, augment: Augment, config: Finetune, device: torch.device) -> float:
+def test(model: Encoder, test_set: Any, augment: Augment, config: Finetune, device: torch.device) -> dict[str, float]:
     """Top-1 accuracy with running statistics, in percent; the model goes back to training."""
     scores = extract(model.eval(), test_set, augment, config.test_resize, device, config.run.workers)
     model.train()
-    return accuracy(scores.argmax(dim=1), test_set.labels)
-
-
-def check_finite(run: Run, config: Finetune, state: State, labelled: Tensor) -> None:
-    """Raises UserError where a loss of this epoch, a weight or a running statistic is not finite; says when it began.
-
-    What `autopsy` finds and the state are saved beside. `labelled` (N,): the labelled images' indices.
-    """
-    values = [value for value in state.model.state_dict().values() if value.is_floating_point()]
-    norm, loss = nn.utils.get_total_norm(values).item(), torch.stack(state.losses).double().mean().item()
-    numbers = {"the loss": loss, "the norm of the weights": norm}
-    what = next((f"{name} is {number}" for name, number in numbers.items() if not math.isfinite(number)), "")
-    if what:
-        report = {"run": run.id, **autopsy(config, state, labelled), "noticed": f"{what} after step {state.step - 1}"}
-        where = checkpoint.post_mortem(run, report, snapshot(run, config, state))
-        what = f"{run.id}: {what} at step {report['step']}"
-        raise UserError(f"{what}; stopped, {where}, {what_is_left(run.checkpoint)}")
-
-
-def autopsy(config: Finetune, state: State, labelled: Tensor) -> dict[str, Any]:
-    """The epoch's first step whose loss, or else whose update, is not finite; its images and those of the step before.
-
-    Images by their indices in the whole training set, of which `labelled` (N,) are in use.
-    """
-    steps_per_epoch = state.steps // config.epochs
-    first = state.step - len(state.losses)  # of this epoch
-    step = first + [math.isfinite(loss) for loss in [*state.losses[:-1], math.nan]].index(False)
-    batches = data.batch_indices(len(labelled), config.batch_size, config.seed, first // steps_per_epoch)
-    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-    return {
-        "step": step,
-        "epoch": first // steps_per_epoch + 1,
-        **learning_rates(config, step, steps_per_epoch),
-        "gradient_norm": str(float(nn.utils.get_total_norm(gradients))),  # text: JSON has no NaN
-        "indices": {i: labelled[batches[i - first]].tolist() for i in range(max(first, step - 1), step + 1)},
-    }
-
-
-def save(run: Run, config: Finetune, state: State, labelled: Tensor) -> None:
-    """Write the state and the log to disk. Raises UserError, and saves nothing, where a number is not finite."""
-    if state.losses:  # else the epoch's end has been checked
-        check_finite(run, config, state, labelled)
-    run.sync()
-    checkpoint.save(run.checkpoint, snapshot(run, config, state))
-
-
-def snapshot(run: Run, config: Finetune, state: State) -> dict[str, Any]:
-    """What a checkpoint holds."""
-    content = {"run": run.id, "config": configs.to_dict(config), "step": state.step, "steps": state.steps}
-    losses = torch.stack(state.losses) if state.losses else torch.zeros(0)
-    return {**content, "losses": losses, "model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
+    return {"test_top1": accuracy(scores.argmax(dim=1), test_set.labels)}
 
 
 # ------------------------------------------------------------------------------------------------------ after
 
 
-def result(run: Run, config: Finetune, source: Source, labelled: str, device: torch.device) -> dict[str, Any]:
+def result_of(run: Run, config: Finetune, source: Source, labelled: str, device: torch.device) -> dict[str, Any]:
     """Last and best test accuracy, what the weights came from, and which images were labelled."""
-    run.sync()
-    epochs = [line for line in read_log(run.directory) if line["kind"] == "epoch"]
-    name = metric_name(config)
+    lines = epoch_lines(run)
     return {
-        "run": run.id,
         "checkpoint": config.checkpoint,
         "format": source.format,
         "init": config.init,
         "labels": labelled,
-        "metrics": {
-            f"{name}_last": epochs[-1]["test_top1"],
-            f"{name}_best": max(line["test_top1"] for line in epochs),
-        },
+        "metrics": last_and_best(lines, "test_top1", metric_name(config)),
         "epochs": config.epochs,
         "device": device_name(device),
-        "timing": {"seconds": round(sum(line["timing"]["seconds"] for line in epochs), 1)},
+        "timing": seconds(lines),
     }
 
 
 def metric_name(config: Finetune) -> str:
     """finetune, or scratch where the backbone began at random: no table takes one for the other."""
     return "finetune" if config.init == "checkpoint" else "scratch"
-
-
-def epoch_line(epoch: int, epochs: int, values: dict[str, float]) -> str:
-    return (
-        f"epoch {epoch}/{epochs}  loss {values['loss']:.4f}  top-1 {values['test_top1']:.2f} %  "
-        f"lr {values['lr']:g}, backbone {values['backbone_lr']:g}"
-    )
-
-
-def summary(result: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.2f} %" for name, value in result["metrics"].items())
 
 
 def header(run: Run, config: Finetune, source: Source, train_set: Any, labelled: str, step: int) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixmask import checkpoint, data, knn
+from mixmask import checkpoint, datasets, knn
 from mixmask import config as configs
 from mixmask.config import ConfigError, KNNEval, Pretrain
 from mixmask.runs import Run, run_directory
@@ -30,7 +30,7 @@ def evaluate(config: KNNEval, path: Path, directory: Path) -> dict[str, Any]:
         if run.result is None:
             encoder, recipe, _ = checkpoint.load_encoder(path, device)
             options = (config.run.download, config.allow_partial_data)
-            train, test = (data.load(config.dataset, config.run.data_root, s, *options) for s in ("train", "test"))
+            train, test = (datasets.load(config.dataset, config.run.data_root, s, *options) for s in ("train", "test"))
             values = knn.evaluate(encoder, train, test, recipe.augment, config.knn, device, config.run.workers)
             run.describe()
             run.finish({"run": run.id, "metrics": {f"{name}_last": value for name, value in values.items()}})

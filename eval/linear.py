@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmask import checkpoint, data
+from mixmask import checkpoint, datasets
 from mixmask import config as configs
 from mixmask.config import Augment, ConfigError, Linear, UserError
+from mixmask.datasets.views import train_batches
 from mixmask.features import accuracy, extract
 from mixmask.randomness import seed_of
-from mixmask.runs import Run, read_log, run_directory, what_is_left
+from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
-from mixmask.training.interrupt import Interrupt
+from mixmask.training.loop import Loop, epoch_lines, finished, last_and_best, seconds
 from mixmask.training.optim import build_optimizer, device_name, pick_device, set_learning_rate
-from mixmask.training.progress import Progress, Stopwatch, say
-from mixmask.views import train_batches
+from mixmask.training.progress import say
+from mixmask.training.state import TrainState
 
 
 def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
@@ -44,12 +45,10 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
     """
     device = pick_device(config.run.device)
     with Run(directory, config) as run:
-        if run.result is not None:
-            say(f"{run.id} is finished: {summary(run.result)}; nothing to do")
-            return run.result
+        if result := finished(run):
+            return result
         train_set, test_set = (load(config, split, device) for split in ("train", "test"))
-        steps_per_epoch = len(train_set) // config.batch_size
-        if steps_per_epoch == 0:
+        if config.batch_size > len(train_set):
             raise ConfigError(f"batch_size: {config.batch_size} exceeds the {len(train_set)} training images")
         encoder, recipe, _ = checkpoint.load_encoder(path, device)
         backbone, before = encoder.backbone, fingerprint(encoder)
@@ -57,51 +56,52 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
         classifier = build_classifier(backbone.features, len(train_set.classes), config.seed, config.init).to(device)
         optimizer = build_optimizer(config.optimizer, classifier.parameters())
         run.describe()
-        first = resume(run, classifier, optimizer)
-        say(header(run, config, recipe, train_set, first))
+        state = TrainState(classifier, optimizer, config.epochs, len(train_set) // config.batch_size)
+        rates = functools.partial(learning_rates, config, state.steps_per_epoch)
+        loop = Loop(run, config, state, rates, functools.partial(batch_images, config, train_set))
+        loop.resume()
+        say(header(run, config, recipe, train_set, state.step / state.steps_per_epoch))
         test_features = extract(backbone, test_set, augment, config.test_resize, device, config.run.workers)
         batches_of = training_features(backbone, train_set, augment, config, device)
+        measure = functools.partial(test, classifier, test_features, test_set.labels)
 
-        with Interrupt() as interrupt:
-            for epoch in range(first, config.epochs):
-                watch, losses = Stopwatch(), []
-                progress = Progress(steps_per_epoch, f"epoch {epoch + 1}/{config.epochs}")
-                for step, (features, labels) in enumerate(batches_of(epoch), epoch * steps_per_epoch):
-                    rate = learning_rate(config.schedule, config.optimizer.lr, step, steps_per_epoch, config.epochs)
-                    set_learning_rate(optimizer, rate)
-                    loss = F.cross_entropy(classifier(features), labels)
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    optimizer.step()
-                    losses.append(loss.detach())
-                    progress.step()
-                    interrupt.stop_if_requested()  # this epoch is made again; the ones before are saved
-                progress.close()
-                mean_loss = torch.stack(losses).double().mean().item()
-                if what := not_finite(mean_loss, classifier):
-                    where = autopsy(run, config, classifier, optimizer, losses, epoch, len(train_set))
-                    what = f"{run.id}: {what} in epoch {epoch + 1}"
-                    raise UserError(f"{what}; stopped, {where}, {what_is_left(run.checkpoint)}")
-                values = {"loss": mean_loss, "test_top1": test(classifier, test_features, test_set.labels), "lr": rate}
-                run.log("epoch", epoch, epoch=epoch + 1, **values, timing={"seconds": round(watch.lap(), 3)})
-                say(epoch_line(epoch + 1, config.epochs, values))
-                last = epoch + 1 == config.epochs
-                if last or (epoch + 1) % config.run.checkpoint_every == 0 or interrupt.requested:
-                    save(run, config, classifier, optimizer, epoch + 1)
-                if not last:
-                    interrupt.stop_if_requested()
+        with loop.running():
+            for epoch in loop.epochs():
+                for features, labels in loop.batches(batches_of(epoch, loop.skip)):
+                    loop.log(fit(state, features, labels, rates(state.step)["lr"]))
+                    loop.save_if_due()
+                loop.end_epoch(measure)
         if fingerprint(encoder) != before:
             raise UserError(f"{run.id}: the frozen encoder changed during the probe; the result is not valid")
-        run.finish(result(run, config, device))
-        say(f"{run.id} is finished: {summary(run.result)}")
-        return run.result
+        return loop.finish(result_of(run, config, device))
 
 
-def load(config: Linear, split: str, device: torch.device) -> data.Resident | data.Files:
+def fit(state: TrainState, features: Tensor, labels: Tensor, rate: float) -> dict[str, Tensor]:
+    """One step of the classifier on features (N, D) and labels (N,); returns its loss."""
+    set_learning_rate(state.optimizer, rate)
+    loss = F.cross_entropy(state.model(features), labels)
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    state.optimizer.step()
+    state.step += 1
+    return {"loss": loss.detach()}
+
+
+def learning_rates(config: Linear, steps_per_epoch: int, step: int) -> dict[str, float]:
+    """The rate of a step."""
+    return {"lr": learning_rate(config.schedule, config.optimizer.lr, step, steps_per_epoch, config.epochs)}
+
+
+def batch_images(config: Linear, train_set: datasets.Resident | datasets.Files, epoch: int) -> Tensor:
+    """The indices of an epoch's images, (steps, batch)."""
+    return datasets.batch_indices(len(train_set), config.batch_size, config.seed, epoch)
+
+
+def load(config: Linear, split: str, device: torch.device) -> datasets.Resident | datasets.Files:
     """The verified data set; held on the device where it fits in memory."""
     options = (config.run.download, config.allow_partial_data)
-    dataset = data.load(config.dataset, config.run.data_root, split, *options)
-    return dataset.to(device) if isinstance(dataset, data.Resident) else dataset
+    dataset = datasets.load(config.dataset, config.run.data_root, split, *options)
+    return dataset.to(device) if isinstance(dataset, datasets.Resident) else dataset
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -128,19 +128,24 @@ def build_classifier(features: int, classes: int, seed: int, init: str = "normal
 
 
 def training_features(
-    backbone: nn.Module, train_set: data.Resident | data.Files, augment: Augment, config: Linear, device: torch.device
-) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
-    """A function of the epoch: its shuffled batches of features (N, D), without gradient, and labels (N,)."""
-    labels, options = train_set.labels.to(device), (config.batch_size, config.seed)
+    backbone: nn.Module,
+    train_set: datasets.Resident | datasets.Files,
+    augment: Augment,
+    config: Linear,
+    device: torch.device,
+) -> Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]:
+    """A function of epoch and steps to skip: the shuffled batches of features (N, D), without gradient, labels (N,)."""
+    labels, workers = train_set.labels.to(device), config.run.workers
 
-    def augmented(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for (images,), indices in train_batches(train_set, augment, *options, epoch, 1, device, config.run.workers):
+    def augmented(epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
+        sizes = (config.batch_size, config.seed, epoch)
+        for (images,), indices in train_batches(train_set, augment, *sizes, 1, device, workers, skip):
             with torch.no_grad():
                 features = backbone(images)  # evaluation mode: running statistics
             yield features, labels[indices.to(device)]
 
-    def cached(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for indices in data.batch_indices(len(bank), *options, epoch).to(device):
+    def cached(epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for indices in batch_images(config, train_set, epoch)[skip:].to(device):
             yield bank[indices], labels[indices]
 
     if config.features == "augmented":
@@ -150,81 +155,20 @@ def training_features(
 
 
 @torch.no_grad()
-def test(classifier: nn.Module, features: Tensor, labels: Tensor) -> float:
+def test(classifier: nn.Module, features: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 accuracy on the test images' features (N, D), in percent."""
-    return accuracy(classifier(features).argmax(dim=1), labels)
+    return {"test_top1": accuracy(classifier(features).argmax(dim=1), labels)}
 
 
-def resume(run: Run, classifier: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Epochs done; loads the last whole checkpoint where there is one."""
-    state = checkpoint.load_last(run.checkpoint)
-    if state is None:
-        run.rewind(-1)
-        return 0
-    checkpoint.load_weights(classifier, state["model"], run.checkpoint)
-    optimizer.load_state_dict(state["optimizer"])
-    run.rewind(state["epoch"])
-    return state["epoch"]
-
-
-def save(run: Run, config: Linear, classifier: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
-    run.sync()
-    checkpoint.save(run.checkpoint, snapshot(run, config, classifier, optimizer, epoch))
-
-
-def snapshot(
-    run: Run, config: Linear, classifier: nn.Module, optimizer: torch.optim.Optimizer, epoch: int
-) -> dict[str, Any]:
-    """What a checkpoint holds."""
-    state = {"run": run.id, "config": configs.to_dict(config), "epoch": epoch}
-    return {**state, "model": classifier.state_dict(), "optimizer": optimizer.state_dict()}
-
-
-def not_finite(mean_loss: float, classifier: nn.Module) -> str:
-    """What is not finite after an epoch, in words; "" where all is."""
-    norm = nn.utils.get_total_norm([parameter.detach() for parameter in classifier.parameters()]).item()
-    numbers = {"the loss": mean_loss, "the norm of the weights": norm}
-    return next((f"{name} is {number}" for name, number in numbers.items() if not math.isfinite(number)), "")
-
-
-def autopsy(
-    run: Run,
-    config: Linear,
-    classifier: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    losses: list[Tensor],
-    epoch: int,
-    images: int,
-) -> str:
-    """Save the first step of the epoch whose loss is not finite, its images' indices, and the state; says where."""
-    position = [math.isfinite(loss) for loss in [*losses[:-1], math.nan]].index(False)  # the last one: by its update
-    batches = data.batch_indices(images, config.batch_size, config.seed, epoch)
-    step = epoch * len(batches) + position
-    report = {
-        "run": run.id,
-        "step": step,
-        "epoch": epoch + 1,
-        "lr": learning_rate(config.schedule, config.optimizer.lr, step, len(batches), config.epochs),
-        "indices": {epoch * len(batches) + i: batches[i].tolist() for i in range(max(0, position - 1), position + 1)},
-    }
-    return checkpoint.post_mortem(run, report, snapshot(run, config, classifier, optimizer, epoch))
-
-
-def result(run: Run, config: Linear, device: torch.device) -> dict[str, Any]:
+def result_of(run: Run, config: Linear, device: torch.device) -> dict[str, Any]:
     """Last and best test accuracy, under the protocol's name."""
-    run.sync()
-    epochs = [line for line in read_log(run.directory) if line["kind"] == "epoch"]
-    name = metric_name(config)
+    lines = epoch_lines(run)
     return {
-        "run": run.id,
         "checkpoint": config.checkpoint,
-        "metrics": {
-            f"{name}_last": epochs[-1]["test_top1"],
-            f"{name}_best": max(line["test_top1"] for line in epochs),
-        },
+        "metrics": last_and_best(lines, "test_top1", metric_name(config)),
         "epochs": config.epochs,
         "device": device_name(device),
-        "timing": {"seconds": round(sum(line["timing"]["seconds"] for line in epochs), 1)},
+        "timing": seconds(lines),
     }
 
 
@@ -233,18 +177,10 @@ def metric_name(config: Linear) -> str:
     return f"linear_{'cached_' if config.features == 'cached' else ''}{config.optimizer.name}"
 
 
-def epoch_line(epoch: int, epochs: int, values: dict[str, float]) -> str:
-    return f"epoch {epoch}/{epochs}  loss {values['loss']:.4f}  top-1 {values['test_top1']:.2f} %  lr {values['lr']:g}"
-
-
-def summary(result: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.2f} %" for name, value in result["metrics"].items())
-
-
-def header(run: Run, config: Linear, recipe: Any, train_set: Any, first: int) -> str:
+def header(run: Run, config: Linear, recipe: Any, train_set: Any, done: float) -> str:
     notes = cautions(config.schedule, len(train_set) // config.batch_size, config.epochs)
     return (
-        f"{run.id}" + (f" (resumed after epoch {first})" if first else "") + "\n"
+        f"{run.id}" + (f" (resumed at epoch {done:.2f})" if done else "") + "\n"
         f"  encoder of {config.checkpoint} ({recipe.framework}, {recipe.method})\n"
         f"  {config.dataset}: {len(train_set)} images, {len(train_set.classes)} classes; "
         f"total batch {config.batch_size}, {config.epochs} epochs; "

@@ -1,9 +1,8 @@
 """Two-view augmentation in batches, on the device of the images, with parameters drawn per sample.
 
 `sample` draws what torchvision's transforms would draw, `apply` computes what Pillow would compute: the same
-weights, the same truncation to whole numbers after each operation. `reference` is the torchvision/Pillow path
-with the same parameters. Images are (N, 3, H, W) with values 0..255, float32 holding whole numbers from the first
-operation to the last; a column is a per-sample number of shape (N, 1, 1, 1).
+weights, the same truncation to whole numbers after each operation. Images are (N, 3, H, W) with values 0..255, float32
+holding whole numbers from the first operation to the last; a column is a per-sample number of shape (N, 1, 1, 1).
 Sources: torchvision.transforms (v1) and Pillow, which all public recipes of the paper's baselines use.
 """
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mixmask.config import Augment, ConfigError
+from mixmask.paths import few_operations
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, NONE = range(5)
 CROP_TRIES = 10
@@ -78,22 +78,29 @@ def sample(
 def sample_crop(augment: Augment, height: int, width: int, draws: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Boxes (top, left, height, width), each (N,), from uniform draws (N, tries, 4): the first try that fits the image.
 
-    torchvision's RandomResizedCrop: area and log aspect ratio are uniform, sides are rounded; if no try fits,
-    the largest central crop with an admissible aspect ratio.
+    torchvision's RandomResizedCrop; if no try fits, the largest central crop with an admissible aspect ratio.
     """
-    scale, ratio = augment.crop_scale, augment.crop_ratio
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
-    aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * draws[..., 1])
-    box_height, box_width = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
+    box_height, box_width = (s.round() for s in crop_sides(augment, height, width, draws[..., 0], draws[..., 1]))
     top = (draws[..., 2] * (height - box_height + 1)).floor()
     left = (draws[..., 3] * (width - box_width + 1)).floor()
     fits = (0 < box_height) & (box_height <= height) & (0 < box_width) & (box_width <= width)
 
     boxes = torch.stack([top, left, box_height, box_width], dim=-1)  # (N, tries, 4)
     first = fits.int().argmax(dim=1)[:, None, None].expand(-1, 1, 4)
-    fallback = [torch.full_like(top[:, 0], value) for value in central_crop(ratio, height, width)]
+    fallback = [torch.full_like(top[:, 0], value) for value in central_crop(augment.crop_ratio, height, width)]
     boxes = torch.where(fits.any(dim=1)[:, None], boxes.gather(1, first)[:, 0], torch.stack(fallback, dim=-1))
     return boxes.long().unbind(dim=1)
+
+
+def crop_sides(augment: Augment, height: int, width: int, area: Tensor, aspect: Tensor, maths=torch):
+    """RandomResizedCrop's (height, width), not yet rounded, from two uniform draws: area, log aspect ratio.
+
+    The draws are tensors of one shape, or floats with `maths` = math.
+    """
+    scale, (low, high) = augment.crop_scale, map(math.log, augment.crop_ratio)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+    aspect = maths.exp(low + (high - low) * aspect)
+    return maths.sqrt(area / aspect), maths.sqrt(area * aspect)
 
 
 def central_crop(ratio: tuple[float, float], height: int, width: int) -> tuple[int, int, int, int]:
@@ -130,7 +137,7 @@ def augment_view(
 @torch.no_grad()
 def apply(augment: Augment, images: Tensor, parameters: Parameters) -> Tensor:
     """The view that `parameters` describe: uint8 (N, 3, H, W) -> normalised float32 (N, 3, size, size)."""
-    if compiled_or_on_gpu(images):
+    if few_operations(images):
         return normalise(apply_operations(augment, images.float(), parameters), augment.mean, augment.std)
     shape = (augment.size, augment.size) if "crop" in augment.order else images.shape[2:]
     views = torch.empty(len(images), 3, *shape)
@@ -335,7 +342,7 @@ def colour_jitter(images: Tensor, order: Tensor, factors: Tensor, chosen: Tensor
 
     Slot by slot: on a CPU each image has its own operation, elsewhere every image has all and keeps one.
     """
-    for_all = jitter_by_selection if compiled_or_on_gpu(images) else jitter_by_group
+    for_all = jitter_by_selection if few_operations(images) else jitter_by_group
     return for_all(images, order, factors, chosen, with_hue)
 
 
@@ -515,17 +522,9 @@ def _copied(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)
 
 
-def compiled_or_on_gpu(images: Tensor) -> bool:
-    """Whether an operation is computed of all images, to choose among the results.
-
-    To know which need it would wait for a GPU, and break a compiled graph; an eager CPU computes what is needed.
-    """
-    return images.device.type != "cpu" or torch.compiler.is_compiling()
-
-
 def where_chosen(operation, images: Tensor, chosen: Tensor, *parameters: Tensor) -> Tensor:
     """operation(images, *parameters) where chosen (N,); every parameter has N rows."""
-    if compiled_or_on_gpu(images):
+    if few_operations(images):
         return torch.where(column(chosen), operation(images, *parameters), images)
     index = chosen.nonzero()[:, 0]
     changed = operation(*(values.index_select(0, index) for values in (images, *parameters)))
@@ -540,34 +539,3 @@ def column(values: Tensor) -> Tensor:
 def to_bytes(images: Tensor) -> Tensor:
     """Rounded to whole numbers 0..255, halves up, in place; any shape."""
     return images.add_(0.5).floor_().clamp_(0, 255)
-
-
-# -------------------------------------------------------------------------------------------------- the reference
-
-
-def reference(augment: Augment, image, parameters: Parameters) -> Tensor:
-    """`apply` by torchvision and Pillow, of one Pillow image (H, W) and `parameters[i]`: float32 (3, size, size)."""
-    from PIL import ImageFilter
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as F
-
-    p = Parameters(**{field.name: getattr(parameters, field.name).tolist() for field in fields(parameters)})
-    adjust = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue]
-
-    def jitter(image):
-        for operation in p.order:
-            if augment.jitter[operation] > 0:
-                image = adjust[operation](image, p.factors[operation])
-        return image
-
-    box, mode = (p.top, p.left, p.height, p.width), InterpolationMode(augment.interpolation)
-    operations = {
-        "crop": lambda x: F.resized_crop(x, *box, [augment.size] * 2, mode),
-        "flip": lambda x: F.hflip(x) if p.flip else x,
-        "jitter": lambda x: jitter(x) if p.jitter else x,
-        "grayscale": lambda x: F.to_grayscale(x, 3) if p.grayscale else x,
-        "blur": lambda x: x.filter(ImageFilter.GaussianBlur(p.sigma)) if p.blur else x,
-    }
-    for name in augment.order:
-        image = operations[name](image)
-    return F.normalize(F.to_tensor(image), augment.mean, augment.std)

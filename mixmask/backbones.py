@@ -7,7 +7,7 @@ state dict is torchvision's, without `fc`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 from mixmask.config import Backbone
+from mixmask.paths import few_operations
 
 ARCHITECTURES: dict[str, tuple[type[nn.Module], tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
@@ -27,13 +28,15 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     Running statistics move to the mean over the groups (as Un-Mix's and MoCo's CIFAR code have it). A batch may hold
     several `views`, each with its own groups, one behind the other (function `views`). In evaluation it is plain
-    BatchNorm. Raises ValueError for a training batch that the groups do not divide.
+    BatchNorm. Raises ValueError for a training batch that the groups do not divide, or that leaves a group one value
+    of each channel.
     """
 
     def __init__(self, channels: int, groups: int = 1):
         super().__init__(channels)
         self.groups = groups
         self.views = 1
+        self.moves: list[Move] | None = None  # a list takes the moves of the running statistics, which then wait
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W), normalised in each group; same shape. Moves the running statistics while training."""
@@ -42,22 +45,52 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         parts = self.groups * self.views
         if len(x) % parts:
             raise ValueError(f"a batch of {len(x)} images cannot be split into {parts} BatchNorm groups")
-        normalise = split_batch_norm if torch.compiler.is_compiling() else SplitBatchNorm.apply
+        if x.numel() == parts * x.shape[1]:
+            found = f"{tuple(x.shape)} in {parts} BatchNorm group(s)"
+            raise ValueError(f"expected more than 1 value per channel when training, found {found}")
+        if torch.compiler.is_compiling():
+            normalise = split_batch_norm
+        else:
+            normalise = GroupsAsChannels.apply if few_operations(x) else SplitBatchNorm.apply
         y, mean, var = normalise(x, self.weight, self.bias, parts, self.eps)
-        self._move(mean, var)
+        if self.moves is None or torch.compiler.is_compiling():
+            move_running_statistics([(self, mean, var)])
+        else:
+            self.moves.append((self, mean, var))
         return y
 
-    @torch.no_grad()
-    def _move(self, mean: Tensor, var: Tensor) -> None:
-        """Statistics (groups * views, C) into the running ones, view by view, as separate passes would.
+    def rates(self) -> tuple[float, ...]:
+        """How far the running statistics move to those of each view.
 
         A momentum of None, which `torch.optim.swa_utils.update_bn` sets, makes them the mean over all passes.
         """
-        for number, statistics in enumerate(zip(mean.chunk(self.views), var.chunk(self.views), strict=True), 1):
-            rate = 1 / (int(self.num_batches_tracked) + number) if self.momentum is None else self.momentum
-            for running, of_view in zip((self.running_mean, self.running_var), statistics, strict=True):
-                running.lerp_(of_view.mean(0).to(running), rate)
-        self.num_batches_tracked.add_(self.views)
+        if self.momentum is not None:
+            return (self.momentum,) * self.views
+        return tuple(1 / (int(self.num_batches_tracked) + view) for view in range(1, self.views + 1))
+
+
+Move = tuple[SplitBatchNorm2d, Tensor, Tensor]  # mean and unbiased variance of each group of each view, (parts, C)
+
+
+@torch.no_grad()
+def move_running_statistics(moves: Iterable[Move]) -> None:
+    """Move the running statistics view by view, as separate passes would, of all layers in a few operations."""
+    alike: dict[tuple, list[Move]] = {}
+    for norm, *statistics in moves:
+        alike.setdefault((norm.groups, norm.rates()), []).append((norm, *statistics))
+    for (groups, rates), together in alike.items():
+        running = [s for norm, _, _ in together for s in (norm.running_mean, norm.running_var)]
+        batch = torch.cat([s for _, mean, var in together for s in (mean, var)], dim=1).to(running[0].dtype)
+        of_views = batch.unflatten(0, (len(rates), groups)).mean(dim=1)  # (views, channels)
+        for of_view, rate in zip(of_views, rates, strict=True):
+            torch._foreach_lerp_(running, of_view.split([len(s) for s in running]), rate)
+        torch._foreach_add_([norm.num_batches_tracked for norm, _, _ in together], len(rates))
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """Of (N, C, H, W): channels last, or (whatever its strides) contiguous."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 class SplitBatchNorm(torch.autograd.Function):
@@ -69,11 +102,9 @@ class SplitBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised x, and the mean and the unbiased variance of each part, (parts, C)."""
-        if not x.is_contiguous(memory_format=torch.channels_last):
-            x = x.contiguous()
+        x = x.contiguous(memory_format=_layout(x))
         y = torch.empty_like(x)
-        wide = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
-        mean, var, saved_mean, saved_scale = x.new_zeros((4, parts, x.shape[1]), dtype=wide)
+        mean, var, saved_mean, saved_scale = x.new_zeros((4, parts, x.shape[1]), dtype=_wide(x))
         pieces = zip(x.chunk(parts), y.chunk(parts), mean, var, saved_mean, saved_scale, strict=True)
         for part, out, *statistics, m, s in pieces:  # momentum 1: the running statistics become the part's own
             torch.ops.aten.native_batch_norm.out(
@@ -82,14 +113,14 @@ class SplitBatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, saved_mean, saved_scale)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
         return y, mean, var
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias."""
         x, weight, mean, scale = ctx.saved_tensors
-        last = x.is_contiguous(memory_format=torch.channels_last)
-        gradient = gradient.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        gradient = gradient.contiguous(memory_format=_layout(x))
         pieces = zip(gradient.chunk(len(mean)), x.chunk(len(mean)), mean, scale, strict=True)
         wanted = list(ctx.needs_input_grad[:3])
         grads = [
@@ -102,10 +133,72 @@ class SplitBatchNorm(torch.autograd.Function):
         return together, *total, None, None
 
 
+class GroupsAsChannels(torch.autograd.Function):
+    """What SplitBatchNorm computes in a single call of PyTorch's kernel: to a GPU each part's channels are channels.
+
+    The images move for it and back again, in whole rows of channels (channels last) or of pixels.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised x, and the mean and the unbiased variance of each part, (parts, C)."""
+        x = groups_to_channels(x.contiguous(memory_format=_layout(x)), parts)
+        mean, var = x.new_zeros((2, x.shape[1]), dtype=_wide(x))
+        weight, bias = torch.cat([weight] * parts + [bias] * parts).chunk(2)
+        y, *saved = torch.native_batch_norm(x, weight, bias, mean, var, True, 1.0, eps)
+        ctx.save_for_backward(x, weight, *saved)
+        ctx.eps, ctx.parts = eps, parts
+        mean, var = mean.view(parts, -1), var.view(parts, -1)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return channels_to_groups(y, parts), mean, var
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight and bias."""
+        x, weight, mean, scale = ctx.saved_tensors
+        gradient = groups_to_channels(gradient.contiguous(memory_format=_layout(x)), ctx.parts)
+        wanted = list(ctx.needs_input_grad[:3])
+        of_x, *of_affine = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, None, None, mean, scale, True, ctx.eps, wanted
+        )
+        total = [of.view(ctx.parts, -1).sum(0) if of is not None else None for of in of_affine]
+        return channels_to_groups(of_x, ctx.parts) if wanted[0] else None, *total, None, None
+
+
+def groups_to_channels(x: Tensor, parts: int) -> Tensor:
+    """(parts * n, C, H, W) -> (n, parts * C, H, W), in the same layout."""
+    if parts == 1:
+        return x
+    images, channels, *sides = x.shape
+    moved = _empty_like(x, images // parts, parts * channels, *sides)
+    moved.unflatten(1, (parts, -1)).copy_(x.unflatten(0, (parts, -1)).transpose(0, 1))
+    return moved
+
+
+def channels_to_groups(x: Tensor, parts: int) -> Tensor:
+    """(n, parts * C, H, W) -> (parts * n, C, H, W), in the same layout."""
+    if parts == 1:
+        return x
+    images, channels, *sides = x.shape
+    moved = _empty_like(x, parts * images, channels // parts, *sides)
+    moved.unflatten(0, (parts, -1)).copy_(x.unflatten(1, (parts, -1)).transpose(0, 1))
+    return moved
+
+
+def _empty_like(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """That of statistics: float32, or float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def split_batch_norm(x: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """What SplitBatchNorm computes, as a formula that a compiler fuses with what stands around it."""
     grouped = x.unflatten(0, (parts, -1))  # (parts, N / parts, C, H, W)
-    wide = grouped.float() if x.dtype in (torch.bfloat16, torch.float16) else grouped
+    wide = grouped.to(_wide(x))
     var, mean = torch.var_mean(wide, dim=(1, 3, 4), correction=0)  # (parts, C)
     scale = weight * torch.rsqrt(var + eps)
     shift = bias - mean * scale
@@ -152,12 +245,15 @@ def views(network: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
         return [network(images) for images in batches]
     outputs: list[Tensor] = []
     for _, run in itertools.groupby(batches, key=lambda images: images.shape):
-        together = list(run)
+        together, moves = list(run), []
         for norm in norms:
-            norm.views = len(together)
-        outputs += network(torch.cat(together) if len(together) > 1 else together[0]).chunk(len(together))
-    for norm in norms:
-        norm.views = 1
+            norm.views, norm.moves = len(together), moves
+        try:
+            outputs += network(torch.cat(together) if len(together) > 1 else together[0]).chunk(len(together))
+            move_running_statistics(moves)
+        finally:
+            for norm in norms:
+                norm.views, norm.moves = 1, None
     return outputs
 
 
@@ -186,11 +282,11 @@ def build_backbone(backbone: Backbone) -> ResNet:
     return ResNet(backbone.arch, backbone.stem, backbone.width, backbone.bn_groups)
 
 
-def compile_backbones(network: nn.Module) -> None:
+def compile_backbones(network: nn.Module, backend: str | Callable = "inductor") -> None:
     """torch.compile of every ResNet inside, in place: BatchNorm, ReLU and sums become one kernel each."""
     for module in network.modules():
         if isinstance(module, ResNet):
-            module.compile()
+            module.compile(backend=backend)
 
 
 class Encoder(nn.Module):

@@ -1,22 +1,21 @@
 """Checkpoints: the last two kept, written atomically, tensors and plain types only, read without executing anything.
 
-A checkpoint is what torch.save writes, a zip archive, whose comment is the SHA-256 of all bytes before it: the CRCs of
-the archive's members do not cover its directory, where a flipped bit can exchange one tensor for another.
+Beside checkpoint.pt and checkpoint.previous.pt lies checkpoint.sha256, the SHA-256 of both: the CRCs inside the zip
+archive that torch.save writes do not cover its directory, where a flipped bit can exchange one tensor for another.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import pickle
 import random
+import re
 import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +25,10 @@ from mixmask import config as configs
 from mixmask.backbones import Encoder
 from mixmask.config import ConfigError, Pretrain, UserError
 from mixmask.frameworks import build_framework
-from mixmask.runs import Run, discard, previous_checkpoint, what_is_left, write_atomically
+from mixmask.runs import discard, file_sha256, previous_checkpoint, what_is_left, write_atomically
 from mixmask.training.progress import say
 
 FORMAT = 1
-MARK = b"sha256:"  # the comment's beginning; the digest follows, and ends the file
-DIGITS = 2 * hashlib.sha256().digest_size
-ZIP_END = b"PK\5\6\0\0"  # how an archive's last 22 bytes begin and end, where it has no comment
 NO_CHECKPOINT = "is cut off or damaged, or no checkpoint at all; nothing in it was run"
 
 
@@ -43,19 +39,20 @@ class CheckpointError(UserError):
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Make `state` the last checkpoint and keep the one before: at any instant one of the two is there and whole.
 
-    Written beside, flushed to disk, renamed. Raises CheckpointError where that fails.
+    Written beside, flushed to disk, its digest noted, renamed. Raises CheckpointError where that fails.
     """
     temporary = path.with_name(f".{path.name}.new")  # one name: what a crash left behind is overwritten
     try:
-        with open(temporary, "w+b") as file:
+        with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
-            _sign(file)
             file.flush()
             os.fsync(file.fileno())
+        digests = [file_sha256(temporary), *_digests(path)][:3]  # of the new one, and of the two that are there
+        write_atomically(digest_file(path), "".join(f"{digest}\n" for digest in digests))
         if path.exists() and damage(path) is None:  # a damaged one must not replace a whole one
             os.replace(path, previous_checkpoint(path))
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer, after a write that failed
+    except (OSError, RuntimeError, UserError) as error:  # RuntimeError: torch's writer, after a write that failed
         discard(temporary)
         causes = [getattr(e, "strerror", None) for e in (error, error.__context__)]
         reason = next(filter(None, causes), f"is the disk full? {_one_line(error)}")
@@ -68,52 +65,32 @@ def _left(path: Path) -> str:
     return left.replace("last checkpoint", "checkpoint before")
 
 
-def _sign(file: BinaryIO) -> None:
-    """End the zip archive with a comment: the SHA-256 of every byte before it."""
-    file.seek(-2, os.SEEK_END)  # the length of the comment, 0 so far
-    file.write(struct.pack("<H", len(MARK) + DIGITS) + MARK)
-    digest = _sha256(file, file.tell())
-    file.write(digest.encode())
+def digest_file(path: Path) -> Path:
+    """Where the digests of the checkpoint at `path` and of the one before are, a line each."""
+    return path.with_name(path.name.replace(".previous", "")).with_suffix(".sha256")
+
+
+def _digests(path: Path) -> list[str]:
+    try:
+        words = digest_file(path).read_text(encoding="ascii").split()
+        return words if all(re.fullmatch("[0-9a-f]{64}", word) for word in words) else []  # a list of sha256sum's
+    except (FileNotFoundError, UnicodeDecodeError):
+        return []
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with the bytes of the file; None if nothing is. Without a SHA-256 the members' CRCs are checked."""
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - len(MARK) - DIGITS))
-        tail = file.read()
-        if tail.startswith(MARK):
-            whole = _sha256(file, size - DIGITS).encode() == tail[len(MARK) :]
-            return None if whole else "is damaged: its checksum (SHA-256) is wrong"
-    if tail[-22:-18] + tail[-2:] != ZIP_END:
-        return NO_CHECKPOINT
+    """What is wrong with the bytes of the file; None if nothing is. Without a digest the archive's CRCs are checked."""
+    digests = _digests(path)
+    if digests and file_sha256(path) in digests:
+        return None
     try:
         with zipfile.ZipFile(path) as archive:
-            member = archive.testzip()
+            member = None if digests else archive.testzip()
     except (zipfile.BadZipFile, zlib.error, struct.error, ValueError, RuntimeError, EOFError):
         return NO_CHECKPOINT
+    if digests:
+        return f"is damaged: its checksum (SHA-256) is not in {digest_file(path).name}; nothing in it was run"
     return f"is damaged: the checksum of {member} is wrong" if member else None
-
-
-def _sha256(file: BinaryIO, length: int) -> str:
-    """Of the first `length` bytes."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    while chunk := file.read(min(length, 1 << 20)):
-        digest.update(chunk)
-        length -= len(chunk)
-    return digest.hexdigest()
-
-
-def post_mortem(run: Run, report: Mapping[str, Any], state: Mapping[str, Any]) -> str:
-    """Save why a run stopped as nonfinite.json, and its state as nonfinite.pt; says where they are, or why not."""
-    path = run.directory / "nonfinite.json"
-    try:
-        write_atomically(path, json.dumps(report) + "\n")
-        save(path.with_suffix(".pt"), state)
-    except UserError as error:
-        return str(error)
-    return f"batch and state are in {path} and {path.with_suffix('.pt').name}"
 
 
 def load_last(path: Path) -> dict[str, Any] | None:
@@ -141,8 +118,10 @@ def load_last(path: Path) -> dict[str, Any] | None:
 def load(path: str | Path) -> dict[str, Any]:
     """A checkpoint of this project. Raises CheckpointError: absent, cut off, damaged, foreign, or with code in it."""
     try:
-        if found := damage(Path(path)):
-            raise CheckpointError(f"{path} {found}{remedy(Path(path))}")
+        with open(path, "rb"):  # an absent file, a folder: the errors below
+            wrong = damage(Path(path))
+        if wrong:
+            raise CheckpointError(f"{path} {wrong}{remedy(Path(path))}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"no such checkpoint: {path}{remedy(Path(path))}") from None

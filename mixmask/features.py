@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mixmask import data
+from mixmask import datasets
 from mixmask.config import Augment
-from mixmask.views import test_batches
+from mixmask.datasets.views import test_batches
 
 
 @torch.no_grad()
 def extract(
     model: nn.Module,
-    dataset: data.Resident | data.Files,
+    dataset: datasets.Resident | datasets.Files,
     augment: Augment,
     resize: int,
     device: torch.device,

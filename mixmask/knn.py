@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixmask import data
+from mixmask import datasets
 from mixmask.backbones import Encoder
 from mixmask.config import KNN, Augment, ConfigError
 from mixmask.features import accuracy, extract
 from mixmask.metrics import knn_metric
 
 
-def test_resize(augment: Augment, dataset: data.Resident | data.Files) -> int:
+def test_resize(augment: Augment, dataset: datasets.Resident | datasets.Files) -> int:
     """The shorter side before the centre crop: 256 for 224 on image files; small images stay as they are."""
-    return augment.size * 256 // 224 if isinstance(dataset, data.Files) else 0
+    return augment.size * 256 // 224 if isinstance(dataset, datasets.Files) else 0
 
 
 test_resize.__test__ = False  # not a test, whatever its name says to pytest
@@ -71,8 +71,8 @@ def minus_euclidean(bank: Tensor) -> Callable[[Tensor], Tensor]:
 
 def evaluate(
     encoder: Encoder,
-    train: data.Resident | data.Files,
-    test: data.Resident | data.Files,
+    train: datasets.Resident | datasets.Files,
+    test: datasets.Resident | datasets.Files,
     augment: Augment,
     knn: KNN,
     device: torch.device,

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixmask import data
+from mixmask import datasets
 from mixmask.config import ConfigError, Finetune
-from mixmask.data import DataError, Files, Resident
+from mixmask.datasets import DataError, Files, Resident
 
 FOLDER = "imagenet_subsets"  # its name in google-research/simclr, and under the data root
 URL = f"https://raw.githubusercontent.com/google-research/simclr/383d4143fd8cf7879ae10f1046a9baeb753ff438/{FOLDER}"
@@ -87,7 +87,7 @@ def choose(dataset: Resident | Files, config: Finetune) -> tuple[Tensor, str]:
         return torch.arange(len(dataset)), f"all {len(dataset):,} labels"
     if config.label_list == "simclr":
         return _listed(dataset, list_path(config))
-    indices = data.subset(dataset.labels, config.labels / 100, config.subset_seed)
+    indices = datasets.subset(dataset.labels, config.labels / 100, config.subset_seed)
     counts = torch.bincount(dataset.labels[indices], minlength=len(dataset.classes))
     low, high = int(counts.min()), int(counts.max())
     each = f"{low}" if low == high else f"{low} to {high}"

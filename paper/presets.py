@@ -170,6 +170,8 @@ def budget(preset: str, settings: Iterable[str] = ()) -> Budget:
             raise ConfigError(f"--set checkpoints: which one? {known}")
         if stage not in (*STAGES, "cluster", "checkpoints") or not rest:
             stage, rest = "pretrain", key
+        if rest.startswith("cluster.") and stage in STAGES:  # what the jobs of one stage ask for
+            stage, rest = "cluster", f"{stage}.{rest.removeprefix('cluster.')}"
         if stage != "pretrain" and rest in ("seed", "checkpoint"):
             raise ConfigError(
                 f"--set {key}: an evaluation takes it from its pre-training; set the pre-training's seed "

@@ -16,27 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from mixmask import config as configs
-from mixmask.config import UserError, build, read_yaml, within
+from mixmask.config import UserError
 from mixmask.runs import read_result
-from paper.cells import ROOT, Cell
+from paper.cells import Cell
 from paper.presets import STAGES, Budget, Step, chains, directory
+from slurm.cluster import Cluster, cluster
 from slurm.cost import hours
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What a job asks SLURM for (slurm/cluster.yaml)."""
-
-    partition: str
-    account: str
-    constraint: str
-    nodes: int = within(1)
-    gpus: int = within(0)
-    cpus: int = within(1)
-    memory_gb: int = within(1)
-    hours: float = within(0.01)
-    warning_seconds: int = within(0)
-    parallel: int = within(0)
 
 
 @dataclass(frozen=True)
@@ -80,22 +65,16 @@ class Job:
         return "unfinished" if (self.directory / "config.yaml").exists() else "new"
 
 
-def cluster(budget: Budget) -> Cluster:
-    """slurm/cluster.yaml, the preset's values and `--set cluster.key=value`. Raises ConfigError for a wrong key."""
-    values = read_yaml(ROOT / "slurm" / "cluster.yaml")
-    return build(Cluster, {**values, **budget.preset.cluster, **budget.settings.get("cluster", {})}, "cluster")
-
-
-def jobs(cells: Iterable[Cell], budget: Budget, runs_dir: Path) -> list[Job]:
-    """The distinct runs of `cells`, parents before their children."""
-    resources = cluster(budget)
+def jobs(cells: Iterable[Cell], budget: Budget, runs_dir: Path, profile: str = "") -> list[Job]:
+    """The distinct runs of `cells`, parents before their children, with what they ask of a cluster of this profile."""
+    resources = {stage: cluster(budget, stage, profile) for stage in STAGES}
     graph: dict[Path, Job] = {}
     for cell in cells:
         for chain in chains(cell, budget):
             parent = None
             for step in chain:
                 where = directory(runs_dir, step)
-                known = graph.get(where) or _job(step, where, chain[0].config, parent, resources)
+                known = graph.get(where) or _job(step, where, chain[0].config, parent, resources[step.stage])
                 parent = graph[where] = _used_by(known, cell)
     return list(graph.values())
 
@@ -104,7 +83,6 @@ def _job(step: Step, where: Path, origin: configs.Config, parent: Job | None, re
     """The run that lives in `where`, used by no cell yet."""
     words = ("python", STAGES[step.stage].script, *_arguments(step, parent, where), "--run-dir", str(where))
     parents = (parent.directory,) if parent else ()
-    resources = dataclasses.replace(resources, **STAGES[step.stage].resources)
     expected = hours(step.config, origin, resources.gpus)
     return Job(step.stage, step.config, where, words, parents, resources, expected, (), step.notes)
 

@@ -7,8 +7,10 @@ examples:
   python slurm/launch.py 'table4/*/mixmask/200' --set epochs=100 linear.epochs=50 cluster.partition=gpu
   python slurm/launch.py 'table5/cifar100/*' figure5 --dry-run     any tables, figures and cells together
   python slurm/launch.py table6 table7 --set checkpoints.swav=swav_800ep_pretrain.pth.tar detection.run.data_root=/data
-  python slurm/launch.py table4 --dry-run --executor slurm         the batch scripts, too
+  python slurm/launch.py table4 --dry-run --executor slurm         and what each asks of SLURM
+  python slurm/launch.py table4 --cluster qos_account              with what a cluster of this kind asks for
   python slurm/launch.py status table4                             what is finished, running, waiting, failed
+  python slurm/launch.py status table4 --efficiency                what its jobs asked for, and what they used
   python slurm/launch.py cancel table4                             end its jobs; what was saved is kept
 
 Finished runs are skipped, unfinished ones go on, equal ones are shared: launching again is always safe.
@@ -31,7 +33,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 from mixmask.config import UserError, main_guard
 from paper.cells import WITHOUT_RUNS, Cell, select, tables
 from paper.presets import Budget, budget, label, missing_file, offer, presets, remark
-from slurm import cost, graph, local, squeue, status, submit
+from slurm import cost, efficiency, graph, local, sbatch, shell, status, submit
 from slurm.graph import Job
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,26 +50,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError("cancel: expected a target, such as table4, or all")
     cells = select(targets)
     chosen = budget(options.preset, options.set)
-    runs_dir = _enter_repository(Path(options.runs_dir))
+    runs_dir = _enter_repository(options.runs_dir)
     launching = not (verb or options.dry_run)
     executor = _executor(options.executor, chosen) if launching and cells else ""
     if executor == "slurm":
         runs_dir = runs_dir.resolve()  # its jobs run elsewhere: in a copy of the code
-    jobs = graph.jobs(cells, chosen, runs_dir)
+    jobs = graph.jobs(cells, chosen, runs_dir, options.cluster)
     for target in set(targets) & set(WITHOUT_RUNS):
         print(f"{target} needs no runs: {WITHOUT_RUNS[target]}")
     if not cells:
         return
-    if verb == "status":
+    if verb == "status" and options.efficiency:
+        efficiency.print_efficiency(jobs, runs_dir)
+    elif verb == "status":
         status.print_status(cells, jobs, runs_dir)
     elif verb == "cancel":
-        status.cancel(jobs, runs_dir)
+        status.cancel(jobs)
     elif options.dry_run:
         print_graph(cells, jobs, chosen, targets, runs_dir if options.executor == "slurm" else None)
     else:
         print_header(cells, jobs, chosen, targets, _states(jobs))
         execute(jobs, executor, runs_dir)
-        print_next(cells, jobs, options)
+        print_next(cells, jobs, options, runs_dir)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -81,7 +85,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="table4, figure5, a cell id, wildcards; none: all")
     parser.add_argument("--preset", default="paper", help=f"{', '.join(presets())} (default: paper)")
     parser.add_argument("--executor", choices=["auto", "slurm", "local"], default="auto")
-    parser.add_argument("--runs-dir", default="runs", metavar="DIR", help="where the runs live (default: runs)")
+    parser.add_argument("--runs-dir", metavar="DIR", help="where the runs live (default: runs, in the repository)")
+    parser.add_argument("--cluster", default="", metavar="NAME", help="a profile of slurm/clusters, or a YAML file")
+    parser.add_argument("--efficiency", action="store_true", help="of status: what was asked for against what was used")
     parser.add_argument("--dry-run", action="store_true", help="print the jobs and their cost; run nothing")
     parser.add_argument(
         "--set",
@@ -90,15 +96,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         metavar="KEY=VALUE",
         help="keys of the pre-training recipe; of later stages as linear.KEY, finetune.KEY, detection.KEY "
-        "(detection.run.data_root); of slurm/cluster.yaml as cluster.KEY; public checkpoints as checkpoints.NAME=PATH",
+        "(detection.run.data_root); of slurm/cluster.yaml as cluster.KEY, or linear.cluster.KEY; "
+        "public checkpoints as checkpoints.NAME=PATH",
     )
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # `status --preset smoke table4` is understood
 
 
-def _enter_repository(runs_dir: Path) -> Path:
-    """Commands name scripts and recipes as seen from the repository's root, so that is where they run."""
+def _enter_repository(given: str | None) -> Path:
+    """Commands name scripts and recipes as seen from the repository's root, so that is where they run.
+
+    Returns the runs directory: the repository's own, or the one given, as seen from where the caller was.
+    """
+    runs_dir = Path(given or "runs")
     if Path.cwd() != ROOT:
-        runs_dir = runs_dir.resolve()
+        runs_dir = runs_dir.resolve() if given else runs_dir
         os.chdir(ROOT)
     return runs_dir
 
@@ -107,7 +118,7 @@ def _executor(name: str, chosen: Budget) -> str:
     """`auto` is SLURM where there is one; without it the smoke preset runs here, and the paper's budget asks first."""
     if name == "local":
         return "local"
-    if squeue.available():
+    if shell.available():
         return "slurm"
     if name == "auto" and chosen.preset.name == "smoke":
         return "local"
@@ -189,7 +200,7 @@ def print_graph(
         print(f"  resources  {_resources(job)}; {_duration(job)}")
         print(f"  cells      {', '.join(job.cells)}")
         if batch:
-            print("".join(f"  {line}".rstrip() + "\n" for line in submit.batch_text(job, batch).splitlines()), end="")
+            print("".join(f"  {line}".rstrip() + "\n" for line in sbatch.batch_text(job, batch).splitlines()), end="")
         print(job.shell)
         print()
     print_costs(cells, jobs, states)
@@ -218,9 +229,9 @@ def _cost(jobs: list[Job]) -> float:
 
 def _resources(job: Job) -> str:
     """Of the whole job, and how it is shared out where there is more than one process."""
-    asked, where = job.resources, submit.layout(job)
+    asked, where = job.resources, sbatch.layout(job)
     processes = where.nodes * where.tasks
-    text = f"{processes if asked.gpus else 0} GPU, {processes * asked.cpus} CPUs, {processes * asked.memory_gb} GB"
+    text = f"{processes if asked.gpus else 0} GPU, {processes * asked.cpus} CPUs, {processes * asked.memory_gb:g} GB"
     return text if processes == 1 else f"{text} ({where.nodes} nodes x {where.tasks} processes)"
 
 
@@ -230,15 +241,15 @@ def _duration(job: Job) -> str:
     return f"about {60 * job.hours:.1f} min on the CPU"
 
 
-def print_next(cells: list[Cell], jobs: list[Job], options: argparse.Namespace) -> None:
+def print_next(cells: list[Cell], jobs: list[Job], options: argparse.Namespace, runs_dir: Path) -> None:
     """Where the results are, how to see what is to come, and what turns them into tables and figures."""
     left = len(graph.needed(jobs))
-    print(f"\nresults are in {options.runs_dir}" + (f"; {left} of {len(jobs)} runs are to come:" if left else ""))
+    own = ["--runs-dir", str(runs_dir)] if options.runs_dir else []
+    print(f"\nresults are in {runs_dir.resolve()}" + (f"; {left} of {len(jobs)} runs are to come:" if left else ""))
     if left:
-        print(_status(options))
+        print(_status(options, own))
     print("what to make of them:")
-    tail = ["--runs-dir", options.runs_dir] if options.runs_dir != "runs" else []
-    tail += ["--preset", options.preset, "--set", *options.set] if options.set else []
+    tail = [*own, *(["--preset", options.preset, "--set", *options.set] if options.set else [])]
     targets = dict.fromkeys(cell.target for cell in cells)
     for kind in ("table", "figure"):
         names = [target for target in targets if target.startswith(kind)]
@@ -246,10 +257,9 @@ def print_next(cells: list[Cell], jobs: list[Job], options: argparse.Namespace) 
             print(shlex.join(["python", f"paper/make_{kind}s.py", *names, *tail]))
 
 
-def _status(options: argparse.Namespace) -> str:
+def _status(options: argparse.Namespace, own: list[str]) -> str:
     """The command that says what has become of this launch."""
-    words = ["python", "slurm/launch.py", "status", *options.targets, "--preset", options.preset]
-    words += ["--runs-dir", options.runs_dir] if options.runs_dir != "runs" else []
+    words = ["python", "slurm/launch.py", "status", *options.targets, "--preset", options.preset, *own]
     return shlex.join(words + (["--set", *options.set] if options.set else []))
 
 

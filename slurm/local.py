@@ -1,85 +1,211 @@
-"""The local executor: jobs in topological order, one at a time, on this machine. No torch here.
+"""The local executor: jobs side by side on this machine, as many as its cores and memory bear. No torch here.
 
-One start-up of torch serves all: a fork server imports it once, and each job is a fork that runs the printed command's
-script with the printed command's arguments. A job's output is shown as it comes and kept in DIR/output.log.
+Each job is the printed command in a process of its own, started once its parents are finished. What it prints goes to
+DIR/output.log, and is shown as it comes, behind the job's number.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import multiprocessing
-import multiprocessing.process
 import os
-import pty
-import runpy
 import signal
+import subprocess
 import sys
-import termios
 import time
 from collections.abc import Iterator
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.connection import Connection, wait
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from mixmask.config import UserError
 from mixmask.runs import is_busy, read_result
 from paper.cells import ROOT
-from slurm import squeue
+from slurm import shell, squeue
 from slurm.graph import Job, make_folder, needed
 from slurm.squeue import Live
 from slurm.status import headline
 
-PRELOADED = ("torch", "torchvision")  # imported once, for all jobs
 INTERRUPTED = 130  # exit status of a job that saved and ended because it was told to
-LOOK = 1.0  # seconds: a signal that comes just before a wait begins does not end it, and is seen after it
-STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+LOOK = 0.1  # seconds between two looks at what runs
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def launch(jobs: list[Job]) -> None:
     """Run what is needed and not finished. Raises UserError, naming what failed and where its log is.
 
-    Ctrl-C lets the running job save, and exits with status 130; so does a job that was told to stop by itself.
+    Ctrl-C lets the running jobs save, and exits with status 130; so does a job that was told to stop by itself.
     """
     wanted = needed(jobs)
     todo = [job for job in jobs if job.directory in wanted]
     if len(todo) < len(jobs):
-        print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are finished already")
+        print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are finished already", flush=True)
     if not todo:
         return
-    queued = _queued()
-    _prepare(todo[0].resources.cpus)
-    try:
-        failed = _run_in_order(todo, queued)
-    except KeyboardInterrupt:
+    with _stop_signals() as told:
+        batch = Batch(todo, _queued(), told)
+        stopped = batch.run()
+    if stopped:
         done = sum(job.state == "finished" for job in jobs)
         print(f"stopped: {done} of {len(jobs)} runs are finished and kept; the same command continues", file=sys.stderr)
-        sys.exit(130)
-    if failed:
-        lines = "".join(f"\n  {directory}: {failure}" for directory, failure in failed.items())
-        raise UserError(f"{len(failed)} of {len(todo)} runs did not finish; the same command tries again{lines}")
+        sys.exit(INTERRUPTED)
+    if batch.failed:
+        lines = "".join(f"\n  {directory}: {failure}" for directory, failure in batch.failed.items())
+        raise UserError(f"{len(batch.failed)} of {len(todo)} runs did not finish; the same command tries again{lines}")
 
 
 def _queued() -> dict[str, Live]:
     """Run directory -> job, of SLURM's, where there is one; a line where it does not answer."""
     try:
-        return squeue.live_jobs() if squeue.available() else {}
+        return squeue.live_jobs() if shell.available() else {}
     except UserError as error:
         print(f"note: {error}; a run that it has a job for is not left to it", flush=True)
         return {}
 
 
-def _run_in_order(todo: list[Job], queued: dict[str, Live]) -> dict[Path, str]:
-    """Run each job whose parents have not failed. Returns what went wrong, by run directory."""
-    failed: dict[Path, str] = {}
-    for number, job in enumerate(todo, 1):
-        print(f"[{number}/{len(todo)}] {job.stage} {job.id} ({', '.join(job.cells)})", flush=True)
-        missing = [parent for parent in job.parents if parent in failed]
-        failure = f"skipped: it needs {missing[0]}" if missing else _busy(job, queued) or _run(job)
-        if failure:
-            failed[job.directory] = failure
-            print(f"[{number}/{len(todo)}] {failure}", flush=True)
-    return failed
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """The signals that have asked for an end, as they come; those that are ignored (nohup) stay so."""
+    told: list[int] = []
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    for number in STOPPING:
+        if before[number] != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: told.append(number))
+    try:
+        yield told
+    finally:
+        for number in STOPPING:
+            signal.signal(number, before[number])
+
+
+@dataclass
+class Running:
+    """A job and its process."""
+
+    job: Job
+    number: str  # [3/12]
+    process: subprocess.Popen
+    output: BinaryIO  # its log, as far as it has been shown
+    start: float = field(default_factory=time.monotonic)
+
+    def show(self) -> None:
+        """What it has printed since the last time, in whole lines."""
+        for line in iter(self.output.readline, b""):
+            if not line.endswith(b"\n") and self.process.poll() is None:
+                self.output.seek(-len(line), os.SEEK_CUR)
+                break
+            sys.stdout.buffer.write(f"{self.number} ".encode() + line.rstrip(b"\n") + b"\n")
+        sys.stdout.buffer.flush()
+
+
+class Batch:
+    """The jobs of one launch: those that wait, those that run, and what went wrong, by run directory."""
+
+    def __init__(self, todo: list[Job], queued: dict[str, Live], told: list[int]):
+        self.queued, self.told = queued, told
+        self.number = {job.directory: f"[{number}/{len(todo)}]" for number, job in enumerate(todo, 1)}
+        self.waiting = sorted(todo, key=lambda job: -job.hours)  # the longest first, so that none is left for the end
+        self.running: list[Running] = []
+        self.failed: dict[Path, str] = {}
+
+    def run(self) -> bool:
+        """Run them all; returns whether it was told to stop."""
+        try:
+            while (self.waiting or self.running) and not self.told:
+                self._start_what_can()
+                time.sleep(LOOK)
+                for one in list(self.running):
+                    one.show()
+                    if one.process.poll() is not None:
+                        self._ended(one)
+            return bool(self.told)
+        finally:
+            self._stop()
+
+    def _start_what_can(self) -> None:
+        unfinished = {job.directory for job in self.waiting} | {one.job.directory for one in self.running}
+        for job in list(self.waiting):
+            if not unfinished & set(job.parents) and fits(job, [one.job for one in self.running]):
+                self.waiting.remove(job)
+                failed = [parent for parent in job.parents if parent in self.failed]
+                failure = f"skipped: it needs {failed[0]}" if failed else _busy(job, self.queued)
+                if failure:
+                    self._fail(job, failure)
+                else:
+                    self._start(job)
+
+    def _start(self, job: Job) -> None:
+        print(f"{self.number[job.directory]} {job.stage} {job.id} ({', '.join(job.cells)})", flush=True)
+        log = job.directory / "output.log"
+        make_folder(log.parent)
+        try:
+            with open(log, "ab") as file:
+                shown = file.tell()
+                process = subprocess.Popen(
+                    [sys.executable, *job.command[1:]],
+                    cwd=ROOT,
+                    env=_environment(job),
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once
+                )
+                output = open(log, "rb")  # noqa: SIM115 - closed when the job has ended
+                output.seek(shown)
+        except OSError as error:
+            raise UserError(f"cannot write {log}: {error.strerror}") from None
+        self.running.append(Running(job, self.number[job.directory], process, output))
+
+    def _ended(self, one: Running) -> None:
+        one.show()
+        one.output.close()
+        self.running.remove(one)
+        status, result = one.process.returncode, read_result(one.job.directory)
+        if status == INTERRUPTED:  # told to stop, as by `launch.py cancel`
+            self.told.append(signal.SIGINT)
+        elif status or result is None:
+            log = one.job.directory / "output.log"
+            self._fail(one.job, _busy(one.job, {}) or f"failed (exit status {status}); its output is in {log}")
+        else:
+            seconds = time.monotonic() - one.start
+            print(f"{one.number} done in {seconds:.0f} s, {headline(result['metrics'])}", flush=True)
+
+    def _fail(self, job: Job, failure: str) -> None:
+        self.failed[job.directory] = failure
+        print(f"{self.number[job.directory]} {failure}", flush=True)
+
+    def _stop(self) -> None:
+        """Ask what runs to save and end, and wait for it; a second signal does not wait."""
+        for one in self.running:
+            one.process.send_signal(signal.SIGINT)
+        asked = len(self.told)
+        while any(one.process.poll() is None for one in self.running):
+            if len(self.told) > asked:
+                for one in self.running:
+                    one.process.kill()
+            time.sleep(LOOK)
+
+
+def fits(job: Job, running: list[Job]) -> bool:
+    """Whether this machine's cores and memory bear it beside these; a job that asks for a GPU runs alone."""
+    if not running:
+        return True
+    asked = [one.resources for one in (job, *running)]
+    if any(each.gpus for each in asked):
+        return False
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return sum(each.cpus for each in asked) <= _cores() and sum(each.memory_gb for each in asked) <= memory
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """As many threads as it has cores, where the user has not chosen."""
+    chosen = {"OMP_NUM_THREADS": str(min(job.resources.cpus, _cores())), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**chosen, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def _busy(job: Job, queued: dict[str, Live]) -> str:
@@ -87,139 +213,3 @@ def _busy(job: Job, queued: dict[str, Live]) -> str:
     if live := queued.get(str(job.directory.resolve())):
         return f"left to SLURM: job {live.job} is {live.state}"
     return "left to the other process that is working on it" if is_busy(job.directory) else ""
-
-
-def _prepare(cpus: int) -> None:
-    """The fork server and its threads, where the user has not chosen; being told to end is treated as Ctrl-C is."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(min(cpus, os.cpu_count() or 1)))
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make small nets many times slower
-    for number in STOPPING:
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
-    multiprocessing.set_forkserver_preload(list(PRELOADED))
-    resource_tracker.ensure_running()  # unblocks signals at its start, so it comes first
-    with _signals_blocked():  # jobs inherit it: a signal that comes before a job is ready for it is not lost
-        forkserver.ensure_running()
-
-
-def _run(job: Job) -> str:
-    """Run one job, showing its output. Returns what went wrong, or nothing."""
-    start = time.monotonic()
-    log = job.directory / "output.log"
-    _touch(log)
-    reader, writer = _channel()
-    output = Connection(writer, readable=False)
-    process = multiprocessing.get_context("forkserver").Process(target=_script, args=(output, job.command[1:]))
-    try:
-        with _signals_blocked(), output:  # Ctrl-C reaches this process alone, and is passed on once
-            process.start()
-        _forward(reader, process, log)
-    except KeyboardInterrupt:
-        _interrupt(reader, process, log)
-        raise
-    finally:
-        os.close(reader)
-    process.join()
-    result = read_result(job.directory)
-    if process.exitcode == INTERRUPTED:
-        raise KeyboardInterrupt
-    if process.exitcode or result is None:
-        return _busy(job, {}) or f"failed (exit status {process.exitcode}); its output is in {log}"
-    print(f"    {time.monotonic() - start:.0f} s, {headline(result['metrics'])}", flush=True)
-    return ""
-
-
-def _touch(log: Path) -> None:
-    """A file to append to. Raises UserError where it cannot be written."""
-    make_folder(log.parent)
-    try:
-        log.open("ab").close()
-    except OSError as error:
-        raise UserError(f"cannot write {log}: {error.strerror}") from None
-
-
-def _interrupt(reader: int, process: multiprocessing.process.BaseProcess, log: Path) -> None:
-    """Ask the job to save and end, and wait for it; a second Ctrl-C does not wait."""
-    if process.pid is None:  # it had not begun
-        return
-    os.kill(process.pid, signal.SIGINT)
-    try:
-        _forward(reader, process, log)
-        process.join()
-    except KeyboardInterrupt:
-        process.kill()
-        process.join()
-
-
-def _script(output: Connection, words: tuple[str, ...]) -> None:
-    """In the forked process: become `python SCRIPT ARGUMENTS`. A signal that came before it began ends it quietly."""
-    try:
-        _become(output, words)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-
-
-def _become(output: Connection, words: tuple[str, ...]) -> None:
-    os.setsid()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-    for descriptor in (1, 2):
-        os.dup2(output.fileno(), descriptor)
-    output.close()
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - as long as the process
-    os.chdir(ROOT)
-    script = words[0]
-    sys.argv, sys.path[0] = list(words), str(Path(script).resolve().parent)
-    runpy.run_path(script, run_name="__main__")
-
-
-def _channel() -> tuple[int, int]:
-    """Descriptors to read and to write: a terminal of this one's size where there is one, so that bars move."""
-    if not sys.stdout.isatty():
-        return os.pipe()
-    reader, writer = pty.openpty()
-    attributes = termios.tcgetattr(writer)
-    attributes[1] &= ~termios.OPOST  # this process's own terminal turns \n into \r\n
-    termios.tcsetattr(writer, termios.TCSANOW, attributes)
-    termios.tcsetwinsize(writer, termios.tcgetwinsize(sys.stdout.fileno()))
-    return reader, writer
-
-
-def _forward(reader: int, process: multiprocessing.process.BaseProcess, log: Path) -> None:
-    """Show the job's output and append it to `log`, until the job ends; of a progress bar it gets the last state."""
-    pending = b""
-    with open(log, "ab") as file:
-        for piece in _pieces(reader, process):
-            sys.stdout.buffer.write(piece)
-            sys.stdout.buffer.flush()
-            *lines, pending = (pending + piece).split(b"\n")
-            file.writelines(line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n" for line in lines)
-            file.flush()
-        file.write(pending)
-
-
-def _pieces(reader: int, process: multiprocessing.process.BaseProcess) -> Iterator[bytes]:
-    """What the job writes, as it comes; ends when the job has ended and all is read."""
-    while True:
-        ready = wait([reader, process.sentinel], timeout=LOOK)
-        if not ready:
-            continue
-        if reader not in ready and not wait([reader], timeout=0):
-            return
-        try:
-            piece = os.read(reader, 65536)
-        except OSError as error:  # a pseudo-terminal's way of saying that the other side has closed
-            if error.errno != errno.EIO:
-                raise
-            piece = b""
-        if not piece:
-            return
-        yield piece
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -7,12 +7,11 @@ tasks. What has ended, and is no longer known to the controller, is looked up in
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
+import os
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,46 +19,60 @@ from pathlib import Path
 from typing import Any
 
 from mixmask.config import UserError
+from slurm import shell
 
 AGAIN = 2.0  # seconds until a second look: between two of its states a job may be in none
 ENDING = 30.0  # seconds to wait for jobs that are ending: some of them are about to be requeued
-PATIENCE = 60  # seconds for an answer of SLURM's programs
-NO_ANSWER = "SLURM is installed, but its controller does not answer"
-# Why a job waits, where no end of waiting is in sight: what it asks for, or a hold.
+ACCOUNTING = 10.0  # seconds for an answer of sacct, without which `status` knows less
+MINE = f"--user={os.getuid()}"  # `squeue --me` is younger
+
+# Why a job waits, where no end of waiting is in sight: a hold, or what it asks for.
+HELD = re.compile(r"JobHeld|.*(requeued.held|held.state)", re.IGNORECASE)
 NEVER = re.compile(
     r"Partition(Config|TimeLimit|NodeLimit)|BadConstraints|DependencyNeverSatisfied|Invalid(Account|QOS)"
-    r"|(Account|QOS)NotAllowed|(Assoc|QOS)\w*PerJob|JobHeld|.*(requeued.held|held.state)"
+    r"|(Account|QOS)NotAllowed|(Assoc|QOS)\w*PerJob|Reservation(Deleted|Invalid)"
 )
+# SLURM's word for what neither waits nor runs: ours, and what to do.
+OTHERWISE = {
+    "COMPLETING": ("ending", "what becomes of it is seen in a minute"),
+    "CONFIGURING": ("starting", "its nodes are being made ready"),
+    "SUSPENDED": ("suspended", "it goes on when SLURM lets it; by hand: scontrol resume {job}"),
+    "STOPPED": ("suspended", "it goes on when SLURM lets it; by hand: scancel --signal=CONT {job}"),
+    "REQUEUE_HOLD": ("held", "scontrol release {job}"),
+    "SPECIAL_EXIT": ("held", "scontrol release {job}"),
+}
 
 
 @dataclass(frozen=True)
 class Live:
-    """A job that waits or runs."""
+    """A job that has not ended."""
 
     job: str  # 12, or 12_3 in an array
     state: str  # SLURM's word: PENDING, RUNNING, ...
     reason: str  # why it waits, or where it runs
 
     @property
-    def stuck(self) -> bool:
-        """It waits for what does not come by itself."""
-        return self.state == "PENDING" and bool(NEVER.match(self.reason))
+    def word(self) -> str:
+        """waiting, held, stuck, starting, running, suspended or ending."""
+        return self._told[0]
 
+    @property
+    def about(self) -> str:
+        """The job, why it waits or where it runs, and what there is to do."""
+        where = {"running": " on ", "waiting": ": "}.get(self.word)
+        what = f"{where}{self.reason}" if where else f": {self.reason or self.state}"
+        remedy = self._told[1].format(job=self.job)
+        return f"job {self.job}{what}" + (f"; {remedy}" if remedy else "")
 
-def available() -> bool:
-    """Whether SLURM is here: sbatch on PATH and a configuration. Raises UserError where it is and does not answer."""
-    if not shutil.which("sbatch"):
-        return False
-    try:
-        answer = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=PATIENCE)
-    except (OSError, subprocess.TimeoutExpired):
-        raise UserError(NO_ANSWER) from None
-    if " UP" in answer.stdout:  # of a controller and its deputy one is enough
-        return True
-    if "configuration source" in answer.stderr:
-        return False
-    said = (answer.stdout + answer.stderr).strip().splitlines()[:1]  # a banner may follow
-    raise UserError(": ".join([NO_ANSWER, *said]))
+    @property
+    def _told(self) -> tuple[str, str]:
+        if self.state != "PENDING":
+            return OTHERWISE.get(self.state, ("running", ""))
+        if HELD.match(self.reason):
+            return "held", "it starts after: scontrol release {job}"
+        if NEVER.match(self.reason):
+            return "stuck", "this has no end by itself: cancel, mend, launch"
+        return "waiting", ""
 
 
 def live_jobs() -> dict[str, Live]:
@@ -70,14 +83,10 @@ def live_jobs() -> dict[str, Live]:
 def all_jobs() -> list[tuple[str, Live]]:
     """`live_jobs`, where a run may have more than one. Raises UserError."""
     found = []
-    answer = _ask("squeue", "--noheader", "--me", "--array", "--format=%i|%T|%R|%k")
-    for line in answer.splitlines():
+    for line in shell.ask("squeue", "--noheader", MINE, "--array", "--format=%i|%T|%R|%k").splitlines():
         job, state, reason, comment = (word.strip() for word in line.split("|", 3))
-        directory, live = _directory(job, comment), Live(job, state, reason.strip("()"))
-        if live.stuck:
-            live = dataclasses.replace(live, reason=f"{live.reason}, which has no end by itself: cancel, mend, launch")
-        if directory:
-            found.append((directory, live))
+        if directory := _directory(job, comment):
+            found.append((directory, Live(job, state, reason.strip("()"))))
     return found
 
 
@@ -87,8 +96,8 @@ def without_pickle(directories: set[str], runs_dir: Path) -> dict[str, str]:
     It writes that once sbatch has told the job's number: a launcher that is killed, or an sbatch that fails, after
     SLURM has accepted the job leaves one that can only fail. Only for one launcher at a time.
     """
-    found = {live.job: directory for directory, live in all_jobs() if directory in directories}
-    return {job: directory for job, directory in found.items() if not pickle_path(runs_dir, job).exists()}
+    jobs = {live.job: directory for directory, live in all_jobs() if directory in directories}
+    return {job: directory for job, directory in jobs.items() if not pickle_path(runs_dir, job).exists()}
 
 
 def pickle_path(runs_dir: Path, job: str) -> Path:
@@ -128,42 +137,41 @@ def ended_as(jobs: Iterable[str]) -> dict[str, str]:
     wanted = sorted(set(jobs))
     if not wanted:
         return {}
-    remembered = _ask("squeue", "--noheader", "--me", "--array", "--states=all", "--format=%i|%T").splitlines()
-    states = _accounted(wanted) | dict(line.strip().split("|") for line in remembered)
+    remembered = shell.ask("squeue", "--noheader", MINE, "--array", "--states=all", "--format=%i|%T").splitlines()
+    states = dict(line.strip().split("|") for line in remembered)
+    states = _accounted([job for job in wanted if job not in states]) | states
     return {job: states[job] for job in wanted if states.get(job, "PENDING") not in ("PENDING", "RUNNING")}
 
 
 def _accounted(wanted: list[str]) -> dict[str, str]:
-    if not shutil.which("sacct"):
+    """As `sacct` says; nothing, and a note, where it does not answer in time."""
+    if not wanted or not shutil.which("sacct"):
         return {}
     words = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State", "--jobs"]
-    answer = subprocess.run([*words, ",".join(wanted)], capture_output=True, text=True)
-    lines = [line.split("|") for line in answer.stdout.splitlines() if line.count("|") == 1]
+    try:
+        answer = shell.run(*words, ",".join(wanted), patience=ACCOUNTING).stdout
+    except UserError:
+        print(f"note: sacct has not answered within {ACCOUNTING:g} s; how jobs of the past ended is not known")
+        return {}
+    lines = [line.split("|") for line in answer.splitlines() if line.count("|") == 1]
     states = {job.partition("[")[0]: state.split()[0] for job, state in lines if state}  # "CANCELLED by 0"
     never_began = {job: states.get(job.partition("_")[0] + "_") for job in wanted}  # 12_[3-5]: of an array, together
     return {job: state for job in wanted if (state := states.get(job) or never_began[job])}
 
 
 def records(runs_dir: Path) -> dict[str, dict[str, Any]]:
-    """Run directory -> the record of its last submission; a line that is none, such as one cut off, is passed over."""
+    """Run directory -> the record of its last submission; a line that a crash cut short is passed over."""
     path = runs_dir / "slurm" / "jobs.jsonl"
     try:
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    found = {}
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
+    last = {}
+    for line in lines:
+        with contextlib.suppress(ValueError):
             values = json.loads(line)
-            if _is_record(values):
-                found[values["directory"]] = values
-    return found
-
-
-def _is_record(values: Any) -> bool:
-    """Whether it names a run's directory and the number of a job, 12 or 12_3."""
-    words = [values.get("directory"), values.get("job")] if isinstance(values, dict) else [None]
-    return all(isinstance(word, str) for word in words) and re.fullmatch(r"\d+(_\d+)?", words[1]) is not None
+            last[values["directory"]] = values
+    return last
 
 
 def record(runs_dir: Path, **values: Any) -> None:
@@ -182,16 +190,12 @@ def log_path(runs_dir: Path, job: str) -> Path:
 
 
 def cancel(jobs: Iterable[str]) -> None:
-    """End jobs. Raises UserError where SLURM refuses."""
-    if numbers := list(jobs):
-        _ask("scancel", *numbers)
-
-
-def _ask(*words: str) -> str:
-    try:
-        answer = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{NO_ANSWER}: {words[0]} has waited for {PATIENCE} s") from None
-    if answer.returncode:
-        raise UserError(f"{words[0]} failed: {' '.join(answer.stderr.split())}")
-    return answer.stdout
+    """End jobs, and look whether they do. Raises UserError where SLURM refuses, or one of them goes on."""
+    if not (numbers := set(jobs)):
+        return
+    shell.ask("scancel", *sorted(numbers))
+    end = time.monotonic() + ENDING
+    while left := {live.job for _, live in all_jobs() if live.job in numbers and live.state != "COMPLETING"}:
+        if time.monotonic() > end:
+            raise UserError(f"scancel has not ended {', '.join(sorted(left))}: ask squeue, or cancel again")
+        time.sleep(0.5)

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from mixmask import config as configs
-from mixmask import data
+from mixmask import datasets
 
 torch.set_num_threads(1)
 
@@ -64,21 +64,21 @@ run: {workers: 0, device: cpu}
 """
 
 
-def squares(root: Path, split: str, download: bool, allow_partial: bool, expected: data.Expected) -> data.Resident:
+def squares(split: str, expected: datasets.Expected) -> datasets.Resident:
     """Noise with a square whose place is the class: 4 classes, 12 x 12 pixels."""
     rng = np.random.Generator(np.random.PCG64(split == "test"))
     labels = torch.arange(expected.images(split)) % 4
     images = torch.from_numpy(rng.integers(0, 128, (len(labels), 3, 12, 12), dtype=np.uint8))
     for image, label in zip(images, labels.tolist(), strict=True):
         image[:, 6 * (label // 2) :, 6 * (label % 2) :][:, :6, :6] += 100
-    return data.Resident(images, labels, ("a", "b", "c", "d"), "squares")
+    return datasets.Resident(images, labels, ("a", "b", "c", "d"), "squares")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _squares() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.DATASETS, "squares", squares)
-        patch.setitem(data.EXPECTED, "squares", data.Expected(4, 96, 40, 12))
+        patch.setitem(datasets.READERS, "squares", lambda ask: squares(ask.split, ask.expected))
+        patch.setitem(datasets.EXPECTED, "squares", datasets.Expected(4, 96, 40, 12))
         yield
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mixmask.config.errors import ConfigError
 from mixmask.config.fields import check_fields, flatten, within
@@ -176,6 +176,8 @@ class Execution:
 class Pretrain:
     """A pre-training run. `settings` is the section named after the framework (`moco:`), validated by its class."""
 
+    stage: ClassVar[str] = "pretrain"
+
     recipe: str
     dataset: str
     framework: str
@@ -207,6 +209,8 @@ class Pretrain:
 class KNNEval:
     """Offline k-NN on a checkpoint (`eval/knn.py`)."""
 
+    stage: ClassVar[str] = "knn"
+
     recipe: str
     dataset: str
     seed: int = within(0)
@@ -219,6 +223,8 @@ class KNNEval:
 @dataclass(frozen=True)
 class Linear:
     """A linear probe (`eval/linear.py`): a frozen encoder, and a classifier on its pooled features."""
+
+    stage: ClassVar[str] = "linear"
 
     recipe: str
     dataset: str
@@ -239,6 +245,8 @@ class Linear:
 @dataclass(frozen=True)
 class Finetune:
     """Fine-tuning of a whole network on some of the labels (`eval/finetune.py`; Table 10)."""
+
+    stage: ClassVar[str] = "finetune"
 
     recipe: str
     dataset: str
@@ -268,6 +276,8 @@ class Finetune:
 class Convert:
     """A backbone rewritten for other code (`detection/convert.py`)."""
 
+    stage: ClassVar[str] = "convert"
+
     recipe: str
     target: Literal["detectron2", "torchvision", "timm"]
     seed: int = within(0)  # the pre-training's; nothing here is random
@@ -292,6 +302,8 @@ class Detection:
 
     `detectron2` is a section in Detectron2's own words: its keys, nested as in its config files.
     """
+
+    stage: ClassVar[str] = "detection"
 
     recipe: str
     task: Literal["voc", "coco"]

@@ -64,11 +64,11 @@ def _check_archive(path: Path, trust_pickle: bool) -> int:
             if any(name.endswith("/constants.pkl") for name in names) and not trust_pickle:
                 raise FormatError(f"{path} is a TorchScript archive, which holds code; refused, and not run; {TRUST}")
             head = archive.open(pickled).read(2)
-            damaged, signed = archive.testzip(), archive.comment.startswith(checkpoint.MARK)
+            damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, zlib.error) as error:
         what = f"{path} is cut off or damaged ({one_line(error)}){checkpoint.remedy(path)}"
         raise FormatError(what) from None
-    what = f"is damaged: the checksum of {damaged} is wrong" if damaged else signed and checkpoint.damage(path)
+    what = f"is damaged: the checksum of {damaged} is wrong" if damaged else checkpoint.damage(path)
     if what:
         raise FormatError(f"{path} {what}{checkpoint.remedy(path)}")
     return _protocol(head)

@@ -7,6 +7,7 @@ runs/<stage>/<name>-<hash8>-s<seed>/
     environments.jsonl those it was re-opened with, where they are others: {"step", "time", "changed", ...} a line
     log.jsonl          one JSON object a line: {"kind": "step" | "epoch", ...}; timings only under "timing"
     checkpoint.pt      the last checkpoint; checkpoint.previous.pt: the one before, until the run is finished
+    checkpoint.sha256  their SHA-256, a line each
     result.json        written last, atomically: a run that has one is finished
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import shlex
@@ -185,9 +187,19 @@ class Run:
         """What `finish` wrote; None while the run is not finished. Raises ResultError as `read_result` does."""
         return read_result(self.directory)
 
-    def rewind(self, step: int) -> None:
-        """Drop log lines of `step` and after: they will be made again."""
-        kept = [line for line in read_log(self.directory) if line["step"] < step]
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint says of the run that wrote it."""
+        return {"run": self.id, "stage": self.config.stage, "config": configs.to_dict(self.config)}
+
+    def rewind(self, step: int, epoch: int | None = None) -> None:
+        """Drop log lines of `step` and after, and those of whole epochs after `epoch`: they will be made again."""
+        ended = math.inf if epoch is None else epoch
+        kept = [
+            line
+            for line in read_log(self.directory)
+            if line["step"] < step and not (line.get("kind") == "epoch" and line["epoch"] > ended)
+        ]
         write_atomically(self.directory / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def log(self, kind: str, step: int, **values: Any) -> None:
@@ -217,7 +229,8 @@ class Run:
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write result.json: from now on the run is finished, and its last checkpoint is enough."""
         self.sync()
-        write_atomically(self.directory / "result.json", json.dumps(dict(result), indent=1) + "\n")
+        content = {"run": self.id, "stage": self.config.stage, **result}
+        write_atomically(self.directory / "result.json", json.dumps(content, indent=1) + "\n")
         discard(previous_checkpoint(self.checkpoint))
 
     def close(self) -> None:

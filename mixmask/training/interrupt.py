@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM stop a run between two iterations, after a checkpoint; a second Ctrl-C stops it at once."""
+"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP) stop a run between two steps, after a checkpoint.
+
+A second Ctrl-C stops it at once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from types import FrameType
 class Interrupt:
     """Context manager: `requested` becomes true when the first signal arrives."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.requested = False
@@ -23,7 +26,7 @@ class Interrupt:
         return self
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
         if sys.stderr.isatty():

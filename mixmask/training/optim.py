@@ -17,7 +17,10 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt
 def build_optimizer(
     optimizer: Optimizer, parameters: Iterable[nn.Parameter], fixed_lr_parameters: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """SGD or Adam, over the parameters that take gradients; those of `fixed_lr_parameters` stay at the base rate."""
+    """SGD or Adam, over the parameters that take gradients; those of `fixed_lr_parameters` stay at the base rate.
+
+    Each of their few operations is on all parameters at once (`foreach`).
+    """
     constant = list(fixed_lr_parameters)
     apart = {id(p) for p in constant}
     groups = [{"params": [p for p in parameters if p.requires_grad and id(p) not in apart]}]
@@ -25,9 +28,9 @@ def build_optimizer(
         groups.append({"params": constant, "constant_rate": True})
     if optimizer.name == "sgd":
         return torch.optim.SGD(
-            groups, lr=optimizer.lr, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay
+            groups, lr=optimizer.lr, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay, foreach=True
         )
-    return torch.optim.Adam(groups, lr=optimizer.lr, weight_decay=optimizer.weight_decay)
+    return torch.optim.Adam(groups, lr=optimizer.lr, weight_decay=optimizer.weight_decay, foreach=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

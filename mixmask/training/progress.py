@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, plain lines in a file."""
+"""Progress for people: a bar on a terminal; elsewhere plain lines, and one a minute with the time that is left."""
 
 from __future__ import annotations
 
@@ -7,26 +7,45 @@ import time
 
 from tqdm import tqdm
 
+EVERY = 60.0  # seconds between the lines that stand for a bar
 _muted = False
 
 
 class Progress:
-    """Counts iterations of an epoch. On a terminal a bar; elsewhere nothing but the lines given to `say`."""
+    """Counts the steps of a run, `total` in all, of which `start` are done; `label` stands before them."""
 
     def __init__(self, total: int, label: str, start: int = 0):
+        self.total, self.label, self.start, self.done = total, label, start, start
+        self.began = self.told = time.perf_counter()
         self.bar = tqdm(
             total=total, initial=start, desc=label, unit="it", leave=False, dynamic_ncols=True, disable=not _terminal()
         )
 
     def step(self, **values: str) -> None:
-        """One iteration more; `values` stand behind the bar until they are replaced."""
+        """One step more; `values` stand behind the bar until they are replaced."""
+        self.done += 1
         self.bar.update(1)
         if values:
             self.bar.set_postfix(values, refresh=False)
+        now = time.perf_counter()
+        if self.bar.disable and now - self.told >= EVERY:
+            self.told = now
+            left = (now - self.began) / (self.done - self.start) * (self.total - self.done)
+            say(f"{self.label}, step {self.done}/{self.total}, {duration(left)} left")
 
     def close(self) -> None:
         """Take the bar away."""
         self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
 
 
 def say(text: str) -> None:
@@ -53,16 +72,3 @@ def mute() -> None:
 
 def _terminal() -> bool:
     return sys.stderr.isatty() and not _muted
-
-
-class Stopwatch:
-    """Seconds since the start or the last `lap()`."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the start or the last call."""
-        now = time.perf_counter()
-        seconds, self.start = now - self.start, now
-        return seconds

@@ -16,7 +16,7 @@ from mixmask import config as configs
 from mixmask.config import Backbone, ConfigError, UserError
 from paper.cells import select
 from paper.presets import budget, steps
-from slurm import cost, graph, launch, local, squeue
+from slurm import cost, graph, launch, local, shell, squeue
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -223,9 +223,8 @@ def test_status_tells_the_value_of_a_finished_cell(tmp_path, capsys):
 SUCCEED = "import json, sys\nprint('hello')\njson.dump({'metrics': {'a_last': 12.3}}, open(sys.argv[1], 'w'))\n"
 
 
-def scripted(tmp_path, monkeypatch, *scripts):
+def scripted(tmp_path, *scripts):
     """Jobs of table4, the first ones running the given scripts; each gets the path of its result file."""
-    monkeypatch.setattr(local, "PRELOADED", ())
     jobs = []
     for job, script in zip(table4(tmp_path / "runs")[: len(scripts)], scripts, strict=True):
         path = tmp_path / f"{job.id}.py"
@@ -235,8 +234,8 @@ def scripted(tmp_path, monkeypatch, *scripts):
     return jobs
 
 
-def test_local_runs_what_is_not_finished_and_keeps_the_output(tmp_path, monkeypatch, capfdbinary):
-    jobs = scripted(tmp_path, monkeypatch, SUCCEED, SUCCEED)
+def test_local_runs_what_is_not_finished_and_keeps_the_output(tmp_path, capfdbinary):
+    jobs = scripted(tmp_path, SUCCEED, SUCCEED)
     finish(jobs[0])
     local.launch(jobs)
     shown = capfdbinary.readouterr().out
@@ -246,9 +245,9 @@ def test_local_runs_what_is_not_finished_and_keeps_the_output(tmp_path, monkeypa
 
 
 def test_local_leaves_a_run_that_slurm_has_a_job_for(tmp_path, monkeypatch, capfdbinary):
-    jobs = scripted(tmp_path, monkeypatch, SUCCEED, SUCCEED, SUCCEED)
+    jobs = scripted(tmp_path, SUCCEED, SUCCEED, SUCCEED)
     live = {str(jobs[0].directory): squeue.Live("12_3", "PENDING", "Priority")}
-    monkeypatch.setattr(squeue, "available", lambda: True)
+    monkeypatch.setattr(shell, "available", lambda: True)
     monkeypatch.setattr(squeue, "live_jobs", lambda: live)
     with pytest.raises(UserError, match=f"{jobs[0].directory}: left to SLURM: job 12_3 is PENDING"):
         local.launch(jobs)
@@ -260,21 +259,21 @@ def test_local_goes_on_with_a_note_where_slurm_does_not_answer(tmp_path, monkeyp
     def unanswered():
         raise UserError("no answer")
 
-    (job,) = scripted(tmp_path, monkeypatch, SUCCEED)
-    monkeypatch.setattr(squeue, "available", unanswered)
+    (job,) = scripted(tmp_path, SUCCEED)
+    monkeypatch.setattr(shell, "available", unanswered)
     local.launch([job])
     assert job.state == "finished" and b"note: no answer; a run that it has a job for" in capfdbinary.readouterr().out
 
 
-def test_local_says_in_one_line_that_a_log_cannot_be_written(tmp_path, monkeypatch):
-    (job,) = scripted(tmp_path, monkeypatch, SUCCEED)
+def test_local_says_in_one_line_that_a_log_cannot_be_written(tmp_path):
+    (job,) = scripted(tmp_path, SUCCEED)
     (job.directory / "output.log").mkdir(parents=True)
     with pytest.raises(UserError, match=f"cannot write {job.directory}/output.log: Is a directory"):
         local.launch([job])
 
 
-def test_local_skips_the_descendants_of_a_failure_names_them_and_goes_on(tmp_path, monkeypatch, capfdbinary):
-    jobs = scripted(tmp_path, monkeypatch, "raise SystemExit('boom')", SUCCEED, SUCCEED, SUCCEED)
+def test_local_skips_the_descendants_of_a_failure_names_them_and_goes_on(tmp_path, capfdbinary):
+    jobs = scripted(tmp_path, "raise SystemExit('boom')", SUCCEED, SUCCEED, SUCCEED)
     with pytest.raises(UserError) as error:
         local.launch(jobs)
     assert [job.state for job in jobs] == ["new", "new", "finished", "finished"]
@@ -297,7 +296,6 @@ def test_ctrl_c_reaches_the_job_which_saves_and_ends_with_status_130(tmp_path):
         "from paper.presets import budget\nfrom slurm import graph, local\n"
         "def main():\n"
         f"    jobs = graph.jobs(select(['table4']), budget('smoke'), Path({str(tmp_path / 'runs')!r}))[:1]\n"
-        "    local.PRELOADED = ()\n"
         f"    local.launch([dataclasses.replace(jobs[0], command=('python', {str(job)!r}))])\n"
         "if __name__ == '__main__':\n    main_guard(main)\n"
     )
@@ -312,9 +310,9 @@ def test_ctrl_c_reaches_the_job_which_saves_and_ends_with_status_130(tmp_path):
     assert (tmp_path / "saved").read_text() == "yes"
 
 
-def test_a_job_of_the_project_s_own_scripts_ends_well_through_the_launcher_s_pipe(tmp_path, monkeypatch, capfdbinary):
+def test_a_job_of_the_project_s_own_scripts_ends_well_through_the_launcher_s_pipe(tmp_path, capfdbinary):
     """What every stage's script does with its streams (`main_guard`) must work where they are a pipe."""
     guarded = "from mixmask.config import main_guard\nmain_guard(lambda: print('guarded'))\n"
-    (job,) = scripted(tmp_path, monkeypatch, guarded + SUCCEED)
+    (job,) = scripted(tmp_path, guarded + SUCCEED)
     local.launch([job])
     assert job.state == "finished" and b"guarded" in capfdbinary.readouterr().out

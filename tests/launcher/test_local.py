@@ -23,9 +23,8 @@ SUCCEED = "import json, sys\njson.dump({'metrics': {'a_last': 12.3}}, open(sys.a
 
 
 @pytest.fixture
-def jobs(tmp_path, monkeypatch):
+def jobs(tmp_path):
     """A pre-training and its probe that end at once, and the pre-training after them."""
-    monkeypatch.setattr(local, "PRELOADED", ())
     script = tmp_path / "succeed.py"
     script.write_text(SUCCEED)
     found = graph.jobs(select(["table4"]), budget("smoke"), tmp_path / "runs")[:3]
@@ -59,9 +58,74 @@ def test_a_deleted_pretraining_is_not_made_again_for_a_finished_probe(jobs, capf
     assert jobs[0].state == "new" and "finished already" in capfd.readouterr().out
 
 
+# The job waits until the other has begun, or for ten seconds.
+MEET = """
+import json, pathlib, sys, time
+result, name, other = (pathlib.Path(word) for word in sys.argv[1:])
+name.touch()
+print("in two", end=" ", flush=True)
+end = time.monotonic() + 10
+while not other.exists() and time.monotonic() < end:
+    time.sleep(0.01)
+print("pieces", flush=True)
+json.dump({"metrics": {"met": float(other.exists())}}, open(result, "w"))
+"""
+
+
+@pytest.mark.parametrize(("cpus", "met"), [(1, 1.0), (2, 0.0)])
+def test_independent_jobs_run_side_by_side_as_far_as_the_cores_bear(jobs, tmp_path, monkeypatch, capfd, cpus, met):
+    """And each line that they print is whole, behind the number of its job."""
+    monkeypatch.setattr(local, "_cores", lambda: 2)
+    script = tmp_path / "meet.py"
+    script.write_text(MEET if met else MEET.replace("+ 10", "+ 0.2"))
+    pair = []
+    for job, name, other in (jobs[0], "a", "b"), (jobs[2], "b", "a"):
+        words = ("python", str(script), str(job.directory / "result.json"), f"{tmp_path}/{name}", f"{tmp_path}/{other}")
+        pair.append(dataclasses.replace(job, command=words, resources=dataclasses.replace(job.resources, cpus=cpus)))
+    local.launch(pair)
+    results = [json.loads((job.directory / "result.json").read_text())["metrics"]["met"] for job in pair]
+    assert min(results) == met
+    assert {"[1/2] in two pieces", "[2/2] in two pieces"} <= set(capfd.readouterr().out.splitlines())
+
+
+def test_a_job_fits_beside_others_as_cores_and_memory_bear_and_a_gpu_is_never_shared(jobs, monkeypatch):
+    def asks(**values):
+        return dataclasses.replace(jobs[0], resources=dataclasses.replace(jobs[0].resources, **values))
+
+    monkeypatch.setattr(local, "_cores", lambda: 8)
+    small = asks(cpus=3, memory_gb=1)
+    assert local.fits(asks(cpus=99), []) and local.fits(small, [small]) and not local.fits(small, [small, small])
+    assert not local.fits(asks(memory_gb=10**6), [small])
+    assert not local.fits(asks(gpus=1), [small]) and not local.fits(small, [asks(gpus=1)])
+
+
+def test_a_second_signal_does_not_wait_for_a_job_that_does_not_end(jobs, tmp_path):
+    """The first one asks both; whoever ignores it is killed by the second."""
+    script = tmp_path / "stay.py"
+    script.write_text(
+        "import os, pathlib, signal, sys, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "pathlib.Path(sys.argv[1]).with_name('pid').write_text(str(os.getpid()))\ntime.sleep(60)\n"
+    )
+    job = dataclasses.replace(jobs[0], command=("python", str(script), *jobs[0].command[2:]))
+    if not (launcher := os.fork()):
+        try:
+            local.launch([job])
+        except SystemExit as exit:
+            os._exit(exit.code)
+        os._exit(1)
+    pid, start = job.directory / "pid", time.monotonic()
+    while not (pid.exists() and pid.read_text()):
+        assert time.monotonic() - start < 20
+        time.sleep(0.05)
+    for _ in range(2):
+        os.kill(launcher, signal.SIGTERM)
+        time.sleep(0.5)
+    assert os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1]) == 130
+    assert not Path(f"/proc/{pid.read_text()}").exists()
+
+
 @pytest.mark.parametrize("seconds", [0.4, 1.0])
 def test_ctrl_c_while_a_launch_starts_prints_no_traceback(tmp_path, seconds):
-    """In a terminal the signal reaches the fork server and the job, too."""
     words = ["slurm/launch.py", "table4/*/vanilla/200", "--preset", "smoke", "--executor", "local"]
     process = subprocess.Popen(
         [sys.executable, *words, "--runs-dir", str(tmp_path)],

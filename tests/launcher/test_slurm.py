@@ -7,6 +7,7 @@ Table 4 at smoke size, undisturbed and disturbed.
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from mixmask.config import UserError
 from mixmask.runs import read_log
 from paper.cells import select
 from paper.presets import budget
-from slurm import graph, launch, local, snapshot, squeue, status, submit
+from slurm import graph, launch, local, sbatch, snapshot, squeue, status, submit
 from slurm.squeue import Live
 from tests import slurm_cluster
 
@@ -160,7 +161,7 @@ def test_a_job_that_slurm_warns_saves_and_is_requeued(real):
     assert (pretraining.directory / "checkpoint.pt").exists() and pretraining.state == "unfinished"
     shown = subprocess.run(command(real[1], "status"), cwd=ROOT, capture_output=True, text=True).stdout
     assert f"waiting     {pretraining.directory}: job {number}" in shown or "running" in shown
-    assert "2 runs: " in shown and "0 of 1 cells are complete" in shown
+    assert "2 runs in " in shown and "0 of 1 cells are complete" in shown
 
 
 # ------------------------------------------------------------------------------------------------ the launcher
@@ -169,7 +170,7 @@ def test_a_job_that_slurm_warns_saves_and_is_requeued(real):
 def test_the_numbers_of_processes_and_nodes_and_a_dead_process_ends_its_job(stages, tmp_path):
     """Two nodes with two GPUs each, one process a GPU; process 2 dies, the others would wait for ever."""
     (job,) = stages(1, 1, "cluster.nodes=2", "cluster.gpus=2", "cluster.constraint=n1|n2")
-    assert submit.layout(job) == submit.Layout(2, 2)
+    assert sbatch.layout(job) == sbatch.Layout(2, 2)
     script = tmp_path / "place.py"
     script.write_text(
         "import os, sys, time\nfrom pathlib import Path\n"
@@ -194,7 +195,7 @@ def test_an_array_runs_so_many_at_once_and_is_recognised_by_the_next_launch(stag
     array = {numbers(job)[0].split("_")[0] for job in jobs[::2]}
     assert len(array) == 1 and all("_" not in numbers(job)[0] for job in jobs[1::2])
     submit.launch(jobs, tmp_path / "runs")
-    assert capsys.readouterr().out.count(": live, job ") >= 7
+    assert len(re.findall(": (running|waiting|ending), job ", capsys.readouterr().out)) >= 7
     wait_finished(60, jobs)
     assert all(len(numbers(job)) == len(lines(job, "starts")) == 1 for job in jobs)
     begins, ends = ([float(lines(job, name)[0].split()[-1]) for job in jobs[::2]] for name in ("starts", "ends"))
@@ -205,7 +206,7 @@ def test_an_array_runs_so_many_at_once_and_is_recognised_by_the_next_launch(stag
 
 
 def test_a_requeue_a_preemption_a_kill_and_a_failed_parent_and_the_next_launch_finishes(stages, tmp_path, capsys):
-    jobs, steps, runs_dir = stages(8, 40), 40, tmp_path / "runs"
+    jobs, steps, runs_dir = stages(8, 80), 80, tmp_path / "runs"
     jobs[6].directory.mkdir(parents=True)
     (jobs[6].directory / "fail").touch()
     submit.launch(jobs, runs_dir)
@@ -242,7 +243,7 @@ def test_a_parent_that_slurm_has_forgotten_does_not_let_its_child_run(stages, tm
     parent, child = stages(2, 5)
     stale = {key(parent): Live("999999", "RUNNING", "")}
     placing = submit.Placing([parent, child], tmp_path / "runs", live=stale)
-    assert [placing.leave(parent), placing.leave(child)] == ["live, job 999999", ""]
+    assert [placing.skip_reason(parent)[:23], placing.skip_reason(child)] == ["running, job 999999 on ", ""]
     placing.submit([child])
     (number,) = numbers(child)
     log = squeue.log_path(tmp_path / "runs", number)
@@ -310,10 +311,12 @@ def test_a_runs_directory_of_any_name_and_a_job_that_is_held(stages, full, tmp_p
     job = dataclasses.replace(job, directory=place / "pretrain" / job.id)
     job = dataclasses.replace(job, command=(*job.command[:2], str(job.directory), "1"))
     submit.launch([job], place)
-    shell("scontrol", "hold", numbers(job)[0])
+    (number,) = numbers(job)
+    shell("scontrol", "hold", number)
     submit.launch([job], place)
     status.print_status(select([CELL]), [job], place)
-    assert capsys.readouterr().out.count(": JobHeldAdmin, which has no end by itself: cancel, mend, launch") == 2
+    shown, said = capsys.readouterr().out, f"job {number}: JobHeldAdmin; it starts after: scontrol release {number}"
+    assert f": held, {said}" in shown and f"  held        {job.directory}: {said}" in shown
     full()
     shell("scontrol", "release", numbers(job)[0])
     wait_finished(40, [job])
@@ -336,14 +339,14 @@ def test_a_job_runs_the_code_as_it_was_when_it_was_launched(stages, tmp_path, mo
     monkeypatch.setattr(submit, "ROOT", code)
     script = code / "stage.py"
     say = "import json, sys\nfrom pathlib import Path\nfrom mixmask.runs import commit\nhome = Path(sys.argv[1])\n"
-    say += "home.mkdir(parents=True)\nresult = {{'metrics': {{'a': {0}}}, **commit()}}\n"
+    say += "home.mkdir(parents=True, exist_ok=True)\nresult = {{'metrics': {{'a': {0}}}, **commit()}}\n"
     say += "(home / 'result.json').write_text(json.dumps(result))\n"
     script.write_text(say.format(1))
     (code / snapshot.SNAPSHOT).unlink()
     (job,) = stages(1, 1)
     job = dataclasses.replace(job, command=("python", "stage.py", str(job.directory)))
     blocker = shell("sbatch", "--parsable", "--output=/dev/null", "--wrap=sleep 3").strip()
-    monkeypatch.setattr(submit, "parameters", _after(blocker, submit.parameters))
+    monkeypatch.setattr(sbatch, "options", _after(blocker, sbatch.options))
     submit.launch([job], tmp_path / "runs")
     script.write_text(say.format(2))
     wait_finished(30, [job])
@@ -354,9 +357,9 @@ def test_a_job_runs_the_code_as_it_was_when_it_was_launched(stages, tmp_path, mo
     assert "COMMIT.json" in (copy / "changes.diff").read_text() and (copy / "stage.py").read_text() == say.format(1)
 
 
-def _after(number, parameters):
-    def with_blocker(job, waited, place):
-        return {**parameters(job, waited, place), "dependency": f"afterany:{number}"}
+def _after(number, options):
+    def with_blocker(*arguments, **others):
+        return {**options(*arguments, **others), "dependency": f"afterany:{number}"}
 
     return with_blocker
 
@@ -365,10 +368,10 @@ def test_cancel_ends_the_jobs_of_a_target_and_a_launch_goes_on(stages, tmp_path,
     jobs = stages(2, 30)
     submit.launch(jobs, tmp_path / "runs")
     started(jobs[0])
-    status.cancel(jobs, tmp_path / "runs")
+    status.cancel(jobs)
     assert "2 jobs cancelled" in capsys.readouterr().out
     wait(20, lambda: not {key(job) for job in jobs} & squeue.live_jobs().keys(), "the jobs end")
-    assert status.reports(jobs, tmp_path / "runs")[jobs[0].directory].state in ("failed", "stopped")
+    assert status.reports(jobs, tmp_path / "runs")[jobs[0].directory].state == "cancelled"
     submit.launch(jobs, tmp_path / "runs")
     wait_finished(40, jobs)
     assert lines(jobs[0], "log") == [str(step) for step in range(1, 31)] and len(lines(jobs[0], "starts")) == 2
@@ -422,7 +425,7 @@ def test_a_pretraining_on_two_nodes_with_two_processes_each_is_warned_goes_on_an
     """
     wide = ["run.device=cpu", "cluster.nodes=2", "cluster.gpus=2", "cluster.constraint=n1|n2"]
     job, alone = graph.jobs(select([CELL]), budget("smoke", [*SHORT, *wide]), tmp_path)[0], cell_jobs(real[0])[0]
-    assert submit.layout(job) == submit.Layout(2, 2) and job.id == alone.id
+    assert sbatch.layout(job) == sbatch.Layout(2, 2) and job.id == alone.id
     submit.launch([job], tmp_path)
     wait(90, lambda: len(read_log(job.directory)) > 3, "steps are logged")
     shell("scancel", "--signal=USR2", *numbers(job))

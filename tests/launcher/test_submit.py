@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from mixmask import runs
 from mixmask.config import UserError
 from paper.cells import select
 from paper.presets import budget
-from slurm import command, graph, launch, snapshot, squeue, submit
+from slurm import command, graph, launch, sbatch, shell, snapshot, squeue, status, submit
 from slurm.squeue import Live
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +69,8 @@ def test_finished_and_live_runs_are_left_and_the_others_are_to_do(tmp_path):
     jobs = table4(tmp_path)[:4]
     finish(jobs[0])
     place = placing(jobs, tmp_path, {str(jobs[2].directory): Live("12_3", "RUNNING", "n1")})
-    assert [place.leave(job) for job in jobs] == ["finished", "", "live, job 12_3", ""]
+    log = tmp_path / "slurm" / "12_3" / "12_3_0_log.out"
+    assert [place.skip_reason(job) for job in jobs] == ["finished", "", f"running, job 12_3 on n1; log: {log}", ""]
     assert place.todo == [jobs[1], jobs[3]]
 
 
@@ -78,7 +80,7 @@ def test_a_live_child_of_a_parent_that_is_submitted_again_is_submitted_again_too
     monkeypatch.setattr(submit.squeue, "cancel", cancelled.extend)
     jobs = table4(tmp_path)[:2]
     place = placing(jobs, tmp_path, {str(jobs[1].directory): Live("7", "PENDING", "Dependency")})
-    assert [place.leave(job) for job in jobs] == ["", ""] and cancelled == ["7"]
+    assert [place.skip_reason(job) for job in jobs] == ["", ""] and cancelled == ["7"]
 
 
 def test_a_run_that_a_process_outside_slurm_works_on_is_left_to_it_and_so_is_its_child(tmp_path):
@@ -87,7 +89,7 @@ def test_a_run_that_a_process_outside_slurm_works_on_is_left_to_it_and_so_is_its
     with open(jobs[0].directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         place = placing(jobs, tmp_path, {})
-        said = [place.leave(job) for job in jobs]
+        said = [place.skip_reason(job) for job in jobs]
     assert all(f"a process outside SLURM works on {jobs[0].directory}" in text for text in said) and not place.todo
 
 
@@ -112,43 +114,43 @@ def with_resources(job, **values):
 def test_a_job_has_the_most_processes_that_fit_on_the_fewest_nodes(
     tmp_path, monkeypatch, nodes, gpus, fitting, expected
 ):
-    monkeypatch.setattr(submit, "fitting_processes", lambda config: fitting)
-    assert submit.layout(with_resources(table4(tmp_path)[0], nodes=nodes, gpus=gpus)) == submit.Layout(*expected)
+    monkeypatch.setattr(sbatch, "fitting_processes", lambda config: fitting)
+    assert sbatch.layout(with_resources(table4(tmp_path)[0], nodes=nodes, gpus=gpus)) == sbatch.Layout(*expected)
 
 
 def test_what_slurm_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(submit, "fitting_processes", lambda config: (1, 2, 4))
+    monkeypatch.setattr(sbatch, "fitting_processes", lambda config: (1, 2, 4))
     job = with_resources(table4(tmp_path)[1], nodes=2, gpus=2, cpus=3, memory_gb=5, hours=0.5, partition="p")
-    asked = submit.parameters(job, ["7", "8_1"], tmp_path)
-    assert (asked["nodes"], asked["ntasks_per_node"], asked["gpus_per_node"]) == (2, 2, 2)
-    assert (asked["cpus_per_task"], asked["mem"], asked["time"], asked["partition"]) == (3, "10GB", 30, "p")
+    asked = sbatch.options(job, ["7", "8_1"], tmp_path)
+    assert (asked["nodes"], asked["ntasks-per-node"], asked["gpus-per-node"]) == (2, 2, "2")
+    assert (asked["cpus-per-task"], asked["mem"], asked["time"], asked["partition"]) == (3, "10240M", 30, "p")
     assert asked["dependency"] == "afterok:7:8_1,singleton" and asked["comment"] == str(job.directory)
-    assert asked["additional_parameters"]["kill-on-invalid-dep"] == "yes" and asked["additional_parameters"]["requeue"]
-    assert "account" not in asked and asked["srun_args"] == ["--kill-on-bad-exit=1"]
+    assert asked["kill-on-invalid-dep"] == "yes" and asked["requeue"] is True and "account" not in asked
+    assert sbatch.srun_options(job) == ["--kill-on-bad-exit=1", "--export=ALL", "--cpus-per-task=3"]
 
 
 def test_two_runs_directories_do_not_wait_for_each_other(tmp_path):
     """`singleton` goes by name, and equal runs in two directories have equal ids."""
-    one, two = (submit.parameters(table4(tmp_path / name)[0], [], tmp_path)["job_name"] for name in "ab")
+    one, two = (sbatch.options(table4(tmp_path / name)[0], [], tmp_path)["job-name"] for name in "ab")
     assert one.split("@")[0] == two.split("@")[0] and one != two
 
 
 def test_the_batch_script_is_printed_without_slurm(tmp_path):
     jobs = table4(tmp_path)
-    text = submit.batch_text(jobs[1], tmp_path)
+    text = sbatch.batch_text(jobs[1], tmp_path)
     assert f"afterok:<job of {jobs[0].id}>,singleton" in text and "--kill-on-bad-exit=1" in text
     finish(jobs[0])
-    assert "afterok" not in submit.batch_text(jobs[1], tmp_path)
+    assert "afterok" not in sbatch.batch_text(jobs[1], tmp_path)
 
 
 def test_no_character_of_the_runs_directory_s_path_is_taken_for_a_command(tmp_path):
     """The first lines of the batch script, as bash runs them."""
     place = tmp_path / "a b $(touch ran) `touch ran` & $HOME;"
-    (setup, _) = submit.parameters(table4(place)[0], [], place)["setup"]
+    setup = "\n".join(sbatch.setup(table4(place)[0], place))
     words = ["bash", "-c", f'{setup}\nprintf %s "$PYTHONPATH"']
     done = subprocess.run(words, cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": "/x y"}, capture_output=True)
     assert done.stdout.decode() == f"{place}:/x y" and not (tmp_path / "ran").exists()
-    assert f"'{place.resolve()}/slurm/%j'" in submit.batch_text(table4(place)[0], place)
+    assert f"'{place.resolve()}/slurm'" in sbatch.batch_text(table4(place)[0], place)
 
 
 @pytest.mark.parametrize("name", ["a%j", "a:b", "a'b", 'a"b', "a\\b", "a\nb"])
@@ -162,10 +164,10 @@ def test_a_runs_directory_that_sbatch_would_expand_is_refused_in_one_line(tmp_pa
 def test_a_warning_that_would_come_before_the_job_is_refused_by_both_keys(tmp_path, hours, seconds, limit):
     jobs = table4(tmp_path / "runs", f"cluster.hours={hours}", f"cluster.warning_seconds={seconds}")
     said = f"cluster.warning_seconds: {seconds} s before the time limit, which is {limit} s .cluster.hours {hours}.;"
-    for refused in (submit.launch, lambda jobs, place: submit.batch_text(jobs[0], place)):
+    for refused in (submit.launch, lambda jobs, place: sbatch.batch_text(jobs[0], place)):
         with pytest.raises(UserError, match=said):
             refused(jobs, tmp_path / "runs")
-    submit.check(table4(tmp_path, "cluster.hours=2", "cluster.warning_seconds=7199"), tmp_path)
+    sbatch.check(table4(tmp_path, "cluster.hours=2", "cluster.warning_seconds=7199"), tmp_path)
 
 
 def test_a_runs_directory_that_cannot_be_written_or_locked_is_one_line(tmp_path, monkeypatch):
@@ -185,17 +187,18 @@ def test_equal_jobs_that_wait_for_none_are_an_array_where_their_number_is_limite
     jobs = table4(tmp_path, "cluster.parallel=3")[:4]
     assert list(submit._groups(jobs)) == [[jobs[0], jobs[2]], [jobs[1]], [jobs[3]]]
     assert all(len(group) == 1 for group in submit._groups(table4(tmp_path)))
-    asked = submit.array_parameters([jobs[0], jobs[2]], tmp_path, tmp_path / "a.json")
-    assert asked["array_parallelism"] == 3 and asked["comment"].endswith("a.json") and "dependency" not in asked
+    asked = sbatch.array_options([jobs[0], jobs[2]], tmp_path, tmp_path / "a.json")
+    assert asked["comment"].endswith("a.json") and "dependency" not in asked
+    assert sbatch.array_options(jobs[:1], tmp_path, tmp_path, before="7")["dependency"] == "afterany:7"
 
 
 def test_the_job_s_command_has_its_own_absolute_data_directory(tmp_path):
     job = table4(tmp_path)[0]
-    assert submit.command(job).words == (*job.command, "--set", f"run.data_root={ROOT / 'data'}")
+    assert sbatch.command(job, tmp_path).words == (*job.command, "--set", f"run.data_root={ROOT / 'data'}")
     absolute = table4(tmp_path, "run.data_root=/d")[0]
-    assert submit.command(absolute).words == absolute.command
+    assert sbatch.command(absolute, tmp_path).words == absolute.command
     convert = next(job for job in table7(tmp_path) if job.stage == "convert")
-    assert submit.command(convert).words == convert.command  # it reads no data, and has no --set
+    assert sbatch.command(convert, tmp_path).words == convert.command  # it reads no data, and has no --set
 
 
 # ---------------------------------------------------------------------------------------------- what SLURM says
@@ -217,21 +220,25 @@ def programs(tmp_path, monkeypatch):
     return write
 
 
+# An scancel that notes what it is asked for, and after which the queue is empty.
+GONE = "echo $* >> {0}/cancelled; printf '#!/bin/sh\\n' > {0}/bin/squeue"
+
+
 def test_slurm_is_here_or_not_or_does_not_answer(programs, monkeypatch):
     programs(sbatch="", scontrol="echo 'Slurmctld(primary) at a is DOWN'; echo 'Slurmctld(backup) at b is UP'; exit 1")
-    assert squeue.available()
+    assert shell.available()
     programs(scontrol="echo 'scontrol: fatal: Could not establish a configuration source' >&2; exit 1")
-    assert not squeue.available()
+    assert not shell.available()
     programs(scontrol="echo 'Slurmctld(primary) at a is DOWN'; echo '**** RESTORE ****'; exit 1")
     with pytest.raises(UserError, match=r"controller does not answer: Slurmctld\(primary\) at a is DOWN$"):
-        squeue.available()
+        shell.available()
     programs(scontrol="exec sleep 9", squeue="exec sleep 9")
-    monkeypatch.setattr(squeue, "PATIENCE", 0.1)
-    for ask in (squeue.available, squeue.live_jobs):
+    monkeypatch.setattr(shell, "PATIENCE", 0.1)
+    for ask in (shell.available, squeue.live_jobs):
         with pytest.raises(UserError, match="controller does not answer"):
             ask()
-    monkeypatch.setattr(squeue.shutil, "which", lambda name: None)
-    assert not squeue.available()
+    monkeypatch.setattr(shell.shutil, "which", lambda name: None)
+    assert not shell.available()
 
 
 @pytest.mark.parametrize("verb", [["status"], ["cancel"], []])
@@ -243,27 +250,37 @@ def test_where_slurm_does_not_answer_nothing_is_said_of_runs_and_nothing_runs_he
     assert not (tmp_path / "runs").exists()
 
 
+NO_END = "this has no end by itself: cancel, mend, launch"
+
+
 @pytest.mark.parametrize(
-    ("reason", "stuck"),
+    ("state", "reason", "said"),
     [
-        ("PartitionConfig", True),
-        ("PartitionTimeLimit", True),
-        ("JobHeldUser", True),
-        ("launch failed requeued held", True),
-        ("QOSMaxWallDurationPerJobLimit", True),
-        ("Resources", False),
-        ("Dependency", False),
-        ("QOSMaxJobsPerUserLimit", False),
-        ("BeginTime", False),
+        ("PENDING", "(PartitionConfig)", f"stuck, job 7: PartitionConfig; {NO_END}"),
+        ("PENDING", "(PartitionTimeLimit)", f"stuck, job 7: PartitionTimeLimit; {NO_END}"),
+        ("PENDING", "(QOSMaxWallDurationPerJobLimit)", f"stuck, job 7: QOSMaxWallDurationPerJobLimit; {NO_END}"),
+        ("PENDING", "(JobHeldUser)", "held, job 7: JobHeldUser; it starts after: scontrol release 7"),
+        (
+            *("PENDING", "(launch failed requeued held)"),
+            "held, job 7: launch failed requeued held; it starts after: scontrol release 7",
+        ),
+        ("REQUEUE_HOLD", "(job requeued in held state)", "held, job 7: job requeued in held state; scontrol release 7"),
+        ("SUSPENDED", "n1", "suspended, job 7: n1; it goes on when SLURM lets it; by hand: scontrol resume 7"),
+        ("COMPLETING", "n1", "ending, job 7: n1; what becomes of it is seen in a minute"),
+        ("CONFIGURING", "n1", "starting, job 7: n1; its nodes are being made ready"),
+        ("PENDING", "(Resources)", "waiting, job 7: Resources"),
+        ("PENDING", "(Dependency)", "waiting, job 7: Dependency"),
+        ("PENDING", "(QOSMaxJobsPerUserLimit)", "waiting, job 7: QOSMaxJobsPerUserLimit"),
+        ("PENDING", "(BeginTime)", "waiting, job 7: BeginTime"),
     ],
 )
-def test_a_job_that_can_never_start_is_said_with_what_to_do(programs, tmp_path, reason, stuck):
+def test_each_state_of_a_job_has_its_own_word_and_what_to_do(programs, tmp_path, state, reason, said):
     jobs = table4(tmp_path)
-    programs(squeue=f"echo '7|PENDING|({reason})|{jobs[0].directory}'")
-    live = squeue.live_jobs()
-    advice = f"{reason}, which has no end by itself: cancel, mend, launch"
-    assert live[str(jobs[0].directory)].reason == (advice if stuck else reason)
-    assert placing(jobs, tmp_path, live).leave(jobs[0]) == "live, job 7" + (f": {advice}" if stuck else "")
+    programs(sbatch="", scontrol="echo 'Slurmctld(primary) at a is UP'")
+    programs(squeue=f"echo '7|{state}|{reason}|{jobs[0].directory}'")
+    assert placing(jobs, tmp_path, squeue.live_jobs()).skip_reason(jobs[0]) == said
+    report = status.reports(jobs, tmp_path)[jobs[0].directory]
+    assert f"{report.state}, {report.text}" == said
 
 
 def test_the_jobs_that_an_interrupted_launch_has_left_without_a_pickle_are_cancelled(programs, tmp_path, capsys):
@@ -273,19 +290,26 @@ def test_the_jobs_that_an_interrupted_launch_has_left_without_a_pickle_are_cance
     (tmp_path / "array.json").write_text(json.dumps([one, two]))
     lines = [f"7|RUNNING|n1|{one}", f"8|PENDING|(Priority)|{one}", f"9|PENDING|(Priority)|{other}"]
     lines += [f"10_{task}|PENDING|(Priority)|{tmp_path}/array.json" for task in (0, 1)]
-    programs(squeue="\n".join(f"echo '{line}'" for line in lines), scancel=f"echo $* >> {tmp_path}/cancelled")
+    programs(squeue="\n".join(f"echo '{line}'" for line in lines), scancel=GONE.format(tmp_path))
     for job in ("8", "10_0"):
         squeue.pickle_path(tmp_path, job).parent.mkdir(parents=True)
         squeue.pickle_path(tmp_path, job).touch()
     submit.clear({one, two}, tmp_path)
-    assert (tmp_path / "cancelled").read_text() == "7 10_1\n"
+    assert sorted((tmp_path / "cancelled").read_text().split()) == ["10_1", "7"]
     shown = capsys.readouterr().out
     assert shown.count("\n") == 2 and f"cancelled job 7 of {one}, which an interrupted launch has left" in shown
 
 
+def test_a_cancel_that_changes_nothing_is_no_success(programs, tmp_path, monkeypatch):
+    monkeypatch.setattr(squeue, "ENDING", 0.1)
+    programs(squeue=f"echo '7|RUNNING|n1|{tmp_path}/run'", scancel="true")
+    with pytest.raises(UserError, match="scancel has not ended 7"):
+        squeue.cancel(["7"])
+
+
 def test_an_sbatch_that_fails_on_its_way_is_not_called_a_refusal(programs, tmp_path):
     job = table4(tmp_path)[0]
-    programs(squeue=f"echo '7|PENDING|(Priority)|{job.directory}'", scancel=f"echo $* >> {tmp_path}/cancelled")
+    programs(squeue=f"echo '7|PENDING|(Priority)|{job.directory}'", scancel=GONE.format(tmp_path))
     assert (
         submit._failure([job], "Invalid partition name", tmp_path) == f"SLURM refused {job.id}: Invalid partition name"
     )
@@ -305,23 +329,67 @@ def test_an_sbatch_that_fails_on_its_way_is_not_called_a_refusal(programs, tmp_p
 def test_a_job_ends_at_once_where_its_run_is_finished_or_its_parent_is_not(tmp_path):
     words, parent = ("python", "/nowhere.py"), str(tmp_path / "parent")
     with pytest.raises(SystemExit, match="which has no result; launch again"):
-        command.Command(words, str(tmp_path / "run"), (parent,), 10)()
+        command.Command(words, str(tmp_path / "run"), (parent,), str(tmp_path), 10)()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "result.json").write_text('{"metrics": {"a": 1}}')
-    command.Command(words, str(tmp_path / "run"), (parent,), 10)()
+    command.Command(words, str(tmp_path / "run"), (parent,), str(tmp_path), 10)()
 
 
-@pytest.mark.parametrize(("state", "asked"), [("RUNNING", True), ("COMPLETING", False), ("", False)])
-def test_a_job_that_is_being_cancelled_is_not_requeued(tmp_path, monkeypatch, state, asked):
-    for name, text in (("squeue", f"echo {state}"), ("scontrol", f"echo $* > {tmp_path}/asked")):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setenv("SLURM_JOB_ID", "5")
-    monkeypatch.setattr(command, "PATIENCE", 0)
-    command.requeue()
-    assert (tmp_path / "asked").exists() == asked
-    assert not asked or (tmp_path / "asked").read_text() == "requeue 5\n"
+@pytest.fixture
+def batch_end(programs, tmp_path):
+    """`batch_end(...)`: the end of job 5's batch script; returns what was asked of scontrol, and what was printed."""
+    folder = tmp_path / "slurm" / "5"
+    folder.mkdir(parents=True)
+    start = "submitit INFO (...) - Starting with JobEnvironment(...)"
+
+    def run(state="RUNNING", status=1, limit=0, log=(), **memory):
+        (folder / "5_0_log.out").write_text("\n".join([start, *log]) + "\n")
+        programs(squeue=f"echo {state}", scontrol=f'echo "$*" >> {tmp_path}/asked')
+        words = ["bash", ROOT / "slurm" / "batch_end.sh", status, tmp_path / "slurm", limit, 2, 4]
+        environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "5", **memory}
+        done = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True)
+        assert done.returncode == status and not done.stderr
+        asked = tmp_path / "asked"
+        return asked.read_text().splitlines() if asked.exists() else [], done.stdout
+
+    return run
+
+
+@pytest.mark.parametrize(("state", "asked"), [("RUNNING", ["requeue 5"]), ("COMPLETING", []), ("", [])])
+def test_a_job_that_has_asked_for_it_is_requeued_unless_it_is_being_cancelled(batch_end, tmp_path, state, asked):
+    assert batch_end()[0] == []
+    (tmp_path / "slurm" / "5" / "requeue").touch()
+    assert batch_end(state, 130)[0] == asked and not (tmp_path / "slurm" / "5" / "requeue").exists()
+
+
+OOM = "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0. Some of the step tasks have been OOM Killed."
+
+
+@pytest.mark.parametrize(
+    ("memory", "limit", "log", "expected"),
+    [
+        ({"SLURM_MEM_PER_NODE": "8000"}, 64000, [OOM], "MinMemoryNode=12000"),
+        ({"SLURM_MEM_PER_NODE": "8000"}, 5000, [OOM], "MinMemoryNode=10000"),  # 2 processes a node
+        ({"SLURM_MEM_PER_CPU": "1000"}, 64000, ["srun: error: n1: task 0: Out Of Memory"], "MinMemoryCPU=1500"),
+        ({"SLURM_MEM_PER_CPU": "1000"}, 5000, [OOM], "MinMemoryCPU=1250"),  # 4 CPUs a process
+        ({"SLURM_MEM_PER_NODE": "8000"}, 4000, [OOM], ""),
+        ({"SLURM_MEM_PER_NODE": "8000"}, 0, [OOM], ""),
+        ({"SLURM_MEM_PER_NODE": "8000"}, 64000, ["torch.OutOfMemoryError: CUDA out of memory"], ""),
+        ({}, 64000, [OOM], ""),
+    ],
+)
+def test_a_job_that_ran_out_of_memory_is_requeued_with_half_as_much_more_up_to_the_limit(
+    batch_end, memory, limit, log, expected
+):
+    asked, said = batch_end(status=9, limit=limit, log=log, **memory)
+    assert asked == (["requeue 5", f"update JobId=5 {expected}"] if expected else [])
+    if limit == 4000:
+        assert "error: out of memory with 8000 MB a node, and cluster.memory_limit_gb allows no more" in said
+
+
+def test_only_the_last_start_of_a_job_counts_as_out_of_memory(batch_end):
+    log = [OOM, "submitit INFO (...) - Starting with JobEnvironment(...)", "error: no such file"]
+    assert batch_end(limit=64000, log=log, SLURM_MEM_PER_NODE="8000")[0] == []
 
 
 # ---------------------------------------------------------------------------------------- the copy of the code

@@ -16,14 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mixmask import checkpoint, data
+from mixmask import checkpoint, datasets
 from mixmask import config as configs
 from mixmask.config import ConfigError
+from mixmask.datasets.views import train_batches
 from mixmask.frameworks import build_framework
 from mixmask.runs import read_log
 from mixmask.training import distributed
 from mixmask.training.distributed import World, find, first_host
-from mixmask.views import train_batches
 from pretrain import train as script
 from pretrain.train import train
 
@@ -169,12 +169,12 @@ def test_processes_that_differ_are_found_out(tiny, tmp_path, capfd):
 @pytest.mark.parametrize("files", [False, True])
 def test_a_process_reads_and_augments_its_rows_as_in_the_whole_batch(tiny, tmp_path, files):
     config = tiny("augment.order=[crop, flip, jitter, grayscale, blur]", "augment.blur_prob=0.5")
-    dataset = data.load("squares", "", "train")
+    dataset = datasets.load("squares", "", "train")
     if files:
         paths = [str(tmp_path / f"{number}.png") for number in range(24)]
         for path, image in zip(paths, dataset.images.permute(0, 2, 3, 1).numpy(), strict=False):
             Image.fromarray(np.ascontiguousarray(image)).save(path)
-        dataset = data.Files(paths, dataset.labels[:24], dataset.classes, "squares")
+        dataset = datasets.Files(paths, dataset.labels[:24], dataset.classes, "squares")
     arguments = (dataset, config.augment, 8, 3, 1, 2, torch.device("cpu"))
     whole = list(train_batches(*arguments, skip=1, crops=[config.augment]))
     for rows in (slice(0, 4), slice(6, 8)):

@@ -24,13 +24,13 @@ import torch
 from PIL import Image
 
 from eval import knn as knn_script
-from eval import linear
 from eval.linear import probe
-from mixmask import checkpoint, data
+from mixmask import checkpoint, datasets
 from mixmask import config as configs
 from mixmask.config import UserError
-from mixmask.data import DataError
+from mixmask.datasets import DataError, cifar100, loading
 from mixmask.runs import Run, previous_checkpoint, read_log
+from mixmask.training import loop, nonfinite
 from pretrain import train as script
 from pretrain.train import train
 from tests.stages.test_train import assert_same_run, log, state
@@ -110,18 +110,18 @@ def test_both_checkpoints_damaged_is_one_line_that_names_both(tiny, recipe, cli,
     assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("epochs", [0, 1])
 def test_probe_goes_on_from_the_checkpoint_before(
     tiny_linear, undisturbed, probed, tmp_path, monkeypatch, capsys, epochs
 ):
-    line = linear.epoch_line
-    monkeypatch.setattr(linear, "epoch_line", lambda epoch, *a: line(epoch, *a) if epoch <= epochs else 1 / 0)
+    line = loop.epoch_line
+    monkeypatch.setattr(loop, "epoch_line", lambda epoch, *a: line(epoch, *a) if epoch <= epochs else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         probe(tiny_linear(), undisturbed / "checkpoint.pt", tmp_path)
     monkeypatch.undo()
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:-1])
-    if epochs == 1:  # there is no other
+    if epochs == 0:  # there is no other
         with pytest.raises(UserError, match="cut off"):
             probe(tiny_linear(), undisturbed / "checkpoint.pt", tmp_path)
         return
@@ -174,7 +174,7 @@ def test_loss_not_finite_saves_step_indices_and_state(
         err, "loss is nan at step 8; stopped", str(run / "nonfinite.json"), "checkpoint is intact"
     )
     report = json.loads((run / "nonfinite.json").read_text())
-    batches = data.batch_indices(96, 16, 0, 1)
+    batches = datasets.batch_indices(96, 16, 0, 1)
     assert (report["step"], report["epoch"]) == (8, 2) and report["sums"]["loss"] == "nan"
     assert report["indices"] == {"7": batches[1].tolist(), "8": batches[2].tolist()}
     assert report["lr"] == pytest.approx(0.03) and report["gradient_norm"] == "nan"
@@ -192,11 +192,11 @@ def assert_same_weights(directory: Path, undisturbed: Path) -> None:
 
 
 def test_probe_not_finite_saves_step_indices_and_state(tiny_linear, undisturbed, tmp_path):
-    line = r"the loss is \w+ in epoch 1; stopped, .*nonfinite\.json .*, no checkpoint was written yet$"
+    line = r"loss is \w+ at step \d; stopped, .*nonfinite\.json .*, no checkpoint was written yet$"
     with pytest.raises(UserError, match=line):
         probe(tiny_linear("optimizer.lr=1e38"), undisturbed / "checkpoint.pt", tmp_path)
     report = json.loads((tmp_path / "nonfinite.json").read_text())
-    step, batches = report["step"], data.batch_indices(96, 16, 0, 0)
+    step, batches = report["step"], datasets.batch_indices(96, 16, 0, 0)
     assert 0 < step < 6 and report["epoch"] == 1
     assert report["indices"] == {str(i): batches[i].tolist() for i in (step - 1, step)}
     assert checkpoint.load(tmp_path / "nonfinite.pt")["model"].keys() == {"weight", "bias"}
@@ -204,13 +204,13 @@ def test_probe_not_finite_saves_step_indices_and_state(tiny_linear, undisturbed,
 
 def test_probe_whose_last_update_breaks_the_weights_saves_no_checkpoint(tiny_linear, undisturbed, tmp_path):
     """One step an epoch: its loss is finite, the weights after it are not."""
-    with pytest.raises(UserError, match="the norm of the weights is inf in epoch 1"):
+    with pytest.raises(UserError, match="the norm of weights and buffers is inf at step 0"):
         probe(tiny_linear("optimizer.lr=1e38", "batch_size=96"), undisturbed / "checkpoint.pt", tmp_path)
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_not_finite_on_a_full_disk_still_says_what_happened(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "write_atomically", failing)
+    monkeypatch.setattr(nonfinite, "write_atomically", failing)
     line = r"is (nan|inf) at step \d+; stopped, cannot write x: no space, no checkpoint was written yet$"
     with pytest.raises(UserError, match=line):
         train(tiny("optimizer.lr=1e38", "epochs=20", "knn.every=0"), tmp_path)
@@ -339,18 +339,19 @@ def files(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "images"
     folder.mkdir()
 
-    def load(root, split, download, allow_partial, expected):
-        images = data.load("squares", "", split)
+    def load(ask):
+        split = ask.split
+        images = datasets.load("squares", "", split)
         paths = [folder / f"{split}{i}.png" for i in range(len(images))]
         for path, pixels in zip(paths, images.images, strict=True):
             if not folder.exists():
                 raise DataError(f"{folder} does not exist")
             if not path.exists():
                 Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
-        return data.Files([str(path) for path in paths], images.labels, images.classes, "files")
+        return datasets.Files([str(path) for path in paths], images.labels, images.classes, "files")
 
-    monkeypatch.setitem(data.DATASETS, "files", load)
-    monkeypatch.setitem(data.EXPECTED, "files", data.Expected(4, 96, 40, 12))
+    monkeypatch.setitem(datasets.READERS, "files", load)
+    monkeypatch.setitem(datasets.EXPECTED, "files", datasets.Expected(4, 96, 40, 12))
     return folder
 
 
@@ -376,14 +377,14 @@ def test_data_set_that_vanishes_is_one_line(tiny, recipe, cli, tmp_path, files, 
 
 def test_worker_that_dies_is_one_line(tiny, tmp_path, files, monkeypatch, capfd):
     """As for want of memory: SIGKILL, in epoch 2."""
-    read = data.RandomCrops.__getitem__
+    read = loading.RandomCrops.__getitem__
 
     def dying(self, index):
         if self.epoch == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self, index)
 
-    monkeypatch.setattr(data.RandomCrops, "__getitem__", dying)
+    monkeypatch.setattr(loading.RandomCrops, "__getitem__", dying)
     config = tiny("dataset=files", "run.workers=1", "knn.every=0")
     assert forked(lambda: train(config, tmp_path / "run")) == 1
     assert one_line(capfd.readouterr().err, "DataLoader worker", "run.workers", "The last checkpoint is intact")
@@ -480,17 +481,17 @@ def test_archive_member_that_leaves_its_folder_is_refused(tmp_path, name):
     target = tmp_path / "target"
     target.mkdir()
     with pytest.raises(DataError, match=f"nothing is unpacked: its member '{re.escape(name)}' {MEMBERS[name]}"):
-        data.unpack(archive(tmp_path / "x.tar.gz", name), target)
+        cifar100.unpack(archive(tmp_path / "x.tar.gz", name), target)
     assert not list(target.iterdir()) and {p.name for p in tmp_path.iterdir()} == {"target", "x.tar.gz"}
 
 
 def test_good_archive_is_unpacked_and_a_cut_one_refused(tmp_path):
     path = archive(tmp_path / "x.tar.gz")
-    data.unpack(path, tmp_path / "target")
+    cifar100.unpack(path, tmp_path / "target")
     assert (tmp_path / "target/cifar-100-python/test").read_bytes() == b"text"
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(DataError, match="cut off"):
-        data.unpack(path, tmp_path / "again")
+        cifar100.unpack(path, tmp_path / "again")
 
 
 # ------------------------------------------------------------------------------------------------- logs and locales

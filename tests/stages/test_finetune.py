@@ -15,15 +15,16 @@ from PIL import Image
 from torch.nn import functional as F
 
 from eval import finetune as script
-from eval.finetune import build_groups, build_model, finetune, set_rates
-from mixmask import checkpoint, config, data, formats, labels
+from eval.finetune import build_groups, build_model, finetune, learning_rates, set_rates
+from mixmask import checkpoint, config, datasets, formats, labels
 from mixmask.augment import test_view
 from mixmask.backbones import SplitBatchNorm2d
 from mixmask.config import ConfigError, Finetune, UserError
-from mixmask.data import DataError, Expected
+from mixmask.datasets import DataError, Expected
+from mixmask.datasets.views import train_batches
 from mixmask.runs import read_log, run_directory
 from mixmask.schedules import learning_rate
-from mixmask.views import train_batches
+from mixmask.training.loop import Loop
 from pretrain.train import train
 
 RECIPE = """
@@ -112,7 +113,7 @@ def test_rates_of_backbone_and_classifier_step_as_in_table10(name, stem, classif
     assert [len(group["params"]) for group in optimizer.param_groups] == [len(list(model.backbone.parameters())), 2]
     for epoch, factor in [(0, 1), (11, 1), (12, 0.2), (15, 0.2), (16, 0.04), (19, 0.04)]:
         for step in (50 * epoch, 50 * epoch + 49):
-            set_rates(optimizer, recipe, step, steps_per_epoch=50)
+            set_rates(optimizer, learning_rates(recipe, 50, step))
             found = [group["lr"] for group in optimizer.param_groups]
             assert found == pytest.approx([stem * factor, classifier * factor])
     assert {(g["momentum"], g["weight_decay"]) for g in optimizer.param_groups} == {(0.9, 0)}
@@ -133,14 +134,14 @@ def test_recipes_are_complete_and_named_after_their_file(dataset, percent):
 
 def test_two_steps_are_those_of_a_plain_loop(source, tmp_path, monkeypatch):
     """SGD with momentum and no decay, written out: the backbone and the classifier each at its rate."""
-    monkeypatch.setattr(script, "save", lambda run, config, state, images: saved.append(state.model.state_dict()))
+    monkeypatch.setattr(Loop, "save", lambda loop: saved.append(loop.state.model.state_dict()))
     saved = []
     config = recipe("epochs=1", "batch_size=24", "optimizer.weight_decay=0.01")
     finetune(config, source, tmp_path)
 
     augment = dataclasses.replace(config.augment, mean=source.mean, std=source.std)
-    dataset = data.load("squares", "", "train")
-    dataset = labels.part(dataset, data.subset(dataset.labels, 0.5, seed=0))
+    dataset = datasets.load("squares", "", "train")
+    dataset = labels.part(dataset, datasets.subset(dataset.labels, 0.5, seed=0))
     model = build_model(config, source, classes=4)
     velocity = {name: 0 for name, _ in model.named_parameters()}
     for (images,), index in train_batches(dataset, augment, 24, 0, 0, 1, torch.device("cpu")):
@@ -178,7 +179,7 @@ def test_result_is_the_last_epoch_and_tests_with_running_statistics(undisturbed,
     assert result["metrics"] == {"finetune_last": accuracies[-1], "finetune_best": max(accuracies)}
     model = build_model(recipe(), source, classes=4)
     model.load_state_dict(checkpoint.load(undisturbed / "checkpoint.pt")["model"])
-    test_set = data.load("squares", "", "test")
+    test_set = datasets.load("squares", "", "test")
     scores = model.eval()(test_view(test_set.images, 12, None, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
     assert accuracies[-1] == pytest.approx((scores.argmax(1) == test_set.labels).float().mean().item() * 100, abs=2.6)
 
@@ -216,8 +217,8 @@ def test_sigkill_at_any_point_changes_nothing(source, tmp_path, undisturbed, lin
     config = recipe("run.checkpoint_minutes=0")
     pid = os.fork()
     if not pid:
-        rates = script.set_rates
-        script.set_rates = lambda *a: (time.sleep(0.03), rates(*a))[1]  # so that the signal finds it at work
+        fit = script.fit
+        script.fit = lambda *a: (time.sleep(0.03), fit(*a))[1]  # so that the signal finds it at work
         try:
             finetune(config, source, tmp_path)
         finally:
@@ -235,19 +236,18 @@ def test_sigkill_at_any_point_changes_nothing(source, tmp_path, undisturbed, lin
 
 @pytest.mark.parametrize("step", [0, 1, 2, 4, 8])
 def test_sigterm_saves_within_the_epoch_and_the_rest_follows(source, tmp_path, undisturbed, monkeypatch, step):
-    rates = script.set_rates
+    fit = script.fit
 
-    def interrupted(optimizer, config, now, *rest):
-        if now == step:
+    def interrupted(state, *rest):
+        if state.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return rates(optimizer, config, now, *rest)
+        return fit(state, *rest)
 
-    monkeypatch.setattr(script, "set_rates", interrupted)
-    if step < 8:
-        with pytest.raises(KeyboardInterrupt):
-            finetune(recipe(), source, tmp_path)
-        assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == step + 1
-        monkeypatch.undo()
+    monkeypatch.setattr(script, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(recipe(), source, tmp_path)
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == step + 1
+    monkeypatch.undo()
     finetune(recipe(), source, tmp_path)
     assert_same_run(tmp_path, undisturbed)
 
@@ -255,13 +255,15 @@ def test_sigterm_saves_within_the_epoch_and_the_rest_follows(source, tmp_path, u
 @pytest.mark.parametrize(("items", "step"), [(["backbone_lr=1e38"], 1), (["backbone_lr=1e38", "batch_size=48"], 0)])
 def test_what_is_not_finite_stops_the_run_and_names_the_iteration(source, tmp_path, items, step):
     """A loss, or with one iteration an epoch the weights that it leaves; the images are named."""
-    with pytest.raises(UserError, match=rf"the (loss|norm of the weights) is (nan|inf) at step {step}; stopped, batch"):
+    with pytest.raises(
+        UserError, match=rf"(loss|the norm of weights and buffers) is (nan|inf) at step {step}; stopped, batch"
+    ):
         finetune(recipe("optimizer.lr=1e38", *items), source, tmp_path)
     assert not (tmp_path / "result.json").exists() and not (tmp_path / "checkpoint.pt").exists()
     report = json.loads((tmp_path / "nonfinite.json").read_text())
     config = recipe(*items)
-    batches = data.batch_indices(48, config.batch_size, 0, 0)
-    labelled, _ = labels.choose(data.load("squares", "", "train"), config)  # half of the images
+    batches = datasets.batch_indices(48, config.batch_size, 0, 0)
+    labelled, _ = labels.choose(datasets.load("squares", "", "train"), config)  # half of the images
     assert report["indices"] == {str(i): labelled[batches[i]].tolist() for i in range(step + 1)}
     assert (report["step"], report["epoch"]) == (step, 1)
     assert report["lr"] == 1e38 and report["backbone_lr"] == 1e38
@@ -325,7 +327,7 @@ def test_public_checkpoint_is_fine_tuned(source, recipe_file, cli, tmp_path):
 
 def test_balanced_subset_is_deterministic_nested_and_the_same_for_every_seed():
     """1 % of CIFAR-100's 50,000 images: five a class, all of them among the 10 %."""
-    dataset = data.Resident(torch.empty(5000, 3, 1, 1), torch.arange(5000) % 10, tuple("abcdefghij"), "squares")
+    dataset = datasets.Resident(torch.empty(5000, 3, 1, 1), torch.arange(5000) % 10, tuple("abcdefghij"), "squares")
     one, text = labels.choose(dataset, recipe("labels=1"))
     ten, _ = labels.choose(dataset, recipe("labels=10", "seed=7"))
     assert torch.bincount(dataset.labels[one]).tolist() == [5] * 10 and len(ten) == 500
@@ -337,11 +339,11 @@ def test_balanced_subset_is_deterministic_nested_and_the_same_for_every_seed():
 
 
 def test_part_keeps_images_and_labels_together():
-    dataset = data.load("squares", "", "train")
+    dataset = datasets.load("squares", "", "train")
     indices = torch.tensor([3, 9, 50])
     part = labels.part(dataset, indices)
     assert torch.equal(part.images, dataset.images[indices]) and torch.equal(part.labels, dataset.labels[indices])
-    files = data.Files(list("abcd"), torch.arange(4), tuple("wxyz"), "imagenet")
+    files = datasets.Files(list("abcd"), torch.arange(4), tuple("wxyz"), "imagenet")
     part = labels.part(files, torch.tensor([1, 3]))
     assert part.paths == ["b", "d"] and part.labels.tolist() == [1, 3] and part.classes == files.classes
 
@@ -358,7 +360,7 @@ def imagenet(tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             for k in range(count):
                 Image.new("RGB", (16, 16), (80 * k, 40, 90)).save(folder / f"{wnid}_{k}.JPEG", "JPEG")
-    monkeypatch.setitem(data.EXPECTED, "imagenet", Expected(3, 6, 3))
+    monkeypatch.setitem(datasets.EXPECTED, "imagenet", Expected(3, 6, 3))
     text = "".join(f"{name}\n" for name in NAMES).encode()
     monkeypatch.setitem(labels.SHA256, "1percent.txt", hashlib.sha256(text).hexdigest())
     return tmp_path, text
@@ -380,7 +382,7 @@ def test_simclrs_list_names_the_labelled_images(imagenet):
     put(root, text)
     config, note = labels.settle(listed(root))
     assert (config.label_list, note) == ("simclr", "")
-    train_set = data.load("imagenet", root, "train")
+    train_set = datasets.load("imagenet", root, "train")
     indices, text = labels.choose(train_set, config)
     assert sorted(os.path.basename(train_set.paths[i]) for i in indices) == sorted(NAMES)
     assert text == "SimCLR's 1percent.txt: 3 of its 3 images"
@@ -390,7 +392,7 @@ def test_altered_list_is_refused(imagenet):
     root, text = imagenet
     path = put(root, text[:-11])
     with pytest.raises(DataError, match=r"1percent.txt is not SimCLR's list: 2 lines, SHA-256"):
-        labels.choose(data.load("imagenet", root, "train"), listed(root))
+        labels.choose(datasets.load("imagenet", root, "train"), listed(root))
     assert path.exists()  # it is the user's
 
 
@@ -399,7 +401,7 @@ def test_list_of_images_that_are_not_there_is_refused(imagenet, monkeypatch):
     text = b"n01_0.JPEG\nn01_9.JPEG\n"
     monkeypatch.setitem(labels.SHA256, "1percent.txt", hashlib.sha256(text).hexdigest())
     put(root, text)
-    train_set = data.load("imagenet", root, "train")
+    train_set = datasets.load("imagenet", root, "train")
     with pytest.raises(DataError, match=r"1 of its 2 images are not in the training set: n01_9.JPEG"):
         labels.choose(train_set, listed(root))
     partial = dataclasses.replace(train_set, note="partial")  # known to lack images
@@ -427,10 +429,12 @@ def test_absent_list_gives_way_to_a_subset_that_is_marked_and_another_run(imagen
     monkeypatch.setattr(labels, "fetch", lambda path: pytest.fail("run.download is false"))
     config, note = labels.settle(listed(root, "run.download=false"))
     assert config.label_list == "balanced" and "a class-balanced subset takes its place" in note
-    assert labels.choose(data.load("imagenet", root, "train"), config)[1].startswith("class-balanced subset, our own")
+    assert labels.choose(datasets.load("imagenet", root, "train"), config)[1].startswith(
+        "class-balanced subset, our own"
+    )
     assert run_directory("runs", "finetune", config) != run_directory("runs", "finetune", listed(root))
     with pytest.raises(DataError, match="cannot read SimCLR's list"):
-        labels.choose(data.load("imagenet", root, "train"), listed(root))
+        labels.choose(datasets.load("imagenet", root, "train"), listed(root))
 
 
 def test_run_with_one_list_is_not_resumed_with_the_other(imagenet, pretrained, recipe_file, cli, monkeypatch):

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from eval import knn as script
-from mixmask import checkpoint, data
+from mixmask import checkpoint, datasets
 from pretrain import train as pretrain_script
 from pretrain.train import train
 
@@ -60,13 +60,13 @@ def test_another_protocol_by_its_recipe(cli, pretrained, tmp_path):
 
 
 def test_partial_data_of_the_pretraining_is_accepted_again(tiny, cli, tmp_path, monkeypatch):
-    squares = data.DATASETS["squares"]
+    squares = datasets.READERS["squares"]
 
-    def partial(root, split, download, allow_partial, expected):
-        assert allow_partial
-        return squares(root, split, download, allow_partial, expected)
+    def partial(ask):
+        assert ask.allow_partial
+        return squares(ask)
 
-    monkeypatch.setitem(data.DATASETS, "squares", partial)
+    monkeypatch.setitem(datasets.READERS, "squares", partial)
     result = train(tiny("allow_partial_data=true"), tmp_path / "run")
     assert evaluate(cli, tmp_path / "run", tmp_path)[f"{METRIC}_last"] == result["metrics"][f"{METRIC}_last"]
 

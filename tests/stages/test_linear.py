@@ -15,11 +15,12 @@ from torchvision import transforms as T
 
 from eval import linear as script
 from eval.linear import build_classifier, fingerprint, probe
-from mixmask import checkpoint, config, data
+from mixmask import checkpoint, config, datasets
 from mixmask.backbones import ResNet
 from mixmask.config import UserError
 from mixmask.features import extract
 from mixmask.runs import read_log
+from mixmask.training import loop
 from pretrain.train import train
 
 
@@ -87,14 +88,14 @@ def test_cached_adam_is_htdts_loop(tiny_linear, pretrained, tmp_path):
     """Features once, un-augmented, as they are; Adam; ExponentialLR to 1e-6 after the last epoch."""
     metrics = probe(tiny_linear(*CACHED), pretrained, tmp_path)["metrics"]
     encoder, _, _ = checkpoint.load_encoder(pretrained)
-    train, test = (data.load("squares", "", split) for split in ("train", "test"))
+    train, test = (datasets.load("squares", "", split) for split in ("train", "test"))
     mean, std = (torch.tensor(v)[:, None, None] for v in ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]))
     x_train, x_test = (encoder.backbone((d.images / 255 - mean) / std) for d in (train, test))
     classifier = build_classifier(64, 4, seed=0, init="uniform")
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-2, weight_decay=5e-6)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=(1e-6 / 1e-2) ** (1 / 5))
     for epoch in range(5):
-        for index in data.batch_indices(96, 16, 0, epoch):
+        for index in datasets.batch_indices(96, 16, 0, epoch):
             optimizer.zero_grad()
             F.cross_entropy(classifier(x_train[index]), train.labels[index]).backward()
             optimizer.step()
@@ -121,7 +122,7 @@ def test_sgd_recipe_tests_as_patrickhua():
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     images = torch.randint(0, 256, (8, 3, 4, 4), generator=torch.Generator().manual_seed(0)).float()
     images = F.interpolate(images, 32, mode="bilinear").round().byte()
-    dataset = data.Resident(images, torch.zeros(8, dtype=torch.int64), ("a",), "squares")
+    dataset = datasets.Resident(images, torch.zeros(8, dtype=torch.int64), ("a",), "squares")
     augment = dataclasses.replace(recipe.augment, mean=mean, std=std)
     found = extract(torch.nn.Identity(), dataset, augment, recipe.test_resize, torch.device("cpu"))
 
@@ -200,7 +201,7 @@ def test_last_epoch_is_reported_and_the_best_noted(undisturbed):
 
 def test_best_is_noted_even_if_a_later_epoch_is_worse(tiny_linear, pretrained, tmp_path, monkeypatch):
     accuracies = iter([10.0, 30.0, 20.0])
-    monkeypatch.setattr(script, "test", lambda *_: next(accuracies))
+    monkeypatch.setattr(script, "test", lambda *_: {"test_top1": next(accuracies)})
     metrics = probe(tiny_linear(), pretrained, tmp_path)["metrics"]
     assert metrics == {"linear_sgd_last": 20.0, "linear_sgd_best": 30.0}
 
@@ -235,8 +236,8 @@ def test_sigkill_at_any_point_changes_nothing(tiny_linear, pretrained, tmp_path,
 def test_cached_probe_repeats_what_came_after_its_checkpoint(tiny_linear, pretrained, tmp_path, monkeypatch, done):
     """A checkpoint every second epoch; stopped between the log line of an epoch and its checkpoint."""
     probe(tiny_linear(*CACHED), pretrained, tmp_path / "whole")
-    line = script.epoch_line
-    monkeypatch.setattr(script, "epoch_line", lambda epoch, *a: line(epoch, *a) if epoch <= done else 1 / 0)
+    line = loop.epoch_line
+    monkeypatch.setattr(loop, "epoch_line", lambda epoch, *a: line(epoch, *a) if epoch <= done else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         probe(tiny_linear(*CACHED), pretrained, tmp_path / "stopped")
     monkeypatch.undo()
@@ -247,14 +248,14 @@ def test_cached_probe_repeats_what_came_after_its_checkpoint(tiny_linear, pretra
     assert torch.equal(a["weight"], b["weight"]) and torch.equal(a["bias"], b["bias"])
 
 
-def test_kill_between_log_and_checkpoint_repeats_no_line(tiny_linear, pretrained, tmp_path, undisturbed, monkeypatch):
-    save = script.save
-    monkeypatch.setattr(script, "save", lambda *a: os._exit(9) if a[-1] == 2 else save(*a))
+def test_kill_before_a_checkpoint_repeats_no_line(tiny_linear, pretrained, tmp_path, undisturbed, monkeypatch):
+    save = loop.Loop.save
+    monkeypatch.setattr(loop.Loop, "save", lambda self: os._exit(9) if self.state.step == 12 else save(self))
     pid = os.fork()
     if not pid:
         probe(tiny_linear(), pretrained, tmp_path)
     os.waitpid(pid, 0)
-    assert len(read_log(tmp_path)) == 2
+    assert len(read_log(tmp_path)) == 1
     monkeypatch.undo()
     probe(tiny_linear(), pretrained, tmp_path)
     assert_same_probe(tmp_path, undisturbed)
@@ -272,7 +273,7 @@ def test_sigterm_stops_after_the_epoch_and_resumes(tiny_linear, pretrained, tmp_
 
 
 def test_loss_that_is_not_finite_stops_the_probe(tiny_linear, pretrained, tmp_path):
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) in epoch 1; stopped"):
+    with pytest.raises(UserError, match=r"loss is (nan|inf) at step \d; stopped"):
         probe(tiny_linear("optimizer.lr=1e38"), pretrained, tmp_path)
     assert not (tmp_path / "result.json").exists() and not (tmp_path / "checkpoint.pt").exists()
 

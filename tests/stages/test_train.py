@@ -23,6 +23,7 @@ from mixmask import checkpoint
 from mixmask import config as configs
 from mixmask.config import UserError
 from mixmask.runs import read_log
+from mixmask.training.clock import Work
 from pretrain import train as script
 from pretrain.train import train
 
@@ -111,7 +112,7 @@ def test_loss_curve_is_pinned(tiny, tmp_path, method):
 
 
 def test_work_is_counted_once_and_a_multiply_add_as_two():
-    work, weight = script.Work(), torch.ones(3, 5, requires_grad=True)
+    work, weight = Work(), torch.ones(3, 5, requires_grad=True)
     for _ in range(2):
         with work.counted():
             (torch.ones(7, 3) @ weight).sum().backward()
@@ -202,7 +203,7 @@ def test_signal_after_any_step_loses_no_line(tiny, tmp_path, undisturbed, monkey
 
 
 def test_crash_between_the_last_checkpoint_and_the_result_is_mended(tiny, tmp_path, undisturbed, monkeypatch):
-    monkeypatch.setattr(script, "result", lambda *_: os._exit(9))
+    monkeypatch.setattr(script, "result_of", lambda *_: os._exit(9))
     os.waitpid(start(tiny(), tmp_path), 0)
     assert not (tmp_path / "result.json").exists()
     monkeypatch.undo()

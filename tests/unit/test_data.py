@@ -1,6 +1,7 @@
 """Data sets are verified before training, and what is read is a pure function of seed, epoch and index."""
 
 import io
+import math
 import time
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from mixmask import data
+from mixmask import augment, datasets
 from mixmask.config import Augment, UserError
-from mixmask.data import DataError, Expected
-from mixmask.views import train_batches
+from mixmask.datasets import DataError, Expected, cache, cifar100, decoding, loading, photos
+from mixmask.datasets.views import train_batches
 
 WNIDS = ("n03", "n01", "n02")  # not sorted: wnids.txt, not the alphabet, gives the class index
 TINY = Expected(classes=3, train=6, test=6, side=64)
@@ -56,43 +57,43 @@ def imagenet(tmp_path: Path) -> Path:
     return folder
 
 
-def load_tiny(root: Path, split: str = "train", **options) -> data.Resident:
-    return data.load("tiny_imagenet", root, split, expected=TINY, **options)
+def load_tiny(root: Path, split: str = "train", **options) -> datasets.Resident:
+    return datasets.load("tiny_imagenet", root, split, expected=TINY, **options)
 
 
-def load_imagenet(root: Path, split: str = "train", **options) -> data.Files:
-    return data.load("imagenet", root, split, expected=IMAGENET, **options)
+def load_imagenet(root: Path, split: str = "train", **options) -> datasets.Files:
+    return datasets.load("imagenet", root, split, expected=IMAGENET, **options)
 
 
 # ------------------------------------------------------------------------------------------------ published counts
 
 
 def test_expected_counts_are_the_published_ones():
-    assert data.EXPECTED["cifar100"] == Expected(100, 50_000, 10_000, 32)
-    assert data.EXPECTED["cifar100_reduced"] == Expected(100, 100 * 100, 100 * 50, 32)
-    assert data.EXPECTED["tiny_imagenet"] == Expected(200, 200 * 500, 200 * 50, 64)
-    assert data.EXPECTED["imagenet"] == Expected(1000, 1_281_167, 50_000)
+    assert datasets.EXPECTED["cifar100"] == Expected(100, 50_000, 10_000, 32)
+    assert datasets.EXPECTED["cifar100_reduced"] == Expected(100, 100 * 100, 100 * 50, 32)
+    assert datasets.EXPECTED["tiny_imagenet"] == Expected(200, 200 * 500, 200 * 50, 64)
+    assert datasets.EXPECTED["imagenet"] == Expected(1000, 1_281_167, 50_000)
 
 
 def test_real_counts_are_checked_when_none_are_given(tiny, imagenet):
     with pytest.raises(DataError, match=r"found 3 classes, expected 200"):
-        data.load("tiny_imagenet", tiny, "train", allow_partial=True)
+        datasets.load("tiny_imagenet", tiny, "train", allow_partial=True)
     with pytest.raises(DataError, match=r"found 6 images in 3 classes .* expected 1,281,167 in 1000"):
-        data.load("imagenet", imagenet, "train")
+        datasets.load("imagenet", imagenet, "train")
 
 
 def test_unknown_names_and_splits_are_refused(tmp_path):
     assert issubclass(DataError, UserError)
     with pytest.raises(DataError, match=r"unknown data set 'cifar10'; expected one of cifar100"):
-        data.load("cifar10", tmp_path, "train")
+        datasets.load("cifar10", tmp_path, "train")
     with pytest.raises(DataError, match=r"unknown split 'val'"):
-        data.load("photos", tmp_path, "val")
+        datasets.load("photos", tmp_path, "val")
 
 
 @pytest.mark.parametrize("name", ["cifar100", "tiny_imagenet", "imagenet"])
 def test_missing_root_is_refused_and_not_created(name, tmp_path):
     with pytest.raises(DataError, match=r"data root '.*nowhere' does not exist"):
-        data.load(name, tmp_path / "nowhere", "train")
+        datasets.load(name, tmp_path / "nowhere", "train")
     assert not list(tmp_path.iterdir())
 
 
@@ -100,7 +101,7 @@ def test_missing_root_is_refused_and_not_created(name, tmp_path):
 def test_wrong_tree_lists_the_places_tried_and_what_is_there(name, tmp_path):
     (tmp_path / "holiday").mkdir()
     with pytest.raises(DataError, match=f"not found: expected .*train, val in one of {tmp_path}, .*: holiday"):
-        data.load(name, tmp_path, "train")
+        datasets.load(name, tmp_path, "train")
 
 
 # ------------------------------------------------------------------------------------------------------- CIFAR-100
@@ -108,7 +109,7 @@ def test_wrong_tree_lists_the_places_tried_and_what_is_there(name, tmp_path):
 
 def test_cifar100_absent_without_download(tmp_path):
     with pytest.raises(DataError, match=f"no folder {tmp_path / 'cifar-100-python'}"):
-        data.load("cifar100", tmp_path, "train", download=False)
+        datasets.load("cifar100", tmp_path, "train", download=False)
 
 
 def test_cifar100_truncated_file_is_named_and_kept(tmp_path):
@@ -117,7 +118,7 @@ def test_cifar100_truncated_file_is_named_and_kept(tmp_path):
     (folder / "train").write_bytes(b"\x80\x02cut")
     for root in (tmp_path, folder):
         with pytest.raises(DataError, match=r"cifar-100-python/train is truncated or altered \(5 bytes"):
-            data.load("cifar100", root, "train")
+            datasets.load("cifar100", root, "train")
     assert [path.name for path in folder.iterdir()] == ["train"]
 
 
@@ -127,14 +128,14 @@ def test_reduced_cifar100_is_the_first_images_of_each_class_of_that_split_in_the
 ):
     whole = {"train": [2, 0, 0, 1, 0, 2, 1, 1, 2], "test": [1, 1, 0, 2, 0, 2]}
 
-    def cifar100(root, split, download, allow_partial, expected):
-        assert expected == data.EXPECTED["cifar100"]  # all of it is verified, not the part
+    def whole_set(root, split, expected, download):
+        assert expected == datasets.EXPECTED["cifar100"]  # all of it is verified, not the part
         labels = torch.tensor(whole[split])
         images = torch.arange(len(labels), dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-        return data.Resident(images, labels, ("a", "b", "c"), "cifar100")
+        return datasets.Resident(images, labels, ("a", "b", "c"), "cifar100")
 
-    monkeypatch.setattr(data, "_cifar100", cifar100)
-    found = data.load("cifar100_reduced", tmp_path, split, expected=Expected(3, 6, 3, 2))
+    monkeypatch.setattr(cifar100, "read", whole_set)
+    found = datasets.load("cifar100_reduced", tmp_path, split, expected=Expected(3, 6, 3, 2))
     assert found.images[:, 0, 0, 0].tolist() == {"train": [0, 1, 2, 3, 5, 6], "test": [0, 2, 3]}[split]
     assert found.labels.bincount().tolist() == [each] * 3 and found.name == "cifar100_reduced"
     assert found.labels.tolist() == [whole[split][i] for i in found.images[:, 0, 0, 0].tolist()]
@@ -144,9 +145,9 @@ def test_cifar100_failed_download_leaves_nothing(tmp_path, monkeypatch):
     def refuse(*args, **options):
         raise OSError("no route\nto host")
 
-    monkeypatch.setattr(data, "download_url", refuse)
+    monkeypatch.setattr(cifar100, "download_url", refuse)
     with pytest.raises(DataError, match=r"download failed \(no route to host\); unpack .* by hand"):
-        data.load("cifar100", tmp_path, "train")
+        datasets.load("cifar100", tmp_path, "train")
     assert not list(tmp_path.iterdir())
 
 
@@ -236,15 +237,15 @@ def test_tiny_imagenet_wrong_size_is_named(tiny):
 
 def test_tiny_imagenet_cache_is_used_checked_and_renewed(tiny, monkeypatch):
     first = load_tiny(tiny)
-    cache = tiny / "mixmask_train.pt"
+    kept = tiny / "mixmask_train.pt"
     with monkeypatch.context() as patch:
-        patch.setattr(data, "read_image", None)  # a second load decodes nothing
+        patch.setattr(cache, "read_image", None)  # a second load decodes nothing
         assert torch.equal(load_tiny(tiny).images, first.images)
-    content = bytearray(cache.read_bytes())
+    content = bytearray(kept.read_bytes())
     content[len(content) // 2] ^= 1
-    cache.write_bytes(content)  # one flipped bit
+    kept.write_bytes(content)  # one flipped bit
     assert torch.equal(load_tiny(tiny).images, first.images)
-    cache.write_bytes(content[: len(content) // 2])  # cut off
+    kept.write_bytes(content[: len(content) // 2])  # cut off
     assert torch.equal(load_tiny(tiny).images, first.images)
     jpeg(tiny / "train" / "n02" / "images" / "n02_0.JPEG", 7)
     assert not torch.equal(load_tiny(tiny).images, first.images)
@@ -254,7 +255,7 @@ def test_tiny_imagenet_read_only_folder_is_read_without_cache(tiny, monkeypatch,
     def refuse(*args):
         raise OSError("Read-only file system")
 
-    monkeypatch.setattr(data.torch, "save", refuse)
+    monkeypatch.setattr(cache.torch, "save", refuse)
     assert len(load_tiny(tiny)) == 6
     assert "cannot write" in caplog.text and not list(tiny.glob("*mixmask*"))
 
@@ -299,9 +300,9 @@ def test_imagenet_val_class_unknown_to_train(imagenet):
 VIEW = Augment(("crop",), 32, (0.2, 1.0))
 
 
-def read_all(files: data.Files, workers: int, epoch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    order = data.batch_indices(len(files), 2, seed=1, epoch=0)
-    batches = list(data.loader(files, order, 1, epoch, [VIEW, VIEW], workers))
+def read_all(files: datasets.Files, workers: int, epoch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    order = datasets.batch_indices(len(files), 2, seed=1, epoch=0)
+    batches = list(loading.loader(files, order, 1, epoch, [VIEW, VIEW], workers))
     return torch.cat([torch.stack(crops, 1) for crops, _ in batches]), torch.cat([index for _, index in batches])
 
 
@@ -313,7 +314,7 @@ def test_crops_do_not_depend_on_workers_or_on_what_was_read_before(imagenet):
     assert crops.shape == (6, 2, 3, 32, 32) and crops.dtype == torch.uint8
     assert torch.equal(crops, again) and torch.equal(index, order)
     assert torch.equal(state, torch.get_rng_state())
-    alone, _ = next(data.loader(files, [[int(index[-1])]], 1, 0, [VIEW, VIEW], workers=0))
+    alone, _ = next(loading.loader(files, [[int(index[-1])]], 1, 0, [VIEW, VIEW], workers=0))
     assert torch.equal(torch.cat(alone), crops[-1])
     other, _ = read_all(files, workers=0, epoch=1)
     assert not torch.equal(crops, other) and not torch.equal(crops[:, 0], crops[:, 1])
@@ -321,13 +322,13 @@ def test_crops_do_not_depend_on_workers_or_on_what_was_read_before(imagenet):
 
 def test_a_process_reads_only_its_rows_of_a_batch(imagenet, monkeypatch):
     """And gets what the one process that reads whole batches gets in these rows."""
-    files, read, read_image = load_imagenet(imagenet), [], data.read_image
-    monkeypatch.setattr(data, "read_image", lambda path: read.append(path) or read_image(path))
-    augment = Augment(("crop", "flip"), 32, (0.2, 1.0), flip_prob=0.5, mean=(0.5,) * 3, std=(0.2,) * 3)
+    files, read, read_image = load_imagenet(imagenet), [], loading.read_image
+    monkeypatch.setattr(loading, "read_image", lambda path: read.append(path) or read_image(path))
+    view = Augment(("crop", "flip"), 32, (0.2, 1.0), flip_prob=0.5, mean=(0.5,) * 3, std=(0.2,) * 3)
 
     def batches(rows: slice) -> list:
         read.clear()
-        return list(train_batches(files, augment, 4, 1, 0, 2, torch.device("cpu"), rows=rows))
+        return list(train_batches(files, view, 4, 1, 0, 2, torch.device("cpu"), rows=rows))
 
     whole, part = batches(slice(None)), batches(slice(2, 4))
     assert len(read) == 2 * len(part) and len(part) == len(whole)
@@ -339,7 +340,7 @@ def test_a_process_reads_only_its_rows_of_a_batch(imagenet, monkeypatch):
 
 def test_centre_crop_resizes_the_shorter_side(imagenet):
     files = load_imagenet(imagenet, "test")
-    crops, index = next(data.centre_loader(files, 3, resize=36, size=32, workers=0))
+    crops, index = next(loading.centre_loader(files, 3, resize=36, size=32, workers=0))
     assert crops.shape == (3, 3, 32, 32) and crops.dtype == torch.uint8 and index.tolist() == [0, 1, 2]
     with Image.open(files.paths[0]) as image:  # 100 x 70 -> 51 x 36
         pillow = np.array(image.resize((51, 36), Image.Resampling.BILINEAR).crop((10, 2, 42, 34)))
@@ -363,7 +364,7 @@ def test_any_image_behind_a_jpeg_name_is_read_as_rgb(mode, form, tmp_path):
     stream = io.BytesIO()
     Image.new("RGB", (20, 10), (200, 100, 50)).convert(mode).save(stream, form)
     (tmp_path / "a.JPEG").write_bytes(stream.getvalue())
-    image = data.read_image(str(tmp_path / "a.JPEG"))
+    image = decoding.read_image(str(tmp_path / "a.JPEG"))
     grey = 0.299 * 200 + 0.587 * 100 + 0.114 * 50
     expected = torch.tensor([grey] * 3 if mode == "L" else [200.0, 100.0, 50.0])
     assert image.shape == (3, 10, 20) and image.dtype == torch.uint8
@@ -372,7 +373,8 @@ def test_any_image_behind_a_jpeg_name_is_read_as_rgb(mode, form, tmp_path):
 
 def test_crop_boxes_lie_inside_the_image_and_follow_torchvision():
     rng, scale, ratio = np.random.default_rng(0), (0.2, 1.0), (3 / 4, 4 / 3)
-    ours = np.array([data.crop_box(70, 100, scale, ratio, rng) for _ in range(4000)])
+    view = Augment(("crop",), 8, scale, ratio)
+    ours = np.array([loading.crop_box(view, 70, 100, rng) for _ in range(4000)])
     image = torch.empty(3, 70, 100)
     torch.manual_seed(0)
     drawn = [RandomResizedCrop(8, scale, ratio).make_params([image]) for _ in range(4000)]
@@ -385,11 +387,29 @@ def test_crop_boxes_lie_inside_the_image_and_follow_torchvision():
     assert np.abs(difference).max() <= 3  # pixels; sampling noise of 4,000 draws is about 1
 
 
+def test_crop_boxes_follow_the_plain_statement_draw_by_draw():
+    scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
+    view, rng, plain = Augment(("crop",), 8, scale, ratio), np.random.default_rng(1), np.random.default_rng(1)
+
+    def box(height: int, width: int) -> tuple[int, int, int, int]:
+        for _ in range(10):
+            area = height * width * plain.uniform(*scale)
+            aspect = math.exp(plain.uniform(math.log(ratio[0]), math.log(ratio[1])))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return int(plain.integers(0, height - h + 1)), int(plain.integers(0, width - w + 1)), h, w
+        return augment.central_crop(ratio, height, width)
+
+    for height, width in np.random.default_rng(2).integers(1, 600, (5000, 2)).tolist():
+        assert loading.crop_box(view, height, width, rng) == box(height, width)
+
+
 def test_crop_box_falls_back_to_the_central_crop():
     rng = np.random.default_rng(0)
-    assert data.crop_box(10, 100, (1.0, 1.0), (3 / 4, 4 / 3), rng) == (0, 43, 10, 13)
-    assert data.crop_box(100, 10, (1.0, 1.0), (3 / 4, 4 / 3), rng) == (43, 0, 13, 10)
-    assert data.crop_box(32, 32, (1.0, 1.0), (1.0, 1.0), rng) == (0, 0, 32, 32)
+    whole = Augment(("crop",), 8)
+    assert loading.crop_box(whole, 10, 100, rng) == (0, 43, 10, 13)
+    assert loading.crop_box(whole, 100, 10, rng) == (43, 0, 13, 10)
+    assert loading.crop_box(Augment(("crop",), 8, crop_ratio=(1.0, 1.0)), 32, 32, rng) == (0, 0, 32, 32)
 
 
 # --------------------------------------------------------------------------------------------- the embedded default
@@ -397,23 +417,23 @@ def test_crop_box_falls_back_to_the_central_crop():
 
 def test_photos_counts_classes_and_time():
     start = time.monotonic()
-    train, test = data.load("photos", "", "train"), data.load("photos", "", "test")
+    train, test = datasets.load("photos", "", "train"), datasets.load("photos", "", "test")
     assert time.monotonic() - start < 10  # about 0.3 s on an idle core
     for part, count in ((train, 2000), (test, 800)):
         assert part.images.shape == (count, 3, 32, 32) and part.images.is_contiguous()
         assert len(part.classes) == 16 and (torch.bincount(part.labels) == count // 16).all()
-    assert torch.equal(train.images, data.load("photos", "", "train").images)
+    assert torch.equal(train.images, datasets.load("photos", "", "train").images)
 
 
 def test_photos_share_no_pixel_between_training_and_test():
-    for index, name in enumerate(data.PHOTOS):
-        width, height = data._photo(name).size
+    for index, name in enumerate(photos.PHOTOS):
+        width, height = photos.photo(name).size
         seen = np.zeros((2, height, width), dtype=bool)
         for part, split in enumerate(("train", "test")):
-            corners = data.photo_corners((width, height), index, split, 125)
-            assert corners.min() >= 0 and (corners.max(0) + data.PATCH <= (width, height)).all()
+            corners = photos.photo_corners((width, height), index, split, 125)
+            assert corners.min() >= 0 and (corners.max(0) + photos.PATCH <= (width, height)).all()
             for x, y in corners:
-                seen[part, y : y + data.PATCH, x : x + data.PATCH] = True
+                seen[part, y : y + photos.PATCH, x : x + photos.PATCH] = True
         assert not (seen[0] & seen[1]).any() and seen[0].any() and seen[1].any(), name
 
 
@@ -424,12 +444,12 @@ def test_photos_need_no_network_and_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", refuse)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert len(data.load("photos", tmp_path / "nowhere", "test")) == 800
+    assert len(datasets.load("photos", tmp_path / "nowhere", "test")) == 800
     assert not list(tmp_path.iterdir())
 
 
 def test_resident_moves_to_a_device_whole():
-    moved = data.load("photos", "", "test").to("meta")
+    moved = datasets.load("photos", "", "test").to("meta")
     assert moved.images.device.type == moved.labels.device.type == "meta" and moved.name == "photos"
 
 
@@ -437,19 +457,19 @@ def test_resident_moves_to_a_device_whole():
 
 
 def test_batch_order_is_a_permutation_and_a_function_of_seed_and_epoch():
-    order = data.batch_indices(103, 10, seed=3, epoch=7)
+    order = datasets.batch_indices(103, 10, seed=3, epoch=7)
     assert order.shape == (10, 10) and order.dtype == torch.long
     assert len(order.unique()) == 100 and order.min() >= 0 and order.max() < 103
-    assert torch.equal(order, data.batch_indices(103, 10, seed=3, epoch=7))
-    assert not torch.equal(order, data.batch_indices(103, 10, seed=3, epoch=8))
-    assert not torch.equal(order, data.batch_indices(103, 10, seed=4, epoch=7))
-    assert data.batch_indices(5, 10, 0, 0).shape == (0, 10)
+    assert torch.equal(order, datasets.batch_indices(103, 10, seed=3, epoch=7))
+    assert not torch.equal(order, datasets.batch_indices(103, 10, seed=3, epoch=8))
+    assert not torch.equal(order, datasets.batch_indices(103, 10, seed=4, epoch=7))
+    assert datasets.batch_indices(5, 10, 0, 0).shape == (0, 10)
 
 
 def test_subset_is_balanced_sorted_and_a_function_of_the_seed():
     labels = torch.arange(20).repeat(50)
-    chosen = data.subset(labels, 0.1, seed=0)
+    chosen = datasets.subset(labels, 0.1, seed=0)
     assert (torch.bincount(labels[chosen]) == 5).all() and torch.equal(chosen, chosen.unique())
-    assert torch.equal(chosen, data.subset(labels, 0.1, seed=0))
-    assert not torch.equal(chosen, data.subset(labels, 0.1, seed=1))
-    assert (torch.bincount(labels[data.subset(labels, 0.001, seed=0)]) == 1).all()  # never an empty class
+    assert torch.equal(chosen, datasets.subset(labels, 0.1, seed=0))
+    assert not torch.equal(chosen, datasets.subset(labels, 0.1, seed=1))
+    assert (torch.bincount(labels[datasets.subset(labels, 0.001, seed=0)]) == 1).all()  # never an empty class

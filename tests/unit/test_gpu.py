@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixmask import config, data
+from mixmask import config, datasets
+from mixmask.training.state import TrainState
 from pretrain import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -16,16 +17,16 @@ ROOT = Path(__file__).parents[2]
 METHODS = ("vanilla", "unmix", "mixmask", "both", "erase", "mscn")
 
 
-def started(framework: str, **overrides) -> tuple[config.Pretrain, train.State, data.Resident]:
+def started(framework: str, **overrides) -> tuple[config.Pretrain, TrainState, datasets.Resident]:
     """A recipe of CIFAR-100 with fresh weights on the GPU, and as much noise as two batches need."""
     recipe = config.load(ROOT / f"pretrain/configs/cifar100_{framework}.yaml", overrides)
     device = torch.device("cuda")
     images = torch.randint(256, (2 * recipe.batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
-    dataset = data.Resident(images, torch.zeros(len(images), dtype=torch.long, device=device), ("one",), "noise")
-    return recipe, train.State(*train.build(recipe, device), steps=2 * recipe.epochs), dataset
+    dataset = datasets.Resident(images, torch.zeros(len(images), dtype=torch.long, device=device), ("one",), "noise")
+    return recipe, TrainState(*train.build(recipe, device), recipe.epochs, 2), dataset
 
 
-def iterations(recipe: config.Pretrain, state: train.State, dataset: data.Resident) -> list[float]:
+def iterations(recipe: config.Pretrain, state: TrainState, dataset: datasets.Resident) -> list[float]:
     """The losses of one epoch."""
     batches = train.views(recipe, dataset, 0, 0, torch.device("cuda"))
     return [float(train.iterate(recipe, state, batch)[0]["loss"]) for batch in batches]
@@ -54,7 +55,7 @@ def test_bf16_and_channels_last_keep_the_loss(framework: str):
     assert losses["bf16", True] == pytest.approx(losses["fp32", False], rel=5e-2, abs=2e-2)
 
 
-def started_with_seed(framework: str, **options) -> tuple[config.Pretrain, train.State, data.Resident]:
+def started_with_seed(framework: str, **options) -> tuple[config.Pretrain, TrainState, datasets.Resident]:
     """`started`, with the same noise each time."""
     torch.manual_seed(0)
     return started(framework, **options)

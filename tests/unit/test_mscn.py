@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mixmask import config as configs
-from mixmask import data
+from mixmask import datasets
 from mixmask.config import MSCN, Augment, ConfigError
+from mixmask.datasets.views import train_batches
 from mixmask.frameworks import FRAMEWORKS
 from mixmask.masks import focal_windows, kept_cells, mscn_masks
 from mixmask.methods import METHODS, extra_crops, mscn, mscn_view
 from mixmask.objective import objective
-from mixmask.views import train_batches
 from pretrain import train as script
 from tests import reference
 from tests.reference import info_nce, moved, unit, views
@@ -252,14 +252,14 @@ def batches(dataset, crops: int, skip: int = 0, workers: int = 0, seed: int = 0)
 
 
 @pytest.fixture(params=["in memory", "files"])
-def dataset(request, tmp_path: Path) -> data.Resident | data.Files:
+def dataset(request, tmp_path: Path) -> datasets.Resident | datasets.Files:
     images, labels = ramps(32, 96), torch.zeros(32, dtype=torch.long)
     if request.param == "in memory":
-        return data.Resident(images, labels, ("a",), "ramps")
+        return datasets.Resident(images, labels, ("a",), "ramps")
     paths = [str(tmp_path / f"{i}.png") for i in range(32)]
     for path, image in zip(paths, images, strict=True):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    return data.Files(paths, labels, ("a",), "ramps")
+    return datasets.Files(paths, labels, ("a",), "ramps")
 
 
 def test_extra_crops_show_5_to_20_percent_of_the_same_image(dataset):

@@ -112,7 +112,8 @@ def test_result_is_there_whole_or_not_at_all(tiny, tmp_path, monkeypatch):
         assert run.result is None
         monkeypatch.undo()
         run.finish({"metrics": {"x": 1.0}})
-        assert run.result == read_result(tmp_path) == {"metrics": {"x": 1.0}}
+        about = {"run": run.id, "stage": "pretrain"}
+        assert run.result == read_result(tmp_path) == {**about, "metrics": {"x": 1.0}}
 
 
 def test_damaged_result_is_named(tmp_path):

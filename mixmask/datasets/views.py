@@ -9,14 +9,16 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from mixmask import data
 from mixmask.augment import augment_view, test_view
 from mixmask.config import Augment
+from mixmask.datasets import loading
+from mixmask.datasets.base import Files, Resident
+from mixmask.datasets.sampling import batch_indices
 from mixmask.randomness import torch_generator
 
 
 def train_batches(
-    dataset: data.Resident | data.Files,
+    dataset: Resident | Files,
     augment: Augment,
     batch_size: int,
     seed: int,
@@ -35,14 +37,14 @@ def train_batches(
     `rows`: those of each batch that this process holds; only they are read and augmented.
     """
     augments = [augment] * views + list(crops)
-    batches = data.batch_indices(len(dataset), batch_size, seed, epoch)
+    batches = batch_indices(len(dataset), batch_size, seed, epoch)
     start = epoch * len(batches)
     here = batches[skip:, rows]
-    if isinstance(dataset, data.Resident):  # the same uint8 images for each view: all happens on the device
+    if isinstance(dataset, Resident):  # the same uint8 images for each view: all happens on the device
         here = here.to(dataset.images.device)
         stream = (([dataset.images[indices]] * len(augments), indices) for indices in here)
     else:  # workers decode and crop; each view is a uint8 crop of its own
-        stream = data.loader(dataset, here, seed, epoch, augments, workers, pin_memory=device.type == "cuda")
+        stream = loading.loader(dataset, here, seed, epoch, augments, workers, pin_memory=device.type == "cuda")
         augments = [without_crop(augment) for augment in augments]
     for position, (images, indices) in enumerate(stream, start + skip):
         generator = torch_generator(device, seed, "augment", position)
@@ -57,7 +59,7 @@ def without_crop(augment: Augment) -> Augment:
 
 
 def test_batches(
-    dataset: data.Resident | data.Files,
+    dataset: Resident | Files,
     augment: Augment,
     resize: int,
     device: torch.device,
@@ -66,9 +68,9 @@ def test_batches(
     first: int | None = None,
 ) -> Iterator[Tensor]:
     """The test images float (N, 3, S, S) in order: shorter side to `resize` (0: kept), centre crop, normalised."""
-    if isinstance(dataset, data.Files):
+    if isinstance(dataset, Files):
         sizes = (batch_size, resize, augment.size)
-        stream = data.centre_loader(dataset, *sizes, augment.interpolation, workers, device.type == "cuda")
+        stream = loading.centre_loader(dataset, *sizes, augment.interpolation, workers, device.type == "cuda")
         pixels = (images.to(device, non_blocking=True) for images, _ in stream)
         resize = 0
     else:

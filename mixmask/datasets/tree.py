@@ -1,0 +1,105 @@
+"""Trees of class folders: where they are, which image files they hold, and whether these are all there are."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mixmask.datasets.base import DataError, Expected
+
+log = logging.getLogger(__name__)
+
+ENDINGS = (".jpeg", ".jpg", ".png")
+
+
+def find_folder(root: Path, below: Sequence[str], holds: Sequence[str], title: str) -> Path:
+    """`root`, or the folder in it, that has the entries `holds`. Raises DataError listing the places tried."""
+    if not root.is_dir():
+        raise DataError(f"data root '{root}' does not exist; expected the folder of {title} or the one that holds it")
+    tried = [root, *(root / name for name in below)]
+    for folder in tried:
+        if all((folder / name).exists() for name in holds):
+            return folder
+    raise DataError(
+        f"{title} not found: expected {', '.join(holds)} in one of {', '.join(map(str, tried))}; "
+        f"found in {root}: {entries_of(root)}"
+    )
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the folders in `folder`, sorted, without hidden ones."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+
+
+def image_names(folder: Path) -> list[str]:
+    """Names of the image files in `folder`, sorted; none where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.name.lower().endswith(ENDINGS))
+
+
+def files_of(folders: Sequence[Path]) -> tuple[list[str], Tensor]:
+    """The image files of each class's folder, and their labels (N,); a missing folder is an empty class."""
+    names = [image_names(folder) for folder in folders]
+    paths = [os.path.join(folder, name) for folder, some in zip(folders, names, strict=True) for name in some]
+    return paths, torch.arange(len(folders)).repeat_interleave(torch.tensor([len(some) for some in names]))
+
+
+def check_counts(
+    title: str,
+    split: str,
+    where: Path,
+    labels: Tensor,
+    classes: Sequence[str],
+    expected: Expected,
+    allow_partial: bool = False,
+    balanced: bool = True,
+) -> str:
+    """Compare with the published counts; returns a note on what is missing, "" if nothing is.
+
+    `balanced`: the published split has equally many images in each class. Raises DataError.
+    """
+    counts = torch.bincount(labels, minlength=len(classes))  # (classes,)
+    total, present = len(labels), int((counts > 0).sum())
+    found = f"{title} {split}: found {total:,} images in {present} classes under {where}, " + (
+        f"expected {expected.images(split):,} in {expected.classes}"
+    )
+    if (total, present) == (expected.images(split), expected.classes):
+        if balanced and int(counts.min()) != int(counts.max()):
+            each = expected.images(split) // expected.classes
+            raise DataError(f"{found}, but not {each} in each class{_least(counts, classes)}; unpack it anew")
+        return ""
+    if total > expected.images(split) or len(classes) > expected.classes or total == 0:
+        raise DataError(f"{found}; unpack the official archive anew")
+    found += _least(counts, classes)
+    if not allow_partial:
+        raise DataError(f"{found}; complete it, or say allow_partial_data=true (results are then not comparable)")
+    log.warning("%s: a partial data set; results are not comparable", found)
+    return f"partial: {found}"
+
+
+def _least(counts: Tensor, classes: Sequence[str]) -> str:
+    if missing := [classes[i] for i in (counts == 0).nonzero().flatten().tolist()]:
+        return f"; no image of {some(missing)}"
+    low, high = int(counts.min()), int(counts.max())
+    if low == high:
+        return f"; {low} images in each class"
+    return f"; {low} to {high} images a class, fewest in {classes[int(counts.argmin())]}"
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def entries_of(folder: Path) -> str:
+    """The first few entries of a folder, for an error's text."""
+    return some(sorted(os.listdir(folder)), 5) if folder.is_dir() and os.listdir(folder) else "nothing"
