@@ -130,7 +130,7 @@ def load_data(config: Finetune, device: torch.device) -> tuple[Any, Any, Tensor,
         sets.append(dataset)
     indices, labelled = labels.choose(sets[0], config)
     check_data(config, sets[0], len(indices))
-    sets[0] = labels.part(sets[0], indices)
+    sets[0] = sets[0].take(indices)
     train_set, test_set = (s.to(device) if isinstance(s, datasets.Resident) else s for s in sets)
     return train_set, test_set, indices, labelled
 
