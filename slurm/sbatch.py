@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixmask.config import ConfigError, UserError, fitting_processes
+from mixmask.config import ConfigError, UserError
 from mixmask.runs import read_result
+from mixmask.training.processes import fitting_processes
 from paper.cells import ROOT
 from slurm import shell
 from slurm.cluster import Cluster
