@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from mixmask.config.errors import ConfigError
-from mixmask.config.fields import check_fields, flatten, within
+from mixmask.config.fields import OTHERWISE, check_fields, flatten, within
 
 # ---------------------------------------------------------------------------------------------- pre-training
 
@@ -121,7 +121,7 @@ class Augment:
     """One view's augmentation: the operations, in the order in which they are applied, and their parameters."""
 
     order: tuple[Literal["crop", "flip", "jitter", "grayscale", "blur"], ...]
-    size: int = within(1)  # side of a view, pixels
+    size: int = within(0)  # side of a view, pixels; 0, in a probe: that of the pre-training
     crop_scale: tuple[float, float] = within(1e-3, 1, default=(1.0, 1.0), interval=True)
     crop_ratio: tuple[float, float] = within(1e-3, default=(0.75, 4 / 3), interval=True)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
@@ -336,9 +336,11 @@ class Detection:
     run: Execution = Execution()
 
     def __post_init__(self) -> None:
-        for key in flatten({"detectron2": self.detectron2}):
+        for key, value in flatten({"detectron2": self.detectron2}).items():
             if key in GIVEN:
                 raise ConfigError(f"{key}: is given by {GIVEN[key]}")
+            if isinstance(value, str) and OTHERWISE.fullmatch(value):
+                raise ConfigError(f"{key}: {value!r} is no decimal number")
 
 
 Config = Pretrain | KNNEval | Linear | Finetune | Convert | Detection  # of a stage

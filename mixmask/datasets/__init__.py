@@ -8,44 +8,17 @@ workers changes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import inspect
 from pathlib import Path
+from typing import Any
 
+from mixmask import registry
 from mixmask.config import Finetune, KNNEval, Linear, Pretrain
-from mixmask.datasets import cifar100, folder, imagenet, photos, tiny_imagenet
-from mixmask.datasets.base import EXPECTED, DataError, Expected, Files, Listing, Resident, counts
+from mixmask.datasets.base import DataError, Expected, Files, Listing, Resident, counts
 from mixmask.datasets.sampling import batch_indices, subset
 
-__all__ = ["EXPECTED", "LISTINGS", "READERS", "DataError", "Expected", "Files", "Listing", "Request", "Resident"]
-__all__ += ["batch_indices", "counts", "list_split", "load", "load_split", "subset"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `load` was asked for; a reader takes of it what it uses."""
-
-    root: Path
-    split: str
-    download: bool
-    allow_partial: bool
-    expected: Expected | None
-    held_out: float
-
-
-READERS: dict[str, Callable[[Request], Resident | Files]] = {
-    "cifar100": lambda ask: cifar100.read(ask.root, ask.split, ask.expected, ask.download),
-    "cifar100_reduced": lambda ask: cifar100.read_reduced(ask.root, ask.split, ask.expected, ask.download),
-    "tiny_imagenet": lambda ask: tiny_imagenet.read(ask.root, ask.split, ask.expected, ask.allow_partial),
-    "imagenet": lambda ask: imagenet.read(ask.root, ask.split, ask.expected, ask.allow_partial),
-    "photos": lambda ask: photos.read(ask.split, ask.expected),
-    "folder": lambda ask: folder.read(ask.root, ask.split, ask.held_out),
-}
-LISTINGS: dict[str, Callable[[Request], Listing]] = {  # of those that can be other images than the published ones
-    "tiny_imagenet": lambda ask: tiny_imagenet.listing(ask.root, ask.split, ask.expected, ask.allow_partial),
-    "imagenet": lambda ask: imagenet.listing(ask.root, ask.split, ask.expected, ask.allow_partial),
-    "folder": lambda ask: folder.listing(ask.root, ask.split, ask.held_out),
-}
+__all__ = ["DataError", "Expected", "Files", "Listing", "Resident", "batch_indices", "counts", "list_split", "load"]
+__all__ += ["load_split", "subset"]
 
 
 def load(
@@ -57,41 +30,43 @@ def load(
     expected: Expected | None = None,
     held_out: float = 0.1,
 ) -> Resident | Files:
-    """The verified data set `name` (a key of READERS), split "train" or "test".
+    """The verified data set `name` (of the registry), split "train" or "test".
 
     `root` is the data set's own folder or the one that holds it; `photos` needs none. `download` fetches CIFAR-100
     into `root` where it is absent. `allow_partial` accepts missing classes and images of Tiny-ImageNet and ImageNet
-    and says in `note` what is missing. `expected` replaces the counts of EXPECTED (for small trees in tests).
+    and says in `note` what is missing. `expected` replaces the registry's counts (for small trees in tests).
     `held_out`: the share of a `folder` without test images that is kept for testing. Raises DataError when anything
     differs from the published data set.
     """
-    return READERS[name](_request(name, root, split, download, allow_partial, expected, held_out))
+    options = {"download": download, "allow_partial": allow_partial, "held_out": held_out}
+    return _call("code", name, root, split, expected, options)
 
 
 def load_split(config: Pretrain | KNNEval | Linear | Finetune, split: str) -> Resident | Files:
     """The split of the data set that a stage's config names."""
-    options = (config.run.download, config.allow_partial_data)
-    return load(config.dataset, config.run.data_root, split, *options, held_out=config.folder.held_out)
+    return _call("code", config.dataset, config.run.data_root, split, None, _options(config))
 
 
 def list_split(config: Pretrain | KNNEval | Linear | Finetune, split: str) -> Listing:
-    """The split's files before any is read, of a data set in LISTINGS."""
-    name, options = config.dataset, (config.run.download, config.allow_partial_data, None, config.folder.held_out)
-    return LISTINGS[name](_request(name, config.run.data_root, split, *options))
+    """Its files before any is read, of a data set that can be other images than the published ones."""
+    return _call("files", config.dataset, config.run.data_root, split, None, _options(config))
 
 
-def _request(
-    name: str,
-    root: str | Path,
-    split: str,
-    download: bool,
-    allow_partial: bool,
-    expected: Expected | None,
-    held_out: float,
-) -> Request:
-    if name not in READERS:
-        raise DataError(f"dataset: unknown data set '{name}'; expected one of {', '.join(READERS)}")
+def _options(config: Pretrain | KNNEval | Linear | Finetune) -> dict[str, Any]:
+    return {
+        "download": config.run.download,
+        "allow_partial": config.allow_partial_data,
+        "held_out": config.folder.held_out,
+    }
+
+
+def _call(what: str, name: str, root: str | Path, split: str, expected: Expected | None, options: dict) -> Any:
+    """The reader (`code`) or the listing (`files`) of the registry, with those arguments that it takes by name."""
+    if name not in registry.DATASETS:
+        raise DataError(f"dataset: unknown data set '{name}'; expected one of {', '.join(registry.DATASETS)}")
     if split not in ("train", "test"):
         raise DataError(f"unknown split '{split}'; expected train or test")
-    root = Path(root).expanduser()
-    return Request(root, split, download, allow_partial, expected or EXPECTED.get(name), held_out)
+    spec = registry.DATASETS[name]
+    function = registry.load(getattr(spec, what))
+    given = {"root": Path(root).expanduser(), "split": split, "expected": expected or spec, **options}
+    return function(**{key: given[key] for key in inspect.signature(function).parameters})

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from mixmask.config import UserError
+from mixmask.registry import Dataset
+
+Expected = Dataset  # what a complete data set holds
 
 
 class DataError(UserError):
@@ -114,29 +117,6 @@ def file_size(path: str) -> int:
         return os.stat(path).st_size
     except OSError as error:
         raise DataError(f"image file {path} is missing or unreadable: {error.strerror}") from None
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a complete data set holds: classes, images in each split, the side of an image in pixels (0: any)."""
-
-    classes: int
-    train: int
-    test: int
-    side: int = 0
-
-    def images(self, split: str) -> int:
-        """Images in the split."""
-        return self.train if split == "train" else self.test
-
-
-EXPECTED = {
-    "cifar100": Expected(100, 50_000, 10_000, 32),
-    "cifar100_reduced": Expected(100, 10_000, 5_000, 32),
-    "tiny_imagenet": Expected(200, 100_000, 10_000, 64),
-    "imagenet": Expected(1000, 1_281_167, 50_000),
-    "photos": Expected(16, 2_000, 800, 32),
-}
 
 
 def one_line(error: Exception) -> str:

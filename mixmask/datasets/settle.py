@@ -11,8 +11,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mixmask import registry
 from mixmask.config import ConfigError, Finetune, KNNEval, Linear, Pretrain
-from mixmask.datasets import LISTINGS, Listing, list_split, subset
+from mixmask.datasets import Listing, list_split, subset
 from mixmask.training.progress import say
 
 STEPS = 4  # in an epoch, at least: what does not fill a batch is left out of it
@@ -26,7 +27,8 @@ def settle(config: Stage) -> Stage:
     Raises DataError for images that cannot be listed, and ConfigError where nothing fits.
     """
     own = config.dataset == "folder"
-    if config.dataset not in LISTINGS or not (own or config.allow_partial_data):
+    spec = registry.DATASETS.get(config.dataset)  # of an unknown one `load` says what is known
+    if spec is None or not spec.files or not (own or config.allow_partial_data):
         return config
     train, test = (list_split(config, split) for split in ("train", "test"))
     if own or train.note or test.note:
@@ -95,12 +97,15 @@ def _shown(config: Stage) -> dict[str, Any]:
 
 
 def inherit(recipe: Mapping[str, Any], pretraining: Mapping[str, Any]) -> dict[str, Any]:
-    """A probe's recipe with what it leaves open from the pre-training's: its images, where they are, and their size."""
+    """A probe's recipe with what it leaves open from the pre-training's: the images, where they are, their size.
+
+    What it says itself stays.
+    """
     values = {"dataset": pretraining["dataset"], **recipe}
     if values["dataset"] == pretraining["dataset"]:
         values = {key: pretraining[key] for key in ("allow_partial_data", "folder") if key in pretraining} | values
     run, augment = recipe.get("run"), recipe.get("augment")
     values["run"] = {**pretraining["run"], **run} if isinstance(run, Mapping) else run or pretraining["run"]
     if isinstance(augment, Mapping):
-        values["augment"] = {"size": pretraining["augment"]["size"], **augment}
+        values["augment"] = {**augment, "size": augment.get("size") or pretraining["augment"]["size"]}
     return values

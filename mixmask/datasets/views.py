@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from mixmask.augment import augment_view, test_view
+from mixmask.augment import augment_views, test_view
 from mixmask.config import Augment, ConfigError
 from mixmask.datasets import loading
 from mixmask.datasets.base import Files, Resident
@@ -52,8 +52,7 @@ def train_batches(
     for position, (images, indices) in enumerate(stream, start + skip):
         generator = torch_generator(device, seed, "augment", position)
         pixels = [view.to(device, non_blocking=True) for view in images]  # uint8 (N, 3, H, W) each
-        whole = (generator, batch_size, rows)
-        yield [augment_view(a, view, *whole) for a, view in zip(augments, pixels, strict=True)], indices
+        yield augment_views(augments, pixels, generator, batch_size, rows), indices
 
 
 def check_augment(dataset: Resident | Files, augment: Augment) -> None:

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from eval import finetune as script
 from eval.finetune import build_groups, build_model, finetune, learning_rates, set_rates
-from mixmask import checkpoint, config, datasets, formats, labels
+from mixmask import checkpoint, config, datasets, formats, labels, registry
 from mixmask.augment import test_view
-from mixmask.backbones import SplitBatchNorm2d
+from mixmask.batchnorm import SplitBatchNorm2d
 from mixmask.config import ConfigError, Finetune, UserError
-from mixmask.datasets import DataError, Expected
+from mixmask.datasets import DataError
 from mixmask.datasets.views import train_batches
 from mixmask.runs import read_log, run_directory
 from mixmask.schedules import learning_rate
@@ -360,7 +360,9 @@ def imagenet(tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             for k in range(count):
                 Image.new("RGB", (16, 16), (80 * k, 40, 90)).save(folder / f"{wnid}_{k}.JPEG", "JPEG")
-    monkeypatch.setitem(datasets.EXPECTED, "imagenet", Expected(3, 6, 3))
+    monkeypatch.setitem(
+        registry.DATASETS, "imagenet", dataclasses.replace(registry.DATASETS["imagenet"], classes=3, train=6, test=3)
+    )
     text = "".join(f"{name}\n" for name in NAMES).encode()
     monkeypatch.setitem(labels.SHA256, "1percent.txt", hashlib.sha256(text).hexdigest())
     return tmp_path, text
