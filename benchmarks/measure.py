@@ -96,7 +96,8 @@ class Launches(TorchDispatchMode):
 
     def backend(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """For torch.compile: runs each graph as it was traced, which needs no compiler, and counts its calls."""
-        return aot_autograd(fw_compiler=self._counted, bw_compiler=self._counted)(graph, inputs)
+        counted = {"fw_compiler": self._counted, "bw_compiler": self._counted}
+        return aot_autograd(**counted, keep_inference_input_mutations=True)(graph, inputs)
 
     def _counted(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
