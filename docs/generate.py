@@ -41,7 +41,8 @@ MODULES = [  # of the library, in the order in which a reader meets them
     "schedules",
     "optim",
     "checkpoint",
-    *(f"formats.{name}" for name in ("reading", "source", "layouts", "resnets", "notes", "detectron2_files")),
+    *(f"formats.{name}" for name in ("reading", "source", "architectures", "structure", "layouts", "notes")),
+    "formats.detectron2_files",
     "runs",
     "config",
 ]
@@ -116,11 +117,11 @@ def same(old: str, new: str) -> bool:
 def results() -> str:
     """How many of each table's published numbers have been replicated by the runs in results/."""
     from paper.cells import tables
-    from paper.make_tables import collect
+    from paper.collect import collect
     from paper.presets import budget
     from paper.report.numbers import STATES, count
 
-    shown = ("within", "outside", "alone", "absent", "public")
+    shown = ("agrees", "differs", "undecided", "absent", "public")
     lines = [f"| table | numbers | {' | '.join(STATES[key] for key in shown)} |", "|---|" + "---|" * (len(shown) + 1)]
     for table in tables().values():
         published = sum(cell.published is not None for cell in table.cells)
@@ -134,7 +135,8 @@ def results() -> str:
 def table(name: str) -> str:
     """A table of numbers from the runs in results/."""
     from paper.cells import tables
-    from paper.make_tables import collect, numbers
+    from paper.collect import collect
+    from paper.make_tables import numbers
     from paper.markup import markdown
     from paper.presets import budget
 

@@ -16,11 +16,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 from mixmask.batchnorm import SplitBatchNorm2d, Together, move_running_statistics
 from mixmask.config import Backbone
-
-ARCHITECTURES: dict[str, tuple[type[nn.Module], tuple[int, int, int, int]]] = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-}
+from mixmask.registry import ARCHITECTURES
 
 
 class ResNet(nn.Module):
@@ -28,7 +24,8 @@ class ResNet(nn.Module):
 
     def __init__(self, arch: str, stem: str, width: int = 64, bn_groups: int = 1):
         super().__init__()
-        block, depths = ARCHITECTURES[arch]
+        spec = ARCHITECTURES[arch]
+        block, depths = (Bottleneck if spec.bottleneck else BasicBlock), spec.blocks
         norm = partial(SplitBatchNorm2d, groups=bn_groups)
         small = stem != "imagenet"
         self.conv1 = nn.Conv2d(3, width, 3 if small else 7, 1 if small else 2, 1 if small else 3, bias=False)

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from mixmask.config import ConfigError, build, nearest, read_yaml
+from mixmask.config import ConfigError, build, nearest, read_yaml, within
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,6 +38,7 @@ class Cell:
     published: float | None = None  # as printed; Top-1 and AP in percent; curves and cells of ours have none
     origin: Literal["own", "cited", "unclear"] = "own"  # where the published value comes from
     source: str = ""  # of a value that is not the paper's own
+    published_runs: int = within(1, default=1)  # whose mean it is: 1 unless the paper, or the source, says more
     recipe: str = ""  # pretrain/configs/<recipe>.yaml; empty: the method is not implemented here
     checkpoint: str = ""  # paper/checkpoints.yaml: a public one that can take the pre-training's place
     overrides: Mapping[str, Any] = field(default_factory=dict)  # dotted keys of that recipe
@@ -76,6 +77,7 @@ class Table:
     cells: tuple[Cell, ...]
     scale: str = ""  # not the paper's: its cells are compared with its first row, and are no part of `all`
     about: str = ""  # what that scale is
+    spread: str = "own"  # of a verdict: from a cell's own seeds, or `pooled` over the cells of one data set and metric
 
 
 @functools.cache
@@ -91,8 +93,10 @@ def _read(path: Path) -> Table:
     values = read_yaml(path)
     try:
         columns, rows = (tuple(_heading(entry) for entry in values[key]) for key in ("columns", "rows"))
-        own = values.get("scale", ""), values.get("about", "")
-        return Table(path.stem, values["title"], columns, rows, tuple(_cells(path.stem, values)), *own)
+        own = {key: values[key] for key in ("scale", "about", "spread") if key in values}
+        if own.get("spread", "own") not in ("own", "pooled"):
+            raise ConfigError(f"spread: expected own or pooled, found {own['spread']}")
+        return Table(path.stem, values["title"], columns, rows, tuple(_cells(path.stem, values)), **own)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except KeyError as error:

@@ -5,7 +5,7 @@ examples:
   python paper/make_report.py --runs-dir /scratch/runs --out report.html
   python paper/make_report.py --preset paper --set epochs=100   the runs launched with the same --set
 
-The page is a single file that needs no network. #table4/imagenet/moco/mixmask/200 opens a number, #?q=byol+outside
+The page is a single file that needs no network. #table4/imagenet/moco/mixmask/200 opens a number, #?q=byol+differs
 searches. Figures 1 to 4 and 8 are those of docs/images; the others are drawn from the run logs.
 """
 
@@ -28,8 +28,8 @@ from mixmask.config import UserError, main_guard
 from mixmask.runs import commit, write_atomically
 from paper import settings
 from paper.cells import tables
+from paper.collect import UNREADABLE, collect
 from paper.make_figures import CURVES, FIGURES
-from paper.make_tables import UNREADABLE, collect
 from paper.presets import Budget, budget, presets
 from paper.report import numbers, prose
 from paper.report.records import Runs, record

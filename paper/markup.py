@@ -20,6 +20,7 @@ class Sheet:
     body: Sequence[Sequence[str] | str]
     footnotes: Sequence[str]  # [1], [2], ...
     legend: Sequence[str]
+    widths: Sequence[float] = ()  # of columns of prose in LaTeX, in line widths; none: as wide as their text
 
 
 class Footnotes(list):
@@ -55,6 +56,7 @@ def _escape(text: str) -> str:
 def latex(sheet: Sheet) -> str:
     """For booktabs, and graphicx where the table is wide."""
     wide = len(sheet.columns) > WIDE
+    layout = "".join(rf"p{{{width}\linewidth}}" for width in sheet.widths) or "l" * len(sheet.columns)
     star = "*" if wide else ""
     lines = [
         r"% \usepackage{booktabs, graphicx}",
@@ -63,7 +65,7 @@ def latex(sheet: Sheet) -> str:
         rf"\caption{{{_tex(_caption(sheet.title))}}}",
         rf"\label{{tab:{sheet.name}}}",
         *([r"\resizebox{\linewidth}{!}{%"] if wide else []),
-        rf"\begin{{tabular}}{{{'l' * len(sheet.columns)}}}",
+        rf"\begin{{tabular}}{{{layout}}}",
         r"\toprule",
         *_tex_groups(sheet),
         " & ".join(_tex(name) for _, name in sheet.columns) + r" \\",
@@ -80,7 +82,7 @@ def latex(sheet: Sheet) -> str:
 
 def _caption(title: str) -> str:
     """LaTeX numbers its tables itself."""
-    text = title.partition(": ")[2]
+    text = title.partition(": ")[2] or title
     return text[:1].upper() + text[1:]
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mixmask.backbones import Encoder, ResNet
 from mixmask.config import ConfigError, within
+from mixmask.frameworks.base import Framework
 from mixmask.frameworks.heads import unit
 from mixmask.training.distributed import gather, local_slice
 
@@ -45,7 +46,7 @@ class Targets:
     positive_similarity: Tensor | None = None  # mean cosine of q(x1) and k(x2)
 
 
-class MoCo(nn.Module):
+class MoCo(Framework):
     """The query encoder is `encoder`; `queue` (K, dim) is a ring buffer, `pointer` the next row to be overwritten."""
 
     Settings = Settings
@@ -133,10 +134,6 @@ class MoCo(nn.Module):
         index = (self.pointer + skipped + torch.arange(len(keys) - skipped, device=keys.device)) % size
         self.queue.index_copy_(0, index, keys[skipped:].to(self.queue.dtype))
         self.pointer.copy_((self.pointer + len(keys)) % size)
-
-    def fixed_lr_parameters(self) -> list[nn.Parameter]:
-        """None: the schedule changes every learning rate."""
-        return []
 
     def metrics(self, targets: Targets) -> dict[str, Tensor]:
         """positive_similarity, a scalar: mean cosine between a query and its key, in [-1, 1]."""

@@ -10,18 +10,18 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from paper import baseline
+from paper import comparisons
 from paper.cells import Heading, Table
-from paper.make_tables import NO_RUN, NOISE, NOT_IMPLEMENTED, PUBLIC_ONLY, UNREADABLE
+from paper.collect import NO_RUN, NOT_IMPLEMENTED, PUBLIC_ONLY, UNREADABLE
 from paper.markup import Footnotes, Sheet
 from paper.presets import presets
 from paper.report.records import Runs, definitions
 
 # What a number can be, in the order in which the summary counts them; colours in style.css.
 STATES = {
-    "within": "within the noise",
-    "outside": "outside the noise",
-    "alone": "one run, noise unknown",
+    "agrees": "agrees",
+    "differs": "differs",
+    "undecided": "undecided",
     "incomparable": "not comparable",
     "absent": "not run",
     "public": "public checkpoint, not run",
@@ -31,9 +31,9 @@ STATES = {
 }
 WITHOUT_NUMBER = {NO_RUN: "absent", PUBLIC_ONLY: "public", NOT_IMPLEMENTED: "unbuilt", UNREADABLE: "unreadable"}
 MEANING = {
-    "within": f"our mean differs from the published value by at most {NOISE} standard deviations of our seeds",
-    "outside": "it differs by more",
-    "alone": "one run at the published budget: its difference is printed, its noise is not known",
+    "agrees": "the published value fits our seeds, and a difference of one point would have been seen",
+    "differs": "it does not: the 95 % interval of the difference leaves out zero, as it does by chance once in 20",
+    "undecided": "one seed, or too few for their noise to see a difference of one point",
     "incomparable": "a run of another budget (smoke: embedded photographs, a small net): never a replication",
     "ours": "besides: numbers of ours where the paper prints none",
     "absent": "no finished run",
@@ -49,11 +49,7 @@ def state(cell: pd.Series) -> str:
         return WITHOUT_NUMBER[cell["state"]]
     if pd.isna(cell["published"]):
         return "ours"
-    if pd.isna(cell["difference"]):
-        return "incomparable"
-    if pd.isna(cell["ours_std"]):
-        return "alone"
-    return "within" if abs(cell["difference"]) <= NOISE * cell["ours_std"] else "outside"
+    return cell["word"] or "incomparable"
 
 
 def count(frames: Iterable[pd.DataFrame]) -> Counter[str]:
@@ -69,12 +65,12 @@ def ours(cell: pd.Series) -> str:
 
 def words(cell: pd.Series) -> str:
     """What the badge says."""
-    found = state(cell)
-    if found == "ours" and baseline.words(cell):
-        return f"{cell['preset']}: {baseline.words(cell)} from {cell['baseline']}"
-    if found == "incomparable" or (found == "ours" and cell["preset"] != "paper"):
-        return f"{STATES[found]} ({cell['preset']})"
-    return f"{cell['difference']:+.1f}, {STATES[found]}" if pd.notna(cell["difference"]) else STATES[found]
+    kind = state(cell)
+    if kind == "ours" and cell["against"]:
+        return f"{cell['preset']}: {comparisons.words(cell)} from {cell['against']}"
+    if kind == "incomparable" or (kind == "ours" and cell["preset"] != "paper"):
+        return f"{STATES[kind]} ({cell['preset']})"
+    return comparisons.words(cell) or STATES[kind]
 
 
 # ------------------------------------------------------------------------------------------------------- tables
@@ -93,20 +89,21 @@ def table(source: Table, frame: pd.DataFrame, runs: Runs) -> str:
     behind = "\n".join(details(cell, runs) for _, cell in frame.iterrows())
     title = f"Behind each number ({len(frame)})"
     about = f"<p>{html.escape(scale(source))}</p>" if source.scale else ""
-    below = _footnotes(notes) + _legend(frame)
+    below = _footnotes(notes) + _legend(source, frame)
     return f"{about}{_box(head, rows)}{below}<details><summary>{title}</summary>\n{behind}</details>"
 
 
 def scale(source: Table) -> str:
     """What a table of another scale than the paper's must say above its numbers."""
-    return f"{source.title}. {source.scale.capitalize()}: {source.about}. {baseline.LEGEND}"
+    return f"{source.title}. {source.scale.capitalize()}: {source.about}."
 
 
-def _legend(frame: pd.DataFrame) -> str:
+def _legend(source: Table, frame: pd.DataFrame) -> str:
     """What was measured, and what each preset that occurs means."""
     metrics = ", ".join(f"<code>{html.escape(name)}</code>" for name in dict.fromkeys(frame["metric"]))
     used = [name for name in presets() if any(frame["preset"].str.split(",").str[0] == name)]
     texts = [f"Metric: {metrics}.", "Ours: mean ± standard deviation over n seeds." if any(frame["n"] > 1) else ""]
+    texts += map(html.escape, comparisons.legend(source, frame))
     texts += [f"Preset {name}: {html.escape(presets()[name].about)}." for name in used]
     return f'<p class="notes">{" ".join(filter(None, texts))}</p>'
 
@@ -141,7 +138,7 @@ def _origin(cell: pd.Series) -> str:
 
 
 def searchable(cell: pd.Series) -> str:
-    """All that the search box looks at; `is:published` and `is:within` (or another state) are exact."""
+    """All that the search box looks at; `is:published` and `is:agrees` (or another state) are exact."""
     exact = f"is:{state(cell)}" + (" is:published" if pd.notna(cell["published"]) else "")
     place = [cell["cell"], cell["row"], cell["column"], exact]
     return " ".join([*place, words(cell), cell["metric"], cell["preset"], cell["runs"]]).lower()
@@ -155,6 +152,9 @@ def details(cell: pd.Series, runs: Runs) -> str:
         "published": f"{cell['published']:.1f}" if pd.notna(cell["published"]) else "nothing",
         "origin": _origin(cell),
         "ours": f"{ours(cell)} (preset {cell['preset']}, n = {cell['n']})" if cell["n"] else words(cell),
+        "difference": comparisons.words(cell),
+        "95 % interval": f"{cell['low']:+.1f} to {cell['high']:+.1f}" if pd.notna(cell["low"]) else "",
+        "to decide": cell["to_decide"],
         "metric": cell["metric"],
         "pre-training": _epochs(cell),
         "note": "; ".join(filter(None, [cell["note"], cell["remark"]])),

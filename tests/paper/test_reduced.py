@@ -2,14 +2,13 @@
 
 import io
 import json
-import math
 
 import pandas as pd
 import pytest
 
 from paper import make_report, make_tables
-from paper.baseline import pooled_std, words
 from paper.cells import ROOT, select, tables
+from paper.comparisons import words
 from paper.figures import reduced, style
 from paper.presets import budget
 from slurm import graph, launch
@@ -36,26 +35,31 @@ def made(runs, name="reduced"):
     return frame.set_index("cell")
 
 
-def test_the_difference_from_the_first_row_has_the_standard_error_of_two_means(runs):
-    frame = made(runs)
-    assert frame.loc[MIXMASK, "gain"] == pytest.approx(3) and frame.loc[ERASE, "gain"] == pytest.approx(0.5)
-    assert frame.loc[MIXMASK, "gain_error"] == pytest.approx(math.sqrt(1 / 3 + 1 / 3))
-    assert frame.loc[ERASE, "gain_error"] == pytest.approx(math.sqrt(1 + 1 / 3))  # varies as the others do
-    assert words(frame.loc[MIXMASK]) == "+3.0 ± 0.8 (outside 2 standard errors)"
-    assert words(frame.loc[ERASE]) == "+0.5 ± 1.2 (within 2 standard errors)"
+def test_a_row_is_ahead_of_the_first_where_the_pairs_of_seeds_say_so(tmp_path):
+    for seed, gain in enumerate((3.0, 3.1, 2.9)):
+        finish(tmp_path, VANILLA, 10.0 + 2 * seed, seed=seed)
+        finish(tmp_path, MIXMASK, 10.0 + 2 * seed + gain, seed=seed)
+    finish(tmp_path, ERASE, 20.0)
+    frame = made(tmp_path)
+    assert words(frame.loc[MIXMASK]) == "+3.0 (ahead, +2.8 to +3.2)" and frame.loc[MIXMASK, "against"] == "Vanilla"
+    assert words(frame.loc[ERASE]) == "+8.0 (undecided: one seed)"
+    assert frame.loc[ERASE, "to_decide"] == "3 seeds would show the noise: 8 minutes of two CPU cores more"
     assert words(frame.loc[VANILLA]) == words(frame.loc["reduced/knn/both"]) == ""
 
 
-def test_the_deviation_of_one_run_is_pooled_over_the_rows_with_several_seeds():
-    frame = pd.DataFrame({"n": [3, 2, 1, 0], "ours_std": [1.0, 3.0, math.nan, None]})
-    assert pooled_std(frame) == pytest.approx(math.sqrt((2 * 1 + 1 * 9) / 3))
-    assert math.isnan(pooled_std(frame[2:]))
+def test_noise_that_hides_a_point_leaves_a_row_undecided_and_the_seeds_that_would_decide_are_named(tmp_path):
+    for seed, gain in enumerate((0.6, 1.9, 0.6)):
+        finish(tmp_path, VANILLA, 11.0, seed=seed)
+        finish(tmp_path, MIXMASK, 11.0 + gain, seed=seed)
+    row = made(tmp_path).loc[MIXMASK]
+    assert words(row) == "+1.0 (undecided: 3 seeds could only see a difference of 2.4)"
+    assert row["to_decide"].startswith("7 seeds would decide: ")
 
 
-def test_without_several_seeds_the_noise_is_said_to_be_unknown(tmp_path):
+def test_a_smoke_run_is_not_set_against_a_reduced_one(tmp_path):
     finish(tmp_path, VANILLA, 10.0)
-    finish(tmp_path, ERASE, 11.5)
-    assert words(made(tmp_path).loc[ERASE]) == "+1.5 (noise unknown)"
+    finish(tmp_path, MIXMASK, 40.0, "smoke")
+    assert words(made(tmp_path).loc[MIXMASK]) == ""
 
 
 def test_without_the_first_row_there_is_no_difference(tmp_path):
@@ -70,8 +74,8 @@ def test_the_table_says_its_scale_beside_each_number_and_prints_nothing_as_publi
     assert "from Vanilla" in text and "Reduced: ResNet-18 of width 16" in text and "not the paper's scale" in text
     assert "published  |" not in text and "(paper" not in text and "Preset paper" not in text
     csv = pd.read_csv(io.StringIO((tmp_path / "out/reduced.csv").read_text()), index_col=0)
-    assert csv.loc[MIXMASK, ["preset", "gain", "gain_error"]].tolist() == ["reduced", 3.0, 0.82]
-    assert csv["published"].isna().all() and csv["difference"].isna().all()
+    assert csv.loc[MIXMASK, ["preset", "against", "difference"]].tolist() == ["reduced", "Vanilla", 3.0]
+    assert csv["published"].isna().all() and (csv["against"] != "published").all()
 
 
 def test_a_row_may_lack_cells_which_get_a_dash(tmp_path):
@@ -82,7 +86,7 @@ def test_a_row_may_lack_cells_which_get_a_dash(tmp_path):
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     first = next(n for n, row in enumerate(cells) if row[:1] == ["MSCN, adapted"])
     assert cells[first][1:] == ["ours", "no run yet", "–", "8.0 (reduced, n = 1)", "–"]
-    assert cells[first + 1] == ["", "from Vanilla", "", "", "+3.0 (noise unknown)", ""]
+    assert cells[first + 1] == ["", "from Vanilla", "", "", "+3.0 (undecided: one seed) [1]", ""]
 
 
 def test_the_launcher_says_the_scale_in_place_of_the_published_budget(tmp_path, cli):
@@ -106,7 +110,7 @@ def test_the_reports_counts_are_of_the_papers_numbers_and_its_reduced_numbers_sa
     frames = {name: make_report.collect(table, budgets, [runs]) for name, table in some.items()}
     page = make_report.page(frames, budgets, [runs])
     assert "<p>The paper prints 6 numbers, in Tables 1 to 7:</p>" in page
-    assert "reduced: +3.0 ± 0.8 (outside 2 standard errors) from Vanilla" in page
+    assert "reduced: +3.0 (undecided: 3 seeds, all alike, show no noise) from Vanilla" in page
     assert page.count('id="reduced"') == page.count('id="reduced_masks"') == 1
 
 

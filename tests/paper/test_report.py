@@ -111,9 +111,10 @@ def test_a_smoke_number_is_marked_in_words_and_colour_and_is_never_compared(tmp_
 @pytest.mark.parametrize(
     ("values", "look", "words"),
     [
-        ((67.0, 68.0, 69.0), "within", "-0.4, within the noise"),
-        ((65.0, 65.1, 65.2), "outside", "-3.3, outside the noise"),
-        ((65.0,), "alone", "-3.4, one run, noise unknown"),
+        ((68.3, 68.4, 68.3), "agrees", "-0.1 (agrees, -0.4 to +0.2)"),
+        ((65.0, 65.1, 65.2), "differs", "-3.3 (differs, -3.8 to -2.8)"),
+        ((67.0, 68.0, 69.0), "undecided", "-0.4 (undecided: 3 seeds could only see a difference of 6.5)"),
+        ((65.0,), "undecided", "-3.4 (undecided: one seed)"),
     ],
 )
 def test_a_run_of_the_papers_budget_is_judged_by_the_spread_of_its_seeds(tmp_path, quick, values, look, words):

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from mixmask.config import ConfigError, UserError
 from paper import cells, make_tables, settings
 from paper.cells import select
-from paper.presets import budget, directory, metric, steps
+from paper.presets import budget, chains, directory, metric, steps
 
 ROOT = Path(__file__).resolve().parents[2]
 MIXMASK = "table4/imagenet/moco/mixmask/200"
@@ -65,7 +66,7 @@ def test_a_run_of_the_papers_budget_is_preferred_and_compared(tmp_path):
     finish(tmp_path / "runs", MIXMASK, 69.0)
     texts, frame = make(tmp_path)
     assert frame.loc[MIXMASK, ["ours_mean", "preset", "difference"]].tolist() == ["69.0", "paper", "-0.2"]
-    assert "69.0 (paper, n = 1)" in texts["md"] and "-0.2 (one run, noise unknown)" in texts["tex"]
+    assert "69.0 (paper, n = 1)" in texts["md"] and "-0.2 (undecided: one seed) [" in texts["tex"]
 
 
 def test_a_smaller_budget_than_the_papers_is_named_and_not_compared(tmp_path):
@@ -84,15 +85,74 @@ def test_mean_and_standard_deviation_over_seeds(tmp_path):
     assert "70.0 ± 1.0 (paper, n = 3)" in texts["md"] and r"70.0 $\pm$ 1.0" in texts["tex"]
 
 
+MOCO = "table5/cifar100/moco/mixmask"
+
+
 @pytest.mark.parametrize(
-    ("values", "verdict"), [((67.0, 68.0, 69.0), "within 2 std"), ((65.0, 65.1, 65.2), "outside 2 std")]
+    ("values", "verdict"),
+    [
+        ((68.3, 68.4, 68.3), "agrees, -0.4 to +0.2"),
+        ((65.0, 65.1, 65.2), "differs, -3.8 to -2.8"),
+        ((67.0, 68.0, 69.0), "undecided: 3 seeds could only see a difference of 6.5"),
+        ((67.0,), "undecided: one seed"),
+    ],
 )
-def test_the_verdict_is_against_two_standard_deviations_of_ours(tmp_path, values, verdict):
+def test_a_published_value_is_judged_by_the_spread_of_our_seeds(tmp_path, values, verdict):
     for seed, value in enumerate(values):
-        finish(tmp_path / "runs", "table5/cifar100/moco/mixmask", value, seed=seed)
+        finish(tmp_path / "runs", MOCO, value, seed=seed)
     texts, frame = make(tmp_path, table="table5")
-    row = frame.loc["table5/cifar100/moco/mixmask"]
-    assert (row["verdict"], row["n"]) == (verdict, "3") and f"({verdict})" in texts["md"]
+    row = frame.loc[MOCO]
+    assert (row["verdict"], row["n"], row["against"]) == (verdict, str(len(values)), "published")
+    assert f"({verdict})" in texts["md"]
+
+
+def test_an_undecided_cell_says_how_many_seeds_would_decide_it_and_what_they_cost(tmp_path):
+    finish(tmp_path / "runs", MOCO, 67.0)
+    row = make(tmp_path, table="table5")[1].loc[MOCO]
+    assert re.fullmatch(r"3 seeds would show the noise: [\d.]+ GPU hours more", row["to_decide"])
+    finish(tmp_path / "runs", MOCO, 67.4, seed=1)
+    texts, frame = make(tmp_path, table="table5")
+    assert re.fullmatch(r"\d+ seeds would decide: [\d.]+ GPU hours more", frame.loc[MOCO, "to_decide"])
+    assert (
+        f"] {frame.loc[MOCO, 'to_decide']}" in texts["md"] and "To decide is to see a difference of 1.0" in texts["md"]
+    )
+    finish(tmp_path / "runs", MOCO, 69.4, seed=2)
+    row = make(tmp_path, table="table5")[1].loc[MOCO]
+    assert row["to_decide"].startswith("no number of seeds would decide: the published value is one run")
+
+
+def test_the_spread_is_pooled_over_the_distinct_runs_of_one_data_set_and_metric_where_the_table_says_so(tmp_path):
+    """Table 1's default stands in four rows and is one run; ImageNet's cells are not CIFAR-100's."""
+    for seed, value in enumerate((68.0, 68.2, 68.4)):
+        finish(tmp_path / "runs", "table1/cifar100/grid/2", value, seed=seed)
+        finish(tmp_path / "runs", "table1/cifar100/grid/4", value - 0.5, seed=seed)
+    _, frame = make(tmp_path, table="table1")
+    four = frame.loc["table1/cifar100/grid/4"]
+    width = 2.776 * 0.2 * (1 / 3 + 1 / 3) ** 0.5  # two runs of three seeds: 4 degrees of freedom; published: mean of 3
+    assert float(four["high"]) - float(four["low"]) == pytest.approx(2 * width, abs=0.15)
+    assert "pooled over the cells of one data set and metric" in (tmp_path / "out/table1.md").read_text()
+
+
+def test_below_a_table_stands_what_chance_would_do_and_what_survives_holms_correction(tmp_path):
+    for cell, start in ((MOCO, 68.3), ("table5/cifar100/simsiam/mixmask", 60.0)):
+        for seed in range(3):
+            finish(tmp_path / "runs", cell, start + seed / 10, seed=seed)
+    text = make(tmp_path, table="table5")[0]["md"]
+    assert "2 comparisons rest on two seeds or more; of as many perfect replications 0.1 would differ by chance" in text
+    assert "1 differs, 1 also by Holm's correction (table5/cifar100/simsiam/mixmask)." in text
+
+
+def test_five_detection_trainings_of_one_pretraining_are_one_seed(tmp_path):
+    cell = select(["table7/moco/mixmask/voc/box_AP"])[0]
+    for chain, value in zip(chains(cell, budget("paper")), (57.5, 57.9, 58.1, 57.7, 58.0), strict=True):
+        where = directory(tmp_path / "runs", chain[-1])
+        where.mkdir(parents=True)
+        metrics = {f"box_{name}": value for name in ("AP", "AP50", "AP75")}
+        (where / "result.json").write_text(json.dumps({"metrics": metrics}))
+    texts, frame = make(tmp_path, table="table7")
+    row = frame.loc[cell.id]
+    assert (row["n"], row["ours_mean"], row["verdict"]) == ("5", "57.8", "undecided: one seed")
+    assert "Several trainings from one pre-training count as one seed." in texts["md"]
 
 
 def test_a_knn_number_of_the_smoke_preset_is_found_and_named_after_its_own_k(tmp_path):

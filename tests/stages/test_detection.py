@@ -598,7 +598,11 @@ def test_what_is_not_finite_stops_the_run_and_names_its_images(
     with pytest.raises(UserError, match=line):
         run("voc", backbone, tmp_path, "detectron2.SOLVER.MAX_ITER=4", *items)
     report = json.loads((tmp_path / "nonfinite.json").read_text())
-    assert report["step"] == step and report["lr"] > 0 and report["noticed"].endswith("iterations")
+    assert (
+        report["step"] == step
+        and report["lr"] > 0
+        and report["noticed"].endswith(f"step {broken + 1 if broken else step}")
+    )
     assert report["files"].keys() == {str(i) for i in range(step + 1)}
     assert all(len(names) == 2 and all(Path(name).is_file() for name in names) for names in report["files"].values())
     noticed = checkpoints.load(tmp_path / "nonfinite.pt")
