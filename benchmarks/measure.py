@@ -76,6 +76,11 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.operations, self.graphs, self._inside = Counter(), 0, False
 
+    def __enter__(self):
+        self.operations.clear()
+        self.graphs = 0
+        return super().__enter__()
+
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         """That graphs run inside as they do outside."""

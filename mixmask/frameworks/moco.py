@@ -50,6 +50,7 @@ class MoCo(Framework):
     """The query encoder is `encoder`; `queue` (K, dim) is a ring buffer, `pointer` the next row to be overwritten."""
 
     Settings = Settings
+    compiled = ("with_negatives", "infonce")
 
     def __init__(self, backbone: ResNet, settings: Settings):
         super().__init__()
@@ -76,13 +77,14 @@ class MoCo(Framework):
         clean = [place for place, images in enumerate(views, 1) if images is targets.x1 and self.settings.symmetric]
         for place in clean:
             views.insert(place, targets.x2)
-        embeddings = [self.with_negatives(unit(output)) for output in self.encoder.views(views)]
+        embeddings = [self.with_negatives(output) for output in self.encoder.views(views)]
         for place in clean:
             targets.q2 = embeddings.pop(place)
         return embeddings
 
-    def with_negatives(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (N, dim), and the log-sum-exp (N,) of q.u / T over the queue's keys u: the negatives of Eq. 5."""
+    def with_negatives(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries q (N, dim), and the log-sum-exp (N,) of q.u / T over the queue's keys u: the negatives of Eq. 5."""
+        q = unit(output)
         with torch.autocast(q.device.type, enabled=False):
             return q, torch.logsumexp(q @ self.queue.T / self.settings.temperature, dim=1)
 
