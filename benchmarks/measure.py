@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mixmask.runs import environment
+from mixmask.training.clock import Work
 from mixmask.training.optim import device_name
-from pretrain.train import Work
 
 MATMUL = {"cpu": 2048, "cuda": 8192}  # side of the square matrices whose product is the peak
 CODE = ("mixmask", "pretrain", "eval", "slurm", "paper", "requirements.lock")  # what is measured

@@ -145,7 +145,7 @@ def launches(config: Pretrain, device: torch.device, compiled: bool = False) -> 
     with as_on_a_gpu():
         training = Ours(config, device, number=16 * groups)
         if compiled:
-            compile_backbones(training.state.framework, counter.backend)
+            compile_backbones(training.state.model, counter.backend)
         training.step()  # compiles, and makes what is made once
         with counter:
             training.step()

@@ -13,10 +13,12 @@ normalised. The same command writes the same bytes again.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import os
 import pickle
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,17 @@ from torch import Tensor
 
 from mixmask import config as configs
 from mixmask.config import Convert, UserError
-from mixmask.formats import FormatError, Source, detectron2_name, read, read_sidecar, sidecar
-from mixmask.runs import Run, commit, file_sha256, write_atomically
+from mixmask.formats import (
+    FormatError,
+    Source,
+    detectron2_name,
+    read,
+    read_note,
+    reading,
+    reading_options,
+    sidecar,
+)
+from mixmask.runs import Run, commit, discard, file_sha256
 from mixmask.training.progress import say
 
 Weights = dict[str, Tensor]  # torchvision's names
@@ -66,17 +77,19 @@ def convert(source: Source, path: Path, output: Path, target: str) -> dict[str, 
     """
     check_target(source, path, target)
     check_replaceable(source, output, target)
-    write_bytes(output, TARGETS[target][1](source.weights))
+    content = TARGETS[target][1](source.weights)
     note = {
         "target": target,
-        "sha256": file_sha256(output),
+        "sha256": hashlib.sha256(content).hexdigest(),
         "identity": source.identity,
         "source": {
             "file": path.name,
             "sha256": source.sha256,
             "format": source.format,
+            "taken": source.taken,
             "dropped": source.dropped,
             "added": source.added,
+            "cast": source.cast,
         },
         "tensors": len(source.weights),
         "arch": source.backbone.arch,
@@ -87,23 +100,32 @@ def convert(source: Source, path: Path, output: Path, target: str) -> dict[str, 
         "std": list(source.std),
         **commit(),
     }
-    write_atomically(sidecar(output), json.dumps(note, indent=1) + "\n")
+    written = (json.dumps(note, indent=1) + "\n").encode()
+    write_together({sidecar(output): written, output: content})  # the note first: without it OUTPUT is anybody's file
     return note
 
 
 def check_output(path: Path, output: Path, target: str) -> None:
-    """Raises UserError for an output of another extension, in no directory, or that is the input."""
+    """Raises UserError for an output of another extension, where nothing can be written, or that is the input."""
     suffix = TARGETS[target][0]
     if output.suffix != suffix:
         other = next((name for name, (ending, _) in TARGETS.items() if ending == output.suffix), None)
         hint = f" (or --to {other})" if other else ""
         raise UserError(f"OUTPUT: expected a name that ends in {suffix} for {target}{hint}, found {output}")
+    for file in (output, sidecar(output)):
+        try:
+            is_directory = stat.S_ISDIR(file.lstat().st_mode)  # OSError: the name is too long, nobody may look there
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UserError(f"OUTPUT: cannot write {file}: {error.strerror}") from None
+        if is_directory:
+            raise UserError(f"OUTPUT: {file} is a directory")
     if not output.parent.is_dir():
         raise UserError(f"OUTPUT: no such directory: {output.parent}")
-    if output.is_dir():
-        raise UserError(f"OUTPUT: {output} is a directory")
     if output.exists() and path.exists() and output.samefile(path):
         raise UserError(f"OUTPUT: {output} is the input itself; give another name")
+    write_together({output: None})
 
 
 def check_target(source: Source, path: Path, target: str) -> None:
@@ -117,26 +139,44 @@ def check_target(source: Source, path: Path, target: str) -> None:
 
 
 def check_replaceable(source: Source, output: Path, target: str) -> None:
-    """Raises UserError where `output` exists and is not of this very conversion."""
-    if not output.exists():
-        return
-    note = read_sidecar(output)
-    if note is None or (note["source"]["sha256"], note["target"]) != (source.sha256, target):
+    """Raises UserError where `output`, or the note beside it, exists and is not of this very conversion."""
+    note = None
+    if os.path.lexists(sidecar(output)):
+        try:
+            note = read_note(sidecar(output))
+        except FormatError as error:
+            raise UserError(f"OUTPUT: {sidecar(output)} would be overwritten: {error}; move it away") from None
+    same = note is not None and (note["source"]["sha256"], note["source"].get("taken", ""), note["target"]) == (
+        source.sha256,
+        source.taken,
+        target,
+    )
+    if os.path.lexists(output) and not (same and note["sha256"] == file_sha256(output)):
         raise UserError(f"OUTPUT: {output} exists and holds something else; move it away, or give another name")
+    if note is not None and not same:
+        raise UserError(f"OUTPUT: {sidecar(output)} exists and describes another conversion; move it away")
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write beside, flush to disk, rename: never a part of a file under its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_together(files: dict[Path, bytes | None]) -> None:
+    """Write all beside, flush to disk, then rename: never a part of a file under its name. None: only try.
+
+    Raises UserError where that fails.
+    """
+    temporary = {path: path.with_name(f".convert.{os.getpid()}.{i}") for i, path in enumerate(files)}
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, content in files.items():
+            with open(temporary[path], "wb") as file:
+                file.write(content or b"")
+                file.flush()
+                os.fsync(file.fileno())
+        for path, content in files.items():
+            if content is not None:
+                os.replace(temporary[path], path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+        raise UserError(f"cannot write {list(files)[-1]}: {error.strerror}") from None
+    finally:
+        for path in temporary.values():
+            discard(path)
 
 
 def convert_run(source: Source, path: Path, output: Path, target: str, directory: Path) -> None:
@@ -152,7 +192,8 @@ def convert_run(source: Source, path: Path, output: Path, target: str, directory
         note = convert(source, path, output, target)
         say(summary(note, output))
         metrics = {"tensors": note["tensors"], "dropped": sum(source.dropped.values())}
-        run.finish({"run": run.id, "checkpoint": source.identity, "metrics": metrics, "output": str(output), **note})
+        known = {"run": run.id, "checkpoint": source.identity, "format": source.format, "output": str(output)}
+        run.finish({**known, "metrics": metrics, **note})
 
 
 def describe(source: Source) -> str:
@@ -164,14 +205,18 @@ def account(source: Source, path: Path) -> str:
     dropped = ", ".join(f"{what} {count}" for what, count in sorted(source.dropped.items()))
     used, total = len(source.weights) - source.added, sum(source.dropped.values())
     mean, std = (" ".join(f"{v:g}" for v in values) for values in (source.mean, source.std))
+    taken = f": {source.taken}" if source.taken else ""
     lines = [
-        f"read     {path} ({source.format}; {source.identity}; sha256 {source.sha256[:8]})",
+        f"read     {path}{taken} ({source.format}; {source.identity}; sha256 {source.sha256[:8]})",
         f"holds    a {describe(source)}; RGB pixels in [0, 1], mean {mean}, std {std}",
         f"used     {used} of {used + total} keys",
         f"dropped  {total}" + (f": {dropped}" if dropped else ""),
     ]
     if source.added:
         lines.append(f"added    {source.added} counters num_batches_tracked = 0, which files of before 2018 lack")
+    if source.cast:
+        kinds = ", ".join(f"{count} of {kind}" for kind, count in source.cast.items())
+        lines.append(f"cast     {kinds}, to float32 (counters of batches: to int64)")
     return "\n".join(lines)
 
 
@@ -184,15 +229,16 @@ def summary(note: dict[str, Any], output: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[reading_options()]
+    )
     parser.add_argument("input", type=Path, metavar="INPUT", help="a checkpoint of ours, or of one of the public codes")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="*.pkl, *.pth or *.safetensors")
     parser.add_argument("--to", choices=TARGETS, default="detectron2", help="default: detectron2")
-    parser.add_argument("--trust-pickle", action="store_true", help="run the code in INPUT: only for files you trust")
     parser.add_argument("--run-dir", type=Path, help="also keep a run directory, as every stage of a table has")
     args = parser.parse_args()
     check_output(args.input, args.output, args.to)
-    source = read(args.input, args.trust_pickle)
+    source = read(args.input, **reading(args))
     say(account(source, args.input))
     if args.run_dir:
         convert_run(source, args.input, args.output, args.to, args.run_dir)

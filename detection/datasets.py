@@ -6,6 +6,8 @@ DATA_ROOT/coco                                                   annotations, tr
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -13,10 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from detection import photos
+from detection import annotations, photos, pictures
+from detection.annotations import Annotations
 from mixmask.config import ConfigError, Detection, flatten
 from mixmask.datasets import DataError
 from mixmask.randomness import numpy_generator
+from mixmask.runs import write_atomically
 
 
 class Split(NamedTuple):
@@ -40,6 +44,7 @@ WANTED = {  # task -> keys of Detectron2, and what they must be
     "voc": {"MODEL.ROI_HEADS.NUM_CLASSES": 20, "MODEL.MASK_ON": False},
     "coco": {"MODEL.ROI_HEADS.NUM_CLASSES": 80, "MODEL.MASK_ON": True},
 }
+NOTE = "data.json"  # in a run's directory
 DEFAULTS = {"MODEL.ROI_HEADS.NUM_CLASSES": 80, "MODEL.MASK_ON": False}  # Detectron2's
 
 
@@ -49,83 +54,185 @@ class Found(NamedTuple):
     path: Path  # its folder
     split: str
 
+    def __str__(self) -> str:
+        return f"{self.path}, {self.split}"
 
-def prepare(config: Detection, directory: Path) -> tuple[list[Found], Found, list[str]]:
-    """What to train on, what to test on, and notes for people; `photos` are written into `directory` first.
 
-    Raises DataError for splits that are absent or, unless `allow_partial_data`, not whole.
+class Data(NamedTuple):
+    """What to train on, and what to test on."""
+
+    training: list[Found]
+    test: Found
+    absent: list[str]  # VOC's classes without an object in the test split
+    notes: list[str]  # for people
+
+
+class NoFolderError(DataError):
+    """A data set is not there at all."""
+
+
+def prepare(config: Detection, directory: Path) -> Data:
+    """The splits, whole and sound; `photos` are written into `directory` first.
+
+    All annotations are parsed and all images opened. What was found is noted in `directory`/data.json, and nothing is
+    opened again, in this run or in another beside it, while names, sizes and times of the files are the same.
+    Raises DataError for splits that are absent or, unless `allow_partial_data`, not whole; for anything in them that
+    training or testing would break off at; and where a run goes on with other data than it began with.
     """
+    splits = find(config, directory)
+    found = remembered(directory, splits) or check(config, splits)
+    check_counts(config, splits, found["images"])
+    before = _note(directory / NOTE)
+    if before and (directory / "config.yaml").exists() and before["content"] != found["content"]:
+        there, here = (" + ".join(f"{n:,}" for n in note["images"]) for note in (before, found))
+        raise DataError(
+            f"{directory} is a run on other data: {there} images there, {here} now, or others of the same number; give "
+            f"another --run-dir, or its own data as run.data_root"
+        )
+    if before != found:
+        write_atomically(directory / NOTE, json.dumps(found, indent=1) + "\n")
+    return Data(splits[:-1], splits[-1], found["absent"], _remarks(config, splits, found))
+
+
+def check_unchanged(config: Detection, directory: Path) -> None:
+    """Of a finished run on a part of the data: raises DataError where the data that are given now are others."""
+    if config.allow_partial_data and (directory / NOTE).exists():
+        with contextlib.suppress(NoFolderError):  # the data are gone: there is nothing that differs
+            prepare(config, directory)
+
+
+def find(config: Detection, directory: Path) -> list[Found]:
+    """The training splits and, last, the test split. Raises NoFolderError."""
     root = Path(config.run.data_root)
     if config.data == "photos":
         root = directory / "photos"
         photos.write(root, config.task)
     training, test = SPLITS[config.task]
-    notes, found = [], []
-    for split in (*training, test):
-        found.append(Found(find_folder(root, split.folder), split.name))
-        wanted = photos.IMAGES if config.data == "photos" else split.images
-        images = (check_coco if config.task == "coco" else check_voc)(*found[-1])
-        if images != wanted:
-            text = f"{found[-1].path}, {split.name}: {images:,} images, expected {wanted:,}"
-            if not config.allow_partial_data:
-                raise DataError(f"{text}; to go on with a part, which is not the paper's data: allow_partial_data=true")
-            notes.append(f"{text}: not the paper's data")
-    return found[:-1], found[-1], notes
+    return [Found(find_folder(root, split.folder), split.name) for split in (*training, test)]
 
 
 def find_folder(root: Path, name: str) -> Path:
-    """`name` below `root`, or below what DETECTRON2_DATASETS says. Raises DataError."""
+    """`name` below `root`, or below what DETECTRON2_DATASETS says. Raises NoFolderError."""
     roots = [root] + [Path(place) for place in (os.environ.get("DETECTRON2_DATASETS"),) if place]
     places = [place / below / name for place in roots for below in ("", "VOCdevkit")]
     for place in places:
         if place.is_dir():
             return place
-    raise DataError(
+    raise NoFolderError(
         f"no {name} in {' or '.join(map(str, roots))} (run.data_root); docs/detection.md says how to get it"
     )
 
 
-def check_voc(folder: Path, split: str) -> int:
-    """Number of images in the split. Raises DataError where an image or its annotation is not there."""
-    names = _read(folder / "ImageSets" / "Main" / f"{split}.txt").split()
-    for part, suffix in (("JPEGImages", ".jpg"), ("Annotations", ".xml")):
-        check_files(folder / part, [f"{name}{suffix}" for name in names])
-    return len(names)
+# ------------------------------------------------------------------------------------------- are they sound?
 
 
-def check_coco(folder: Path, split: str) -> int:
-    """Number of images in the split. Raises DataError where an image, or all annotations, are not there."""
-    path = folder / "annotations" / f"instances_{split}.json"
+def check(config: Detection, splits: Sequence[Found]) -> dict[str, Any]:
+    """Parse all annotations and open all images; what data.json holds. Raises DataError naming file and object."""
+    annotated = []
+    for split in splits:
+        testing = split is splits[-1]
+        if config.task == "voc":
+            for folder, suffix in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
+                names = [f"{name}{suffix}" for name in annotations.voc_names(*split)]
+                pictures.check_names(split.path / folder, names)
+            annotated.append(annotations.check_voc(*split, testing))
+        else:
+            polygons = flatten(config.detectron2).get("INPUT.MASK_FORMAT", "polygon") == "polygon"
+            annotated.append(annotations.check_coco(*split, testing, polygons))
+            pictures.check_names(split.path / split.split, [picture.file.name for picture in annotated[-1].pictures])
+    _check_together(splits, annotated)
+    check_counts(config, splits, [len(split.pictures) for split in annotated])
+    pictures.open_all([picture for split in annotated for picture in split.pictures], config.run.workers)
+    classes = annotations.VOC_CLASSES if config.task == "voc" else ()
+    return {
+        "stamp": stamp(splits),
+        "content": content(splits, annotated),
+        "images": [len(split.pictures) for split in annotated],
+        "objects": [split.objects for split in annotated],
+        "absent": [name for label, name in enumerate(classes) if label not in annotated[-1].counted],
+    }
+
+
+def check_counts(config: Detection, splits: Sequence[Found], counts: Sequence[int]) -> None:
+    """Raises DataError for other numbers of images than the data set has, unless `allow_partial_data`."""
+    for split, count, wanted in zip(splits, counts, _wanted(config), strict=True):
+        if count != wanted and not config.allow_partial_data:
+            raise DataError(
+                f"{split}: {count:,} images, expected {wanted:,}; to go on with a part, which is not the paper's data: "
+                "allow_partial_data=true"
+            )
+
+
+def _wanted(config: Detection) -> list[int]:
+    training, test = SPLITS[config.task]
+    return [photos.IMAGES if config.data == "photos" else split.images for split in (*training, test)]
+
+
+def _check_together(splits: Sequence[Found], annotated: Sequence[Annotations]) -> None:
+    """Raises DataError for splits that call classes by other numbers, or share images."""
+    for split, own in zip(splits[:-1], annotated[:-1], strict=True):
+        if own.categories != annotated[-1].categories:
+            number = min(set(own.categories.items()) ^ set(annotated[-1].categories.items()))[0]
+            here, there = (a.categories.get(number) for a in (own, annotated[-1]))
+            raise DataError(f"{split}: category {number} is {here!r}, in the test split {there!r}; expected the same")
+        if shared := {p.file for p in own.pictures} & {p.file for p in annotated[-1].pictures}:
+            raise DataError(f"{split}: {len(shared):,} images are in the test split too, first {min(shared).name}")
+
+
+def _remarks(config: Detection, splits: Sequence[Found], found: Mapping[str, Any]) -> list[str]:
+    notes = [
+        f"{split}: {count:,} images, expected {wanted:,}: not the paper's data"
+        for split, count, wanted in zip(splits, found["images"], _wanted(config), strict=True)
+        if count != wanted
+    ]
+    if absent := found["absent"]:
+        left = f"its AP is the mean over the other {len(annotations.VOC_CLASSES) - len(absent)} classes"
+        notes.append(f"{splits[-1]}: no object that counts of {', '.join(absent)}: {left}")
+    return notes
+
+
+# -------------------------------------------------------------------------------------- what is known of them
+
+
+def remembered(directory: Path, splits: Sequence[Found]) -> dict[str, Any] | None:
+    """What this run, or one beside it, has noted of these very files."""
+    now = stamp(splits)
+    notes = map(_note, [directory / NOTE, *sorted(directory.parent.glob(f"*/{NOTE}"))])
+    return next((note for note in notes if note and note["stamp"] == now), None)
+
+
+def _note(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(_read(path))
-        names = [image["file_name"] for image in content["images"]]
-        annotations = content["annotations"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is cut off, or no COCO annotations ({error!r})") from None
-    if not annotations:
-        raise DataError(f"{path} holds no annotations")
-    check_files(folder / split, names)
-    return len(names)
+        note = json.loads(path.read_text(encoding="utf-8"))
+        return note if note.keys() == {"stamp", "content", "images", "objects", "absent"} else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
-def check_files(folder: Path, names: Sequence[str]) -> None:
-    """Raises DataError unless every name is a file of the folder, and not an empty one."""
-    try:
-        there = {entry.name for entry in os.scandir(folder) if entry.stat().st_size}
-    except OSError as error:
-        raise DataError(f"cannot read {folder}: {error.strerror}") from None
-    missing = [name for name in names if name not in there]
-    if missing or not names:
-        raise DataError(
-            f"{folder}: {len(missing):,} of {len(names):,} files are missing or empty, first: {missing[:1]}"
-        )
+def stamp(splits: Sequence[Found]) -> str:
+    """SHA-256 of place, names, sizes and times of all files that belong to the splits."""
+    digest = hashlib.sha256()
+    for path, split in splits:
+        lists, folders = path / "ImageSets" / "Main", [path / "Annotations", path / "JPEGImages"]
+        if not lists.is_dir():
+            lists, folders = path / "annotations", [path / split]
+        files = [file for file in pictures.listing(lists) if file[0] in (f"{split}.txt", f"instances_{split}.json")]
+        digest.update(repr((str(path.resolve()), files, *map(pictures.listing, folders))).encode())
+    return digest.hexdigest()
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
+def content(splits: Sequence[Found], annotated: Sequence[Annotations]) -> str:
+    """SHA-256 of the images' names and sizes, and of the annotations, wherever they lie."""
+    digest = hashlib.sha256()
+    for (path, split), own in zip(splits, annotated, strict=True):
+        for file, *_ in own.pictures:
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        files = [path / "Annotations" / f"{picture.file.stem}.xml" for picture in own.pictures]
+        if not files[0].exists():
+            files = [path / "annotations" / f"instances_{split}.json"]
+        for file in files:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------- the order

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image, ImageDraw
 
+from detection.annotations import COCO_CLASSES, VOC_CLASSES
 from mixmask import datasets
 from mixmask.randomness import numpy_generator
 from mixmask.runs import write_atomically
@@ -24,11 +25,7 @@ IMAGES = 8  # a split
 OBJECTS = 5  # a picture: 40 in a split, so each of VOC's 20 classes twice (its AP is the mean over all of them)
 SIZE = (160, 128)  # width, height; every other picture is upright
 
-VOC = (
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-)
-COCO = 80  # classes; called after their numbers
+VOC, COCO = VOC_CLASSES, COCO_CLASSES  # COCO's are called after their numbers
 
 
 @dataclass(frozen=True)

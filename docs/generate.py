@@ -41,7 +41,8 @@ MODULES = [  # of the library, in the order in which a reader meets them
     "schedules",
     "optim",
     "checkpoint",
-    *(f"formats.{name}" for name in ("reading", "source", "layouts", "resnets", "notes", "detectron2_files")),
+    *(f"formats.{name}" for name in ("reading", "source", "architectures", "structure", "layouts", "notes")),
+    "formats.detectron2_files",
     "runs",
     "config",
 ]

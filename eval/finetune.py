@@ -130,7 +130,7 @@ def load_data(config: Finetune, device: torch.device) -> tuple[Any, Any, Tensor,
         sets.append(dataset)
     indices, labelled = labels.choose(sets[0], config)
     check_data(config, sets[0], len(indices))
-    sets[0] = labels.part(sets[0], indices)
+    sets[0] = sets[0].take(indices)
     train_set, test_set = (s.to(device) if isinstance(s, datasets.Resident) else s for s in sets)
     return train_set, test_set, indices, labelled
 
@@ -238,7 +238,11 @@ def resolve(config_file: str, overrides: list[str], source: Source) -> Finetune:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[formats.reading_options()],
+    )
     parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint.pt of ours, or a public format's")
     parser.add_argument(
         "--config", required=True, help="a recipe, such as eval/configs/imagenet_finetune_1percent.yaml"
@@ -248,9 +252,8 @@ def main() -> None:
     )
     parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/finetune/<name of the run>")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
-    parser.add_argument("--trust-pickle", action="store_true", help="run the code in an old file; only if you trust it")
     args = parser.parse_args()
-    source = formats.read(args.checkpoint, args.trust_pickle)
+    source = formats.read(args.checkpoint, **formats.reading(args))
     config, note = labels.settle(resolve(args.config, args.set, source))
     if note:
         say(f"note: {note}")

@@ -7,10 +7,12 @@ Sources: torchvision.transforms (v1) and Pillow, which all public recipes of the
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,27 +54,38 @@ class Parameters:
 
 
 def sample(
-    augment: Augment, n: int, height: int, width: int, generator: torch.Generator, device: torch.device
+    augment: Augment,
+    n: int,
+    height: int,
+    width: int,
+    generator: torch.Generator,
+    device: torch.device,
+    views: int = 1,
+    rows: slice = slice(None),
 ) -> Parameters:
-    """Draw the parameters of n samples. Every call takes the same number of draws, whatever they are."""
+    """Draw the parameters of n samples; of several views one behind the other, each with these `rows` of the n.
 
-    def uniform(*shape: int, low=0.0, high=1.0) -> Tensor:
-        return low + (high - low) * torch.rand(n, *shape, generator=generator, device=device)
-
-    top, left, crop_height, crop_width = sample_crop(augment, height, width, uniform(CROP_TRIES, 4))
-    return Parameters(
-        top=top,
-        left=left,
-        height=crop_height,
-        width=crop_width,
-        flip=uniform() < augment.flip_prob,
-        jitter=uniform() < augment.jitter_prob,
-        order=uniform(4).argsort(dim=1),
-        factors=sample_factors(augment.jitter, uniform(4)),
-        grayscale=uniform() < augment.grayscale_prob,
-        blur=uniform() < augment.blur_prob,
-        sigma=uniform(low=augment.blur_sigma[0], high=augment.blur_sigma[1]),
+    Every sample takes the same number of draws, whatever they are, and a view the draws that it would take alone.
+    """
+    shapes = [(CROP_TRIES, 4), (), (), (4,), (4,), (), (), ()]
+    lengths = [n * math.prod(shape) for shape in shapes]
+    draws = torch.rand(views, sum(lengths), generator=generator, device=device).split(lengths, dim=1)
+    crop, flip, jitter, order, factors, grayscale, blur, sigma = (
+        part.view(views, n, *shape)[:, rows] for part, shape in zip(draws, shapes, strict=True)
     )
+    top, left, crop_height, crop_width = sample_crop(augment, height, width, crop.flatten(0, 1))
+    low, high = augment.blur_sigma
+    drawn = {
+        "flip": flip < augment.flip_prob,
+        "jitter": jitter < augment.jitter_prob,
+        "order": order.argsort(dim=-1),
+        "factors": sample_factors(augment.jitter, factors),
+        "grayscale": grayscale < augment.grayscale_prob,
+        "blur": blur < augment.blur_prob,
+        "sigma": low + (high - low) * sigma,
+    }
+    boxes = {"top": top, "left": left, "height": crop_height, "width": crop_width}
+    return Parameters(**boxes, **{name: values.flatten(0, 1) for name, values in drawn.items()})
 
 
 def sample_crop(augment: Augment, height: int, width: int, draws: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -87,8 +100,8 @@ def sample_crop(augment: Augment, height: int, width: int, draws: Tensor) -> tup
 
     boxes = torch.stack([top, left, box_height, box_width], dim=-1)  # (N, tries, 4)
     first = fits.int().argmax(dim=1)[:, None, None].expand(-1, 1, 4)
-    fallback = [torch.full_like(top[:, 0], value) for value in central_crop(augment.crop_ratio, height, width)]
-    boxes = torch.where(fits.any(dim=1)[:, None], boxes.gather(1, first)[:, 0], torch.stack(fallback, dim=-1))
+    fallback = constants(central_crop(augment.crop_ratio, height, width), draws.device)
+    boxes = torch.where(fits.any(dim=1)[:, None], boxes.gather(1, first)[:, 0], fallback)
     return boxes.long().unbind(dim=1)
 
 
@@ -112,7 +125,7 @@ def central_crop(ratio: tuple[float, float], height: int, width: int) -> tuple[i
 
 
 def sample_factors(jitter: tuple[float, float, float, float], draws: Tensor) -> Tensor:
-    """Factors (N, 4) from uniform draws (N, 4): 1 +- strength, at least 0; for hue +- strength of a turn."""
+    """Factors (..., 4) from uniform draws (..., 4): 1 +- strength, at least 0; for hue +- strength of a turn."""
     *strengths, hue = jitter
     low = constants((*(max(0.0, 1.0 - strength) for strength in strengths), -hue), draws.device)
     high = constants((*(1.0 + strength for strength in strengths), hue), draws.device)
@@ -130,8 +143,27 @@ def augment_view(
 
     Where `images` are only the `rows` of a batch of `batch_size`, they are changed as they are in the whole batch.
     """
-    parameters = sample(augment, batch_size or len(images), *images.shape[2:], generator, images.device)
-    return apply(augment, images, parameters[rows])
+    return augment_views([augment], [images], generator, batch_size, rows)[0]
+
+
+@torch.no_grad()
+def augment_views(
+    augments: Sequence[Augment],
+    images: Sequence[Tensor],
+    generator: torch.Generator,
+    batch_size: int = 0,
+    rows: slice = slice(None),
+) -> list[Tensor]:
+    """`augment_view` of each pair in turn. Views of one augmentation that follow each other share every operation."""
+    views: list[Tensor] = []
+    for (augment, shape), pairs in itertools.groupby(
+        zip(augments, images, strict=True), key=lambda pair: (pair[0], pair[1].shape)
+    ):
+        pixels = [images for _, images in pairs]
+        n, device = batch_size or shape[0], pixels[0].device
+        parameters = sample(augment, n, *shape[2:], generator, device, len(pixels), rows)
+        views += apply(augment, torch.cat(pixels) if len(pixels) > 1 else pixels[0], parameters).chunk(len(pixels))
+    return views
 
 
 @torch.no_grad()
@@ -217,8 +249,13 @@ test_view.__test__ = False  # not a test, whatever its name says to pytest
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], out: Tensor | None = None) -> Tensor:
     """(N, 3, H, W) with values 0..255 -> (value / 255 - mean) / std, of each channel its own; same shape."""
-    mean, std = (constants(tuple(values), images.device)[:, None, None] for values in (mean, std))
-    return torch.mul(images, 1 / (255 * std), out=out).sub_(mean / std)
+    scale, shift = once(_scale_and_shift, tuple(mean), tuple(std), images.device)
+    return torch.mul(images, scale, out=out).sub_(shift)
+
+
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (_tensor(values, device)[:, None, None] for values in (mean, std))
+    return 1 / (255 * std), mean / std
 
 
 def flip(images: Tensor, chosen: Tensor) -> Tensor:
@@ -233,20 +270,27 @@ def resized_crop(images: Tensor, box, size: int, interpolation: str = "bilinear"
     """
     top, left, height, width = box
     weights = enlarging_weights if enlarges_exactly(images.shape[2:], size, interpolation) else resize_weights
-    rows = weights(top, height, images.shape[2], size, interpolation)  # (N, size, H)
-    columns = weights(left, width, images.shape[3], size, interpolation, flipped)  # (N, size, W)
-    return two_passes(images, rows, columns, rows_first(height, width, size, size))
+    if images.shape[2] == images.shape[3]:  # rows and columns at once
+        both = None if flipped is None else torch.cat((torch.zeros_like(flipped), flipped))
+        ends = torch.cat((top, left)), torch.cat((height, width))
+        rows, columns = weights(*ends, images.shape[2], size, interpolation, both).chunk(2)
+    else:
+        rows = weights(top, height, images.shape[2], size, interpolation)  # (N, size, H)
+        columns = weights(left, width, images.shape[3], size, interpolation, flipped)  # (N, size, W)
+    return two_passes(images, rows, columns, (height, width))
 
 
-def two_passes(images: Tensor, rows: Tensor, columns: Tensor, first: Tensor) -> Tensor:
-    """rows @ images @ columns^T, rounded after each product; the product with `rows` comes first where `first` (N,).
+def two_passes(images: Tensor, rows: Tensor, columns: Tensor, extent: tuple[Tensor, Tensor]) -> Tensor:
+    """rows @ images @ columns^T, rounded after each product.
 
     rows: (N, h, H), columns: (N, w, W), images: (N, 3, H, W) -> (N, 3, h, w). Computed in the dtype of the weights.
+    `extent`: height and width, (N,) each, of what is resized; they decide which product comes first.
     """
     images, rows, columns = images.to(rows.dtype), rows[:, None], columns.transpose(1, 2)
     resized = to_bytes(rows @ to_bytes(times_columns(images, columns)))
     if images.shape[2] > rows.shape[2]:  # else no height shrinks
-        resized = torch.where(column(first), to_bytes(times_columns(to_bytes(rows @ images), columns)), resized)
+        first = column(rows_first(*extent, rows.shape[2], columns.shape[2]))
+        resized = torch.where(first, to_bytes(times_columns(to_bytes(rows @ images), columns)), resized)
     return resized.float()
 
 
@@ -285,10 +329,10 @@ def enlarging_weights(
 ) -> Tensor:
     """`resize_weights` where `enlarges_exactly`: an output pixel lies between two of the crop. In float32."""
     start, length = start[:, None].float(), length[:, None].float()
-    position = ((output_pixels(size, flipped, start) + 0.5) * length / size - 0.5).clamp_(min=0)
-    position = torch.minimum(position, length - 1) + start  # (N, size)
-    distance = (torch.arange(extent, device=start.device) - position[:, :, None]).abs_()
-    return triangle(distance)
+    centres = (output_pixels(size, flipped, start) + 0.5).div_(size)  # as shares of the crop
+    position = (centres * length).sub_(0.5).clamp_(min=0)
+    position = torch.minimum(position, length - 1).add_(start)  # (N, size)
+    return triangle((whole_numbers(extent, start.device) - position[:, :, None]).abs_())
 
 
 def enlarges_exactly(shape: tuple[int, int], size: int, interpolation: str) -> bool:
@@ -301,7 +345,7 @@ def enlarges_exactly(shape: tuple[int, int], size: int, interpolation: str) -> b
 
 def output_pixels(size: int, flipped: Tensor | None, like: Tensor) -> Tensor:
     """0 ... size - 1 as (1, size) in the dtype of `like`; or (N, size), in reverse where flipped (N,)."""
-    pixels = torch.arange(size, dtype=like.dtype, device=like.device)[None]
+    pixels = whole_numbers(size, like.device).to(like.dtype)[None]
     return pixels if flipped is None else torch.where(flipped[:, None], size - 1 - pixels, pixels)
 
 
@@ -326,7 +370,7 @@ def resized(images: Tensor, shape: tuple[int, int], interpolation: str = "biline
     height, width = torch.tensor(images.shape[2:], device=images.device)[:, None]
     rows = resize_weights(0 * height, height, images.shape[2], shape[0], interpolation)
     columns = resize_weights(0 * width, width, images.shape[3], shape[1], interpolation)
-    return two_passes(images, rows, columns, rows_first(height, width, *shape))
+    return two_passes(images, rows, columns, (height, width))
 
 
 def center_crop(images: Tensor, size: int) -> Tensor:
@@ -361,25 +405,36 @@ def jitter_by_group(images: Tensor, order: Tensor, factors: Tensor, chosen: Tens
 
 
 def jitter_by_selection(images: Tensor, order: Tensor, factors: Tensor, chosen: Tensor, with_hue: bool) -> Tensor:
-    """`colour_jitter` without a wait for the device.
+    """`colour_jitter` without a wait for the device: every image passes through every step.
 
-    Three of the four operations are one blend, each with its own degenerate image; factor 1 leaves an image alone.
+    Hue takes the most operations, so all images have it at once: before it come the blends that precede it in an
+    image's own order, behind it those that follow. A blend of factor 1 leaves an image as it is.
     """
-    images = images.clone()
-    for operation in order.unbind(dim=1):
-        factor = factors.gather(1, operation[:, None])[:, 0]
-        blended = chosen & (operation != HUE)
-        blend_(images, degenerate(images, operation), torch.where(blended, factor, 1.0))
-        if with_hue:
-            images = torch.where(column(chosen & (operation == HUE)), adjust_hue_(images.clone(), factor), images)
+    images, hue = images.clone(), order == HUE
+    slots, turns = [slice(0, 4)], [~hue]
+    if with_hue:
+        passed = hue.cumsum(dim=1)  # (N, 4): 1 from hue's slot on
+        slots, turns = [slice(0, 3), slice(1, 4)], [passed == 0, passed > hue]
+    operation, own = torch.cat([order[:, s] for s in slots], 1), factors.gather(1, order)
+    turn = torch.cat([turn[:, s] for turn, s in zip(turns, slots, strict=True)], 1) & chosen[:, None]
+    factor = torch.where(turn, torch.cat([own[:, s] for s in slots], 1), 1.0)
+    steps = zip(
+        (operation != BRIGHTNESS).float().unbind(1), (operation == CONTRAST).unbind(1), factor.unbind(1), strict=True
+    )
+    for number, step in enumerate(steps):
+        if with_hue and number == 3:
+            changed = adjust_hue_(images, factors[:, HUE], out=torch.empty_like(images))
+            images = torch.where(column(chosen), changed, images)
+        blend_by_selection_(images, *step)
     return images
 
 
-def degenerate(images: Tensor, operation: Tensor) -> Tensor:
-    """(N, 1, H, W): black for brightness, the mean grey for contrast, the grey image for saturation."""
-    grey = luminance(images)
-    contrast = column(operation == CONTRAST) * mean_grey(grey)
-    return grey.mul_(column(operation == SATURATION)).add_(contrast)
+def blend_by_selection_(images: Tensor, with_grey: Tensor, with_mean: Tensor, factor: Tensor) -> None:
+    """`blend_` with black where `with_grey` is 0, with the mean grey where `with_mean`, else with the grey image."""
+    grey, weight = luminance(images), column(with_grey)
+    other = torch.where(column(with_mean), mean_grey(grey), grey)
+    images.addcmul_(other, weight, value=-1).mul_(column(factor)).addcmul_(other, weight)  # weights 0 and 1: exact
+    images.clamp_(0, 255).floor_()
 
 
 def blend_(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
@@ -410,8 +465,8 @@ def grayscale(images: Tensor, chosen: Tensor) -> Tensor:
 def luminance(images: Tensor) -> Tensor:
     """ITU-R 601-2 luma with Pillow's 16-bit weights, rounded: (N, 1, H, W). Exact in float32."""
     red, green, blue = images.split(1, dim=1)
-    grey = (red * (19595 / 65536)).add_(green, alpha=38470 / 65536).add_(blue, alpha=7471 / 65536)
-    return grey.add_(0.5).floor_()
+    grey = torch.add(constants((0.5,), images.device), red, alpha=19595 / 65536)
+    return grey.add_(green, alpha=38470 / 65536).add_(blue, alpha=7471 / 65536).floor_()
 
 
 def mean_grey(grey: Tensor) -> Tensor:
@@ -419,11 +474,14 @@ def mean_grey(grey: Tensor) -> Tensor:
     return grey.mean(dim=(2, 3), keepdim=True).add_(0.5).floor_()
 
 
-def adjust_hue_(images: Tensor, factor: Tensor) -> Tensor:
-    """Shift hues by factor (N,) of a turn in Pillow's HSV, in place. Hue is a byte there: shifts wrap at 256."""
+def adjust_hue_(images: Tensor, factor: Tensor, out: Tensor | None = None) -> Tensor:
+    """Shift hues by factor (N,) of a turn in Pillow's HSV, in place or into `out`.
+
+    Hue is a byte there: shifts wrap at 256.
+    """
     hue, saturation, value = rgb_to_hsv(images)
     shift = (factor * 255).int().to(torch.uint8)[:, None, None]
-    return hsv_to_rgb((hue.to(torch.uint8) + shift).float(), saturation, value, images)
+    return hsv_to_rgb((hue.to(torch.uint8) + shift).float(), saturation, value, images if out is None else out)
 
 
 def rgb_to_hsv(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -453,11 +511,9 @@ def is_less(a: Tensor, b: Tensor) -> Tensor:
 
 def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor, out: Tensor) -> Tensor:
     """(N, H, W) each, 0..255 -> images (N, 3, H, W): value * (1 - saturation * distance from the channel's sector)."""
+    centre, sign, add = (constants(n, out.device)[:, None, None] for n in ((3, 2, 4), (-1, 1, 1), (2, -1, -1)))
     depth = value * saturation / -255
-    red, green, blue = out.copy_((hue * (6 / 255))[:, None]).unbind(dim=1)
-    red.sub_(3).abs_().neg_().add_(2)
-    green.sub_(2).abs_().sub_(1)
-    blue.sub_(4).abs_().sub_(1)
+    torch.sub((hue * (6 / 255))[:, None], centre, out=out).abs_().mul_(sign).add_(add)
     return out.clamp_(0, 1).mul_(depth[:, None]).add_(value[:, None]).add_(0.5).floor_()
 
 
@@ -512,14 +568,26 @@ def box_blur(images: Tensor, weights: Tensor) -> Tensor:
     return to_bytes(total)
 
 
-def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """The numbers as float32 on the device, copied there once: every copy would wait for a GPU."""
-    return torch.tensor(values, device=device) if torch.compiler.is_compiling() else _copied(values, device)
+def constants(values: Sequence[float], device: torch.device) -> Tensor:
+    """The numbers as float32 on the device."""
+    return once(_tensor, tuple(map(float, values)), device)
 
 
-@functools.cache
-def _copied(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device)
+def whole_numbers(n: int, device: torch.device) -> Tensor:
+    """0 ... n - 1 as float32 on the device."""
+    return once(_tensor, range(n), device)
+
+
+def once(make: Callable, *arguments: Hashable) -> Any:
+    """make(*arguments), tensors that are only read: made once, for every copy to a GPU waits for it."""
+    return make(*arguments) if torch.compiler.is_compiling() else _kept(make, *arguments)
+
+
+_kept = functools.cache(lambda make, *arguments: make(*arguments))
+
+
+def _tensor(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def where_chosen(operation, images: Tensor, chosen: Tensor, *parameters: Tensor) -> Tensor:

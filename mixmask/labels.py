@@ -121,11 +121,3 @@ def read_list(path: Path) -> Sequence[str]:
             f"{SHA256[path.name][:8]}...; delete it, and it is fetched again"
         )
     return content.decode().split()
-
-
-def part(dataset: Resident | Files, indices: Tensor) -> Resident | Files:
-    """The data set's images at `indices`, int64 (M,), in that order, with all its classes."""
-    here = indices.to(dataset.labels.device)
-    if isinstance(dataset, Resident):
-        return dataclasses.replace(dataset, images=dataset.images[here], labels=dataset.labels[here])
-    return dataclasses.replace(dataset, paths=[dataset.paths[i] for i in indices.tolist()], labels=dataset.labels[here])

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mixmask import registry
 from mixmask.config import MSCN, Augment, ConfigError, Erase, Mask, Pretrain, UnMix, nearest
 from mixmask.masks import mixture_coefficient, mscn_masks, sample_mask
 
@@ -88,7 +89,7 @@ def mscn_view(x: Tensor, settings: MSCN, rngs: Rngs) -> Tensor:
 def extra_crops(recipe: Pretrain) -> list[Augment]:
     """The augmentation of each extra crop that the method takes: the views', but for size and share of the image."""
     crop = replace(recipe.augment, size=recipe.mscn.crop_size, crop_scale=recipe.mscn.crop_scale)
-    return [crop] * recipe.mscn.crops if recipe.method == "mscn" else []
+    return [crop] * recipe.mscn.crops if registry.METHODS[recipe.method].crops else []
 
 
 def noise(x: Tensor, rngs: Rngs) -> Tensor:
@@ -185,14 +186,40 @@ def cutmix_box(lam: float, height: int, width: int, rng: np.random.Generator) ->
     return max(y - half_height, 0), min(y + half_height, height), max(x - half_width, 0), min(x + half_width, width)
 
 
-# Anchors of (recipe, x1, one generator for each mix group); of MSCN also the views that `extra_crops` asks for.
+# ------------------------------------------------------------------------- a recipe's method (mixmask/registry.py)
+
+
+def of_vanilla(recipe: Pretrain, x1: Tensor, rngs: Rngs) -> list[Anchor]:
+    """The clean pair alone."""
+    return vanilla(x1)
+
+
+def of_unmix(recipe: Pretrain, x1: Tensor, rngs: Rngs) -> list[Anchor]:
+    """The clean pair and Un-Mix."""
+    return vanilla(x1) + unmix(x1, recipe.unmix, rngs)
+
+
+def of_mixmask(recipe: Pretrain, x1: Tensor, rngs: Rngs) -> list[Anchor]:
+    """The clean pair and MixMask (Eq. 6)."""
+    return vanilla(x1) + mixmask(x1, recipe.mask, rngs)
+
+
+def of_both(recipe: Pretrain, x1: Tensor, rngs: Rngs) -> list[Anchor]:
+    """The clean pair, Un-Mix and MixMask (Algorithm 1)."""
+    return of_unmix(recipe, x1, rngs) + mixmask(x1, recipe.mask, rngs, recipe.both.permutation)
+
+
+def of_erase(recipe: Pretrain, x1: Tensor, rngs: Rngs) -> list[Anchor]:
+    """The clean pair and an erased view."""
+    return vanilla(x1) + erase(x1, recipe.mask, recipe.erase, rngs)
+
+
+def of_mscn(recipe: Pretrain, x1: Tensor, rngs: Rngs, *crops: Tensor) -> list[Anchor]:
+    """Masked views; `crops`: the views that `extra_crops` asks for."""
+    return mscn(x1, crops, recipe.mscn, rngs)
+
+
+# Anchors of (recipe, x1, one generator for each mix group).
 METHODS: dict[str, Callable[..., list[Anchor]]] = {
-    "vanilla": lambda recipe, x1, rngs: vanilla(x1),
-    "unmix": lambda recipe, x1, rngs: vanilla(x1) + unmix(x1, recipe.unmix, rngs),
-    "mixmask": lambda recipe, x1, rngs: vanilla(x1) + mixmask(x1, recipe.mask, rngs),
-    "both": lambda recipe, x1, rngs: (
-        vanilla(x1) + unmix(x1, recipe.unmix, rngs) + mixmask(x1, recipe.mask, rngs, recipe.both.permutation)
-    ),
-    "erase": lambda recipe, x1, rngs: vanilla(x1) + erase(x1, recipe.mask, recipe.erase, rngs),
-    "mscn": lambda recipe, x1, rngs, *crops: mscn(x1, crops, recipe.mscn, rngs),
+    name: globals()[method.function] for name, method in registry.METHODS.items()
 }

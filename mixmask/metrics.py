@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mixmask import registry
 from mixmask.config import KNN, Pretrain
 
 
@@ -18,5 +19,5 @@ def knn_metric(knn: KNN, dim: int) -> str:
 
 def pretraining_metric(config: Pretrain) -> str:
     """The k-NN accuracy that a pre-training logs and reports."""
-    pooled = config.backbone.width * (32 if config.backbone.arch == "resnet50" else 8)  # channels of the last stage
+    pooled = registry.ARCHITECTURES[config.backbone.arch].features(config.backbone.width)
     return knn_metric(config.knn, config.settings["dim"] if config.knn.features == "output" else pooled)

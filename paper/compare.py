@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmask.config import UserError, flatten, main_guard, read_yaml
-from mixmask.runs import read_log
+from mixmask.runs import read_environments, read_log
 from paper.report.curve import quantities, unit
 
 Curve = Mapping[int, float]  # epoch -> value
@@ -89,12 +89,19 @@ def settings(run: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
 
 
 def machines(run: Path, reference: Path) -> list[str]:
-    """A line that names the versions, commit and machine in which the two differ; none where they agree."""
+    """A line that names the versions, commit and machine in which the two differ; none where they agree.
+
+    One more for each time that one of them was continued in another environment.
+    """
     paths = [directory / "environment.json" for directory in (run, reference)]
     ours, theirs = (json.loads(p.read_text(encoding="utf-8")) if p.exists() else {} for p in paths)
     differing = [key for key in dict.fromkeys([*ours, *theirs]) if ours.get(key) != theirs.get(key)]
     parts = [f"{key} {ours.get(key, 'absent')} (reference: {theirs.get(key, 'absent')})" for key in differing]
-    return [f"environment: {', '.join(parts)}"] if parts else []
+    lines = [f"environment: {', '.join(parts)}"] if parts else []
+    for name, directory in ("run", run), ("reference", reference):
+        later = read_environments(directory)[1:]
+        lines += [f"{name} was continued after step {entry['step']}: {entry['changed']}" for entry in later]
+    return lines
 
 
 # -------------------------------------------------------------------------------------------------------- curves

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask import config as configs
-from mixmask import datasets, knn
+from mixmask import datasets, knn, registry
 from mixmask.backbones import compile_backbones
 from mixmask.config import ConfigError, Pretrain
 from mixmask.datasets.views import train_batches
@@ -34,6 +34,7 @@ from mixmask.schedules import cautions, learning_rate
 from mixmask.training import distributed
 from mixmask.training.loop import Loop, epoch_lines, finished, last_and_best, seconds
 from mixmask.training.optim import build_optimizer, device_name, keep_freed_memory, pick_device, set_learning_rate
+from mixmask.training.processes import check_processes
 from mixmask.training.progress import say
 from mixmask.training.state import TrainState
 
@@ -45,7 +46,7 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
     """
     check(config)
     world = distributed.find()
-    configs.check_processes(config, world.size)
+    check_processes(config, world.size)
     device = world.device(pick_device(config.run.device))
     with distributed.start(world, device), distributed.open_run(directory, config) as run:
         if result := finished(run):
@@ -111,8 +112,7 @@ def learning_rates(config: Pretrain, steps_per_epoch: int, step: int) -> dict[st
 
 def check(config: Pretrain) -> None:
     """Raises ConfigError for settings that cannot work together, before anything is read or written."""
-    if config.method not in METHODS:
-        raise ConfigError(f"method: unknown '{config.method}'{configs.nearest(config.method, METHODS)}")
+    method = registry.find(registry.METHODS, config.method, "method")
     for key, groups in (("backbone.bn_groups", config.backbone.bn_groups), ("mix_groups", config.mix_groups)):
         if config.batch_size % groups:
             raise ConfigError(f"{key}: {groups} groups do not divide a batch of {config.batch_size} images")
@@ -121,16 +121,16 @@ def check(config: Pretrain) -> None:
     for key, values in (("augment.mean", config.augment.mean), ("augment.std", config.augment.std)):
         if len(values) != 3:
             raise ConfigError(f"{key}: expected three numbers, one per channel, found {list(values)}")
-    if config.method in ("mixmask", "both", "erase"):
+    if method.masks:
         sample_mask(config.mask, config.augment.size, config.augment.size, numpy_generator("check"))
-    if config.method in ("unmix", "mixmask", "both") and config.batch_size == config.mix_groups:
+    if method.mixes and config.batch_size == config.mix_groups:
         raise ConfigError("mix_groups: a mixture needs at least two images in a group")
     check_crops(config)
 
 
 def check_crops(config: Pretrain) -> None:
     """Raises ConfigError for extra crops that the augmentation does not cut, or that are too small for their masks."""
-    for augment in [config.augment, *extra_crops(config)] if config.method == "mscn" else []:
+    for augment in [config.augment, *extra_crops(config)] if registry.METHODS[config.method].crops else []:
         check_grid("mscn.grid", config.mscn.grid, augment.size, augment.size)
         if config.mscn.focal_prob and round(config.mscn.focal_side * augment.size) < 1:
             where = f"a window of {config.mscn.focal_side:g} of {augment.size} pixels"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 
+from mixmask import registry
 from mixmask.config import Backbone, Config, Convert, Detection, Finetune, Linear, Pretrain
 
 DETECTION = 0.57 * 8 / 16 / 2 / 3600  # hours an image of a training iteration, on one A100
@@ -24,31 +25,19 @@ ASSUMPTION = (
 TERAFLOPS = {"resnet50": 49.0, "resnet18": 77.0}
 CPU_TERAFLOPS = 0.05
 
-IMAGES = {
-    "cifar100": (50_000, 10_000),
-    "cifar100_reduced": (10_000, 5_000),
-    "tiny_imagenet": (100_000, 10_000),
-    "imagenet": (1_281_167, 50_000),
-}
-PHOTOS = (2_000, 800)  # and other small sets: training, test
 RESNET50 = Backbone("resnet50", "imagenet", 64, 1)  # public checkpoints
-
-# Passes through the encoder per training image and step: (with gradient, forward only).
-CLEAN = {"moco": (1, 1), "simclr": (2, 0), "byol": (2, 2), "simsiam": (2, 0)}
-ADDED = {"vanilla": 0, "mixmask": 1, "unmix": 1, "erase": 1, "both": 2}  # mixtures and masked views, with gradient
-
-BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
 
 
 @functools.cache
 def forward_gflop(backbone: Backbone, size: int) -> float:
     """GFLOP of one forward pass of one image of `size` x `size` pixels (convolutions only)."""
-    width, bottleneck = backbone.width, backbone.arch == "resnet50"
+    arch, width = registry.ARCHITECTURES[backbone.arch], backbone.width
+    bottleneck = arch.bottleneck
     side = size // 2 if backbone.stem == "imagenet" else size
     macs = 3 * width * side**2 * (49 if backbone.stem == "imagenet" else 9)
     side = side if backbone.stem == "cifar" else side // 2  # max-pooling
     channels = width
-    for stage, blocks in enumerate(BLOCKS[backbone.arch]):
+    for stage, blocks in enumerate(arch.blocks):
         inner = width * 2**stage
         out = 4 * inner if bottleneck else inner
         for block in range(blocks):
@@ -64,32 +53,36 @@ def forward_gflop(backbone: Backbone, size: int) -> float:
 
 def pretrain_pflop(config: Pretrain) -> float:
     """PFLOP of a pre-training."""
-    gradient, forward = CLEAN.get(config.framework, (2, 2))
-    if config.settings.get("symmetric"):
-        gradient, forward = 2, 2
+    gradient, forward = registry.find(registry.FRAMEWORKS, config.framework, "framework").passes(config.settings)
     passes = 3 * (gradient + added_passes(config)) + forward
-    images = IMAGES.get(config.dataset, PHOTOS)[0] * config.epochs
+    images = images_of(config.dataset).train * config.epochs
     return images * passes * forward_gflop(config.backbone, config.augment.size) / 1e6
 
 
 def added_passes(config: Pretrain) -> float:
     """Passes with gradient that the method adds. MSCN's masked view takes the clean one's place; crops go by area."""
-    if config.method == "mscn":
+    method = registry.find(registry.METHODS, config.method, "method")
+    if method.crops:
         return config.mscn.keep_clean + config.mscn.crops * (config.mscn.crop_size / config.augment.size) ** 2
-    return ADDED.get(config.method, 1)
+    return method.added
+
+
+def images_of(dataset: str) -> registry.Dataset:
+    """How many images a data set has. Raises ConfigError for one that is not known."""
+    return registry.find(registry.DATASETS, dataset, "dataset")
 
 
 def linear_pflop(config: Linear, backbone: Backbone) -> float:
     """PFLOP of a linear probe: forward passes only, of all images; every epoch's views, or once where cached."""
     passes = 1 if config.features == "cached" else config.epochs
-    images = sum(IMAGES.get(config.dataset, PHOTOS))
-    return images * passes * forward_gflop(backbone, config.augment.size) / 1e6
+    dataset = images_of(config.dataset)
+    return (dataset.train + dataset.test) * passes * forward_gflop(backbone, config.augment.size) / 1e6
 
 
 def finetune_pflop(config: Finetune, backbone: Backbone) -> float:
     """PFLOP of a fine-tuning: the labelled images with gradient, the test images without, every epoch."""
-    train, test = IMAGES.get(config.dataset, PHOTOS)
-    passes = config.epochs * (3 * train * config.labels / 100 + test)
+    dataset = images_of(config.dataset)
+    passes = config.epochs * (3 * dataset.train * config.labels / 100 + dataset.test)
     return passes * forward_gflop(backbone, config.augment.size) / 1e6
 
 

@@ -145,7 +145,7 @@ def time_left(config: Any, lines: list[dict[str, Any]]) -> float | None:
     rate = last["timing"].get("images_per_second")
     if not rate or not epochs:
         return None
-    images = cost.IMAGES.get(config.dataset, cost.PHOTOS)[0]
+    images = cost.images_of(config.dataset).train
     return max(0.0, epochs * images / rate - within)
 
 

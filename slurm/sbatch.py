@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixmask.config import ConfigError, UserError, fitting_processes
+from mixmask.config import ConfigError, UserError
 from mixmask.runs import read_result
+from mixmask.training.processes import fitting_processes
 from paper.cells import ROOT
 from slurm import shell
 from slurm.cluster import Cluster
@@ -237,5 +238,5 @@ def nodes_of(partition: str, gpu_type: str = "") -> list[Node]:
     for cpus, memory, gres in (line.split("|") for line in shell.ask(*words).splitlines()):
         gpus = re.findall(r"\bgpu:(?:([^:,(]+):)?(\d+)", gres)
         count = sum(int(number) for kind, number in gpus if not gpu_type or kind == gpu_type)
-        nodes.append(Node(count, int(cpus), int(memory)))
+        nodes.append(Node(count, int(cpus.rstrip("+")), int(memory.rstrip("+"))))
     return nodes

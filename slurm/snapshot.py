@@ -18,7 +18,7 @@ from pathlib import Path
 from mixmask.config import UserError
 from mixmask.runs import SNAPSHOT
 
-CODE = (".py", ".yaml")  # of files that git does not know yet, those that a job may need
+CODE = (".py", ".yaml", ".sh")  # of files that git does not know yet, those that a job may need
 SKIPPED = {"runs", "data", "build", "dist", "__pycache__"}
 COPIES = "slurm/snapshots"  # in a runs directory
 WRITTEN = (COPIES, "command.txt")  # what a directory holds that is one of runs, or a run's own

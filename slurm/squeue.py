@@ -30,7 +30,7 @@ MINE = f"--user={os.getuid()}"  # `squeue --me` is younger
 HELD = re.compile(r"JobHeld|.*(requeued.held|held.state)", re.IGNORECASE)
 NEVER = re.compile(
     r"Partition(Config|TimeLimit|NodeLimit)|BadConstraints|DependencyNeverSatisfied|Invalid(Account|QOS)"
-    r"|(Account|QOS)NotAllowed|(Assoc|QOS)\w*PerJob|Reservation(Deleted|Invalid)"
+    r"|(Account|QOS)NotAllowed|(Assoc|QOS)\w*PerJob|Reservation(Deleted|Invalid)|Job's \w+ not permitted"
 )
 # SLURM's word for what neither waits nor runs: ours, and what to do.
 OTHERWISE = {

@@ -117,7 +117,8 @@ def _ended(job: Job, number: str, state: str, runs_dir: Path) -> Report:
     log, lines = logs.root_cause(printed) if printed else (squeue.log_path(runs_dir, number), [])
     advice = _lost_parent(job, lines) or ADVICE.get(state, AGAIN)
     task = f" of task {logs.task_of(log)}" if len(printed) > 1 else ""
-    return Report("failed", f"job {number} {state}; {advice}{logs.quote(log, lines, task)}")
+    faulty = [f"; node {node} is at fault: the next launch leaves it out" for node in logs.faulty_nodes(printed)]
+    return Report("failed", f"job {number} {state}; {advice}{''.join(faulty)}{logs.quote(log, lines, task)}")
 
 
 def _stopped(job: Job) -> Report:

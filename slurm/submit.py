@@ -33,8 +33,9 @@ TIMEOUTS = 10_000  # how often submitit requeues a job at its time limit: as oft
 UNCERTAIN = re.compile(
     "timed? ?out|unable to contact|connect failure|connection|communication|transmitted|killed|^$", re.IGNORECASE
 )
-# ... where it takes no more jobs, or no array of so many: of this user now, or of anybody.
-FULL = re.compile("submit limit|job limit|MaxSubmit|MaxJobCount|job array|temporarily unable|temporarily unavail", re.I)
+# ... where it takes no more jobs, of this user now or of anybody, or no array of so many.
+FULL = re.compile("submit limit|job limit|MaxJobCount|job array|temporarily una", re.IGNORECASE)
+LIMIT = re.compile(r"\b(?:Assoc|QOS)\w+")  # sbatch's own word for the limit, which the sentence after it leaves open
 
 
 class Full(UserError):
@@ -226,7 +227,7 @@ def _submit(group: list[Job], asked: dict[str, Any], runs_dir: Path, snapshot: P
             submitted = executor.submit_array([sbatch.command(job, runs_dir) for job in group])
     except submitit.core.utils.FailedJobError as error:
         text = " ".join(str(error).split())
-        if FULL.search(text):
+        if FULL.search(text) and all("Submit" in limit for limit in LIMIT.findall(text)):
             raise Full(f"SLURM refused {group[0].id}: {text}") from None
         raise UserError(_failure(group, text, runs_dir)) from None
     except OSError as error:

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from mixmask import config as configs
-from mixmask import datasets
+from mixmask import datasets, registry
 
 torch.set_num_threads(1)
 
@@ -77,8 +77,7 @@ def squares(split: str, expected: datasets.Expected) -> datasets.Resident:
 @pytest.fixture(scope="session", autouse=True)
 def _squares() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(datasets.READERS, "squares", lambda ask: squares(ask.split, ask.expected))
-        patch.setitem(datasets.EXPECTED, "squares", datasets.Expected(4, 96, 40, 12))
+        patch.setitem(registry.DATASETS, "squares", registry.Dataset(4, 96, 40, 12, "squares", squares))
         yield
 
 

@@ -146,6 +146,110 @@ def torchvision(weights: Weights) -> dict:
     return {**weights, **linear("fc")}
 
 
+def in_sequence(weights: Weights, first_stage: int) -> Weights:
+    """The names inside nn.Sequential(*resnet.children()), where stage 1 is child 4, or 3 without max pooling."""
+    numbers = {"conv1": 0, "bn1": 1, **{f"layer{i + 1}": first_stage + i for i in range(4)}}
+    return {f"{numbers[k.split('.')[0]]}.{k.partition('.')[2]}": v for k, v in weights.items()}
+
+
+def sololearn(weights: Weights) -> dict:
+    """vturrisi/solo-learn's SimCLR, a Lightning checkpoint with the classifier that is trained beside it."""
+    keys = {**under("backbone.", weights), **linear("projector.0"), **norm("projector.1"), **linear("classifier")}
+    return {"state_dict": keys, "epoch": 3, "pytorch-lightning_version": "2.0.2", "hyper_parameters": {"lr": 0.1}}
+
+
+def sololearn_momentum(weights: Weights) -> dict:
+    """Its BYOL and MoCo V2+."""
+    momentum = {**under("momentum_backbone.", other(weights)), **linear("momentum_projector.0")}
+    return {"state_dict": {**sololearn(weights)["state_dict"], **linear("predictor.0"), **momentum}}
+
+
+def dino(weights: Weights) -> dict:
+    """facebookresearch/dino's full checkpoint of a ResNet-50, without its `args`."""
+    teacher = {**under("backbone.", other(weights)), **linear("head.mlp.0")}
+    student = under("module.", {**under("backbone.", weights), **linear("head.mlp.0")})
+    optimizer = {"state": {0: {"exp_avg": torch.rand(4, 3, 7, 7)}}, "param_groups": []}
+    loss = {"center": torch.rand(1, 4)}
+    return {"student": student, "teacher": teacher, "optimizer": optimizer, "epoch": 5, "dino_loss": loss}
+
+
+def densecl(weights: Weights) -> dict:
+    """WXinlong/DenseCL, on OpenSelfSup: the query encoder's network once more, as `backbone`."""
+    encoder = {**under("0.", weights), **linear("1.mlp.0"), **linear("1.mlp2.0")}
+    keys = {**under("encoder_q.", encoder), **under("encoder_k.", other(encoder)), **under("backbone.", weights)}
+    return {"meta": {"epoch": 200}, "state_dict": {**keys, "queue": torch.rand(2, 4), "queue2": torch.rand(2, 4)}}
+
+
+def mmselfsup(weights: Weights) -> dict:
+    """open-mmlab/mmselfsup's SimCLR."""
+    keys = {
+        **under("backbone.", weights),
+        **linear("neck.fc0"),
+        **linear("head.fc"),
+        "data_preprocessor.mean": torch.rand(3),
+    }
+    return {"meta": {"epoch": 200}, "state_dict": keys, "message_hub": {"log_scalars": {}}}
+
+
+def mmselfsup_byol(weights: Weights) -> dict:
+    target = {**under("module.0.", other(weights)), **linear("module.1.fc0"), "steps": torch.tensor(3)}
+    return {"state_dict": {**under("backbone.", weights), **linear("neck.fc0"), **under("target_net.", target)}}
+
+
+def bolts(weights: Weights) -> dict:
+    """Lightning Bolts' SimCLR."""
+    return {"state_dict": {**under("encoder.", {**weights, **linear("fc")}), **linear("projection.model.0")}}
+
+
+def lightly(weights: Weights) -> dict:
+    return {"state_dict": {**under("backbone.", in_sequence(weights, 4)), **linear("projection_head.layers.0")}}
+
+
+def vissl(weights: Weights) -> dict:
+    model = {"trunk": under("_feature_blocks.", weights), "heads": linear("0.clf.0")}
+    return {"iteration": 3, "classy_state_dict": {"base_model": {"model": model, "meta": {}}, "hooks": {}}}
+
+
+def supcon(weights: Weights) -> dict:
+    """HobbitLong/SupContrast: kuangliu's ResNet, whose shortcuts have another name."""
+    keys = {k.replace(".downsample.", ".shortcut."): v for k, v in weights.items()}
+    return {"opt": {}, "model": {**under("encoder.module.", keys), **linear("head.0")}, "epoch": 1000}
+
+
+def deepspeed(weights: Weights) -> dict:
+    return {"module": under("module.", weights), "optimizer": None, "lr_scheduler": {"step": 1}}
+
+
+def by_hand(weights: Weights) -> dict:
+    return {"model_state_dict": weights, "optimizer_state_dict": {"state": {}}, "epoch": 3, "loss": torch.tensor(1.0)}
+
+
+def averaged(weights: Weights) -> dict:
+    """torch.optim.swa_utils.AveragedModel."""
+    return {"n_averaged": torch.tensor(3), **under("module.", weights)}
+
+
+ONE: dict[str, Callable[[Weights], dict]] = {  # files with one backbone, which no layout lists
+    "solo-learn": sololearn,
+    "mmselfsup": mmselfsup,
+    "Lightning Bolts": bolts,
+    "lightly": lightly,
+    "VISSL": vissl,
+    "SupContrast": supcon,
+    "DeepSpeed": deepspeed,
+    "by hand": by_hand,
+    "averaged": averaged,
+}
+SEVERAL: dict[str, tuple[Callable[[Weights], dict], str, str]] = {  # with two: the first's name, and the other's
+    "solo-learn": (sololearn_momentum, "backbone", "momentum_backbone"),
+    "DINO": (dino, "student", "teacher"),
+    "DenseCL": (densecl, "encoder_q.0", "encoder_k"),
+    "mmselfsup": (mmselfsup_byol, "backbone", "target_net"),
+    "EMA": (lambda w: {**under("online_model.", w), **under("ema_model.", other(w))}, "online_model", "ema_model"),
+    "two state dicts": (lambda w: {"state_dict": w, "model": other(w)}, "state_dict", "model"),
+    "EMA by hand": (lambda w: {"model_state_dict": w, "ema": other(w)}, "model_state_dict", "ema"),
+}
+
 TORCH: dict[str, tuple[Callable[[Weights], dict], str, dict[str, int]]] = {  # writer, format, what is dropped
     "moco": (moco, "moco", {"head": 4, "momentum encoder": 322, "queue": 2}),
     "moco released": (moco_released, "moco", {"head": 2}),

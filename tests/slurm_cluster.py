@@ -154,9 +154,13 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Cluster]:
-    """A cluster in a new temporary directory; ended and removed afterwards, or when this process dies."""
+def running(settings: str = "") -> Iterator[Cluster]:
+    """A cluster in a new temporary directory; ended and removed afterwards, or when this process dies.
+
+    settings: further lines of its slurm.conf, over those above.
+    """
     directory = Path(tempfile.mkdtemp(prefix="slurm-"))
+    (directory / "settings").write_text(settings)
     supervisor = _supervise(directory, attached=True)
     try:
         _wait_for_start(directory, supervisor)
@@ -254,7 +258,11 @@ def _start_daemons(directory: Path) -> None:
 
 def _write_configuration(directory: Path, ports: dict[str, int]) -> None:
     values = {"dir": directory, "host": socket.gethostname().partition(".")[0], **ports}
-    (directory / "slurm.conf").write_text(CONFIGURATION.format(**values))
+    lines, settings = CONFIGURATION.format(**values).splitlines(), directory / "settings"
+    own = settings.read_text().splitlines() if settings.exists() else []
+    names = {line.partition("=")[0] for line in own if not line.startswith("PartitionName")}
+    kept = [line for line in lines if line.partition("=")[0] not in names]
+    (directory / "slurm.conf").write_text("\n".join([*kept, *own]) + "\n")
     (directory / "slurmdbd.conf").write_text(ACCOUNTING.format(**values))
     (directory / "slurmdbd.conf").chmod(0o600)
     (directory / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={directory}/dev/gpu[0-1]\n")

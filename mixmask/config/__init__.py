@@ -1,6 +1,6 @@
 """Recipes: YAML -> validated, frozen dataclasses; dotted overrides; a hash. Nothing here imports torch.
 
-errors.py <- fields.py <- schema.py <- recipe.py, processes.py, cli.py
+errors.py <- fields.py <- schema.py <- recipe.py, cli.py
 """
 
 from mixmask.config.cli import (
@@ -17,10 +17,6 @@ from mixmask.config.fields import (
     flatten,
     nearest,
     within,
-)
-from mixmask.config.processes import (
-    check_processes,
-    fitting_processes,
 )
 from mixmask.config.recipe import (
     apply_overrides,
@@ -81,9 +77,7 @@ __all__ = [
     "apply_overrides",
     "build",
     "check_fields",
-    "check_processes",
     "convert",
-    "fitting_processes",
     "flatten",
     "hash8",
     "identity",

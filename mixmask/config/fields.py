@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -18,6 +18,9 @@ from mixmask.config.errors import ConfigError
 T = TypeVar("T")
 
 type_hints = functools.cache(typing.get_type_hints)
+
+DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+OTHERWISE = re.compile(rf"(?!{DECIMAL.pattern}$)[-+]?[0-9][0-9a-fA-F_:xob.]*")  # octal, hexadecimal, base 60, 1_000
 
 
 def within(low: float | None = None, high: float | None = None, default: Any = MISSING, interval: bool = False) -> Any:
@@ -72,14 +75,14 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         return convert(value, hint, where)
     if origin is tuple:
         return _convert_tuple(value, args, where)
-    if hint is float and type(value) in (int, float, str):
-        with contextlib.suppress(ValueError):  # not a number: the message below
-            if math.isfinite(float(value)):
-                return float(value)
+    if hint is float and (type(value) in (int, float) or (type(value) is str and DECIMAL.fullmatch(value))):
+        if math.isfinite(float(value)):
+            return float(value)
     elif hint is Any or type(value) is hint or (origin in (Mapping, dict) and isinstance(value, Mapping)):
         return value
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
-    raise ConfigError(f"{where}: expected {names.get(hint, hint)}, found {value!r}")
+    decimal = ", which is no decimal number" if isinstance(value, str) and OTHERWISE.fullmatch(value) else ""
+    raise ConfigError(f"{where}: expected {names.get(hint, hint)}, found {value!r}{decimal}")
 
 
 def _convert_tuple(value: Any, args: tuple, where: str) -> tuple:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from mixmask.config.errors import ConfigError
-from mixmask.config.fields import check_fields, flatten, within
+from mixmask.config.fields import OTHERWISE, check_fields, flatten, within
 
 # ---------------------------------------------------------------------------------------------- pre-training
 
@@ -317,9 +317,11 @@ class Detection:
     run: Execution = Execution()
 
     def __post_init__(self) -> None:
-        for key in flatten({"detectron2": self.detectron2}):
+        for key, value in flatten({"detectron2": self.detectron2}).items():
             if key in GIVEN:
                 raise ConfigError(f"{key}: is given by {GIVEN[key]}")
+            if isinstance(value, str) and OTHERWISE.fullmatch(value):
+                raise ConfigError(f"{key}: {value!r} is no decimal number")
 
 
 Config = Pretrain | KNNEval | Linear | Finetune | Convert | Detection  # of a stage

@@ -8,36 +8,14 @@ workers changes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import inspect
 from pathlib import Path
 
-from mixmask.datasets import cifar100, imagenet, photos, tiny_imagenet
-from mixmask.datasets.base import EXPECTED, DataError, Expected, Files, Resident
+from mixmask import registry
+from mixmask.datasets.base import DataError, Expected, Files, Resident
 from mixmask.datasets.sampling import batch_indices, subset
 
-__all__ = ["EXPECTED", "READERS", "DataError", "Expected", "Files", "Request", "Resident", "batch_indices"]
-__all__ += ["load", "subset"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `load` was asked for; a reader takes of it what it uses."""
-
-    root: Path
-    split: str
-    download: bool
-    allow_partial: bool
-    expected: Expected
-
-
-READERS: dict[str, Callable[[Request], Resident | Files]] = {
-    "cifar100": lambda ask: cifar100.read(ask.root, ask.split, ask.expected, ask.download),
-    "cifar100_reduced": lambda ask: cifar100.read_reduced(ask.root, ask.split, ask.expected, ask.download),
-    "tiny_imagenet": lambda ask: tiny_imagenet.read(ask.root, ask.split, ask.expected, ask.allow_partial),
-    "imagenet": lambda ask: imagenet.read(ask.root, ask.split, ask.expected, ask.allow_partial),
-    "photos": lambda ask: photos.read(ask.split, ask.expected),
-}
+__all__ = ["DataError", "Expected", "Files", "Resident", "batch_indices", "load", "subset"]
 
 
 def load(
@@ -48,15 +26,24 @@ def load(
     allow_partial: bool = False,
     expected: Expected | None = None,
 ) -> Resident | Files:
-    """The verified data set `name` (a key of READERS), split "train" or "test".
+    """The verified data set `name` (of the registry), split "train" or "test".
 
     `root` is the data set's own folder or the one that holds it; `photos` needs none. `download` fetches CIFAR-100
     into `root` where it is absent. `allow_partial` accepts missing classes and images of Tiny-ImageNet and ImageNet
-    and says in `note` what is missing. `expected` replaces the counts of EXPECTED (for small trees in tests).
+    and says in `note` what is missing. `expected` replaces the registry's counts (for small trees in tests).
     Raises DataError when anything differs from the published data set.
     """
-    if name not in READERS:
-        raise DataError(f"dataset: unknown data set '{name}'; expected one of {', '.join(READERS)}")
+    if name not in registry.DATASETS:
+        raise DataError(f"dataset: unknown data set '{name}'; expected one of {', '.join(registry.DATASETS)}")
     if split not in ("train", "test"):
         raise DataError(f"unknown split '{split}'; expected train or test")
-    return READERS[name](Request(Path(root).expanduser(), split, download, allow_partial, expected or EXPECTED[name]))
+    expected = expected or registry.DATASETS[name]
+    reader = registry.load(registry.DATASETS[name].code)
+    given = {
+        "root": Path(root).expanduser(),
+        "split": split,
+        "expected": expected,
+        "download": download,
+        "allow_partial": allow_partial,
+    }
+    return reader(**{key: given[key] for key in inspect.signature(reader).parameters})

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mixmask.config import UserError
+from mixmask.registry import Dataset
+
+Expected = Dataset  # what a complete data set holds
 
 
 class DataError(UserError):
@@ -29,45 +34,46 @@ class Resident:
         """The same data set with images and labels on `device`."""
         return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
+    def take(self, indices: Tensor) -> Resident:
+        """The images at `indices`, int64 (M,), in that order."""
+        here = indices.to(self.labels.device)
+        return dataclasses.replace(self, images=self.images[here], labels=self.labels[here])
+
     def __len__(self) -> int:
         return len(self.labels)
+
+
+class Packed(Protocol):
+    """Images that do not each have a file of their own, as in a tar archive."""
+
+    def read(self, index: int) -> bytes:
+        """The file of image `index`. Raises DataError where it cannot be read."""
+
+    def take(self, indices: Sequence[int]) -> Packed:
+        """Those images alone."""
 
 
 @dataclass(frozen=True)
 class Files:
     """A data set of N image files, decoded by workers; labels int64 (N,). `note` says what is missing, if anything."""
 
-    paths: list[str]
+    paths: Sequence[str]  # of an image in an archive: archive/class/name
     labels: Tensor
     classes: tuple[str, ...]
     name: str
     note: str = ""
+    upright: bool = False  # whether images are turned as EXIF says; not those of published sets, as in public code
+    packed: Packed | None = None  # the archive that holds them
+
+    def take(self, indices: Tensor) -> Files:
+        """The images at `indices`, int64 (M,), in that order."""
+        places = indices.tolist()
+        packed = self.packed and self.packed.take(places)
+        paths = [self.paths[i] for i in places]
+        return dataclasses.replace(self, paths=paths, labels=self.labels[indices.to(self.labels.device)], packed=packed)
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a complete data set holds: classes, images in each split, the side of an image in pixels (0: any)."""
-
-    classes: int
-    train: int
-    test: int
-    side: int = 0
-
-    def images(self, split: str) -> int:
-        """Images in the split."""
-        return self.train if split == "train" else self.test
-
-
-EXPECTED = {
-    "cifar100": Expected(100, 50_000, 10_000, 32),
-    "cifar100_reduced": Expected(100, 10_000, 5_000, 32),
-    "tiny_imagenet": Expected(200, 100_000, 10_000, 64),
-    "imagenet": Expected(1000, 1_281_167, 50_000),
-    "photos": Expected(16, 2_000, 800, 32),
-}
 
 
 def one_line(error: Exception) -> str:

@@ -68,6 +68,9 @@ def _save(cache: Path, content: dict) -> None:
 def _listing_hash(paths: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for path in paths:
-        stat = os.stat(path)
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise DataError(f"image file {path} is missing or unreadable: {error.strerror}") from None
         digest.update(f"{os.path.basename(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()

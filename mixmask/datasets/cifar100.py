@@ -12,7 +12,8 @@ import torch
 from torchvision.datasets import CIFAR100
 from torchvision.datasets.utils import check_integrity, download_url
 
-from mixmask.datasets.base import EXPECTED, DataError, Expected, Resident, one_line
+from mixmask import registry
+from mixmask.datasets.base import DataError, Expected, Resident, one_line
 from mixmask.datasets.tree import check_counts
 
 
@@ -35,7 +36,7 @@ def read(root: Path, split: str, expected: Expected, download: bool) -> Resident
 
 def read_reduced(root: Path, split: str, expected: Expected, download: bool) -> Resident:
     """The first images of each class of CIFAR-100, in the order of its files: always the same, of all classes alike."""
-    full = read(root, split, EXPECTED["cifar100"], download)
+    full = read(root, split, registry.DATASETS["cifar100"], download)
     one_hot = torch.nn.functional.one_hot(full.labels, expected.classes)
     rank = one_hot.cumsum(0).gather(1, full.labels[:, None])[:, 0]  # (N,): 1 for the first of its class, then 2, ...
     keep = rank <= expected.images(split) // expected.classes

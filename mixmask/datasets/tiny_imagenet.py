@@ -10,13 +10,22 @@ from torch import Tensor
 
 from mixmask.datasets.base import DataError, Expected, Resident
 from mixmask.datasets.cache import decode_all, kept
-from mixmask.datasets.tree import check_counts, class_folders, entries_of, files_of, find_folder, image_names, some
+from mixmask.datasets.tree import (
+    check_counts,
+    class_folders,
+    entries_of,
+    files_of,
+    find_folder,
+    image_names,
+    read_text,
+    some,
+)
 
 
 def read(root: Path, split: str, expected: Expected, allow_partial: bool) -> Resident:
     """The order of wnids.txt is that of the classes; the decoded images are kept beside, in mixmask_<split>.pt."""
     folder = find_folder(root, ("tiny-imagenet-200",), ("wnids.txt", "train", "val"), "Tiny-ImageNet")
-    wnids = tuple((folder / "wnids.txt").read_text().split())
+    wnids = tuple(read_text(folder / "wnids.txt").split())
     if len(set(wnids)) != expected.classes:
         raise DataError(f"{folder / 'wnids.txt'}: found {len(set(wnids))} classes, expected {expected.classes}")
     paths, labels = (_train if split == "train" else _val)(folder, wnids)
@@ -51,7 +60,7 @@ def _val(folder: Path, wnids: Sequence[str]) -> tuple[list[str], Tensor]:
 def _read_annotations(path: Path, index: dict[str, int]) -> dict[str, int]:
     """Lines of "file <tab> wnid <tab> box" as {file: class index}."""
     labels = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         fields = line.split("\t")
         if len(fields) < 2 or fields[1] not in index:
             raise DataError(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixmask.datasets.base import DataError, Expected
+from mixmask.datasets.base import DataError, Expected, one_line
 
 log = logging.getLogger(__name__)
 
@@ -19,11 +19,11 @@ ENDINGS = (".jpeg", ".jpg", ".png")
 
 def find_folder(root: Path, below: Sequence[str], holds: Sequence[str], title: str) -> Path:
     """`root`, or the folder in it, that has the entries `holds`. Raises DataError listing the places tried."""
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"data root '{root}' does not exist; expected the folder of {title} or the one that holds it")
     tried = [root, *(root / name for name in below)]
     for folder in tried:
-        if all((folder / name).exists() for name in holds):
+        if all(os.path.exists(folder / name) for name in holds):
             return folder
     raise DataError(
         f"{title} not found: expected {', '.join(holds)} in one of {', '.join(map(str, tried))}; "
@@ -31,18 +31,40 @@ def find_folder(root: Path, below: Sequence[str], holds: Sequence[str], title: s
     )
 
 
+def entries(folder: Path) -> list[os.DirEntry]:
+    """What a folder holds, by name, without hidden entries (macOS adds a ._NAME to each file).
+
+    Raises DataError for a folder that cannot be read, and for a link that leads nowhere.
+    """
+    try:
+        with os.scandir(folder) as listing:
+            visible = sorted((entry for entry in listing if not entry.name.startswith(".")), key=lambda e: e.name)
+    except OSError as error:
+        raise DataError(f"folder {folder} cannot be read: {error.strerror}") from None
+    for entry in visible:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            raise DataError(f"{entry.path} is a link that leads nowhere ({os.readlink(entry.path)}); mend or remove it")
+    return visible
+
+
 def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in `folder`, sorted, without hidden ones."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+    """Names of the folders in `folder`, sorted, without hidden ones. Raises DataError as `entries` does."""
+    return [entry.name for entry in entries(folder) if entry.is_dir()]
 
 
 def image_names(folder: Path) -> list[str]:
-    """Names of the image files in `folder`, sorted; none where there is no such folder."""
-    if not folder.is_dir():
+    """Names of the image files in `folder`, sorted; none where there is no such folder. Raises DataError likewise."""
+    if not os.path.isdir(folder):
         return []
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.name.lower().endswith(ENDINGS))
+    return [entry.name for entry in entries(folder) if entry.name.lower().endswith(ENDINGS) and entry.is_file()]
+
+
+def read_text(path: Path) -> str:
+    """The text of one of a data set's own files. Raises DataError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from None
 
 
 def files_of(folders: Sequence[Path]) -> tuple[list[str], Tensor]:
@@ -102,4 +124,4 @@ def some(names: Sequence[str], most: int = 3) -> str:
 
 def entries_of(folder: Path) -> str:
     """The first few entries of a folder, for an error's text."""
-    return some(sorted(os.listdir(folder)), 5) if folder.is_dir() and os.listdir(folder) else "nothing"
+    return some([entry.name for entry in entries(folder)], 5) or "nothing" if os.path.isdir(folder) else "nothing"

@@ -9,8 +9,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from mixmask.augment import augment_view, test_view
-from mixmask.config import Augment
+from mixmask.augment import augment_views, test_view
+from mixmask.config import Augment, ConfigError
 from mixmask.datasets import loading
 from mixmask.datasets.base import Files, Resident
 from mixmask.datasets.sampling import batch_indices
@@ -34,9 +34,12 @@ def train_batches(
 
     Behind them comes an extra view for each of `crops`, an augmentation of its own; the others do not depend on it.
     Which images and how they are augmented follow from (seed, epoch, position) alone; `skip` batches are passed over.
-    `rows`: those of each batch that this process holds; only they are read and augmented.
+    `rows`: those of each batch that this process holds; only they are read and augmented. Raises ConfigError as
+    `check_augment` does.
     """
     augments = [augment] * views + list(crops)
+    for each in augments:
+        check_augment(dataset, each)
     batches = batch_indices(len(dataset), batch_size, seed, epoch)
     start = epoch * len(batches)
     here = batches[skip:, rows]
@@ -49,8 +52,21 @@ def train_batches(
     for position, (images, indices) in enumerate(stream, start + skip):
         generator = torch_generator(device, seed, "augment", position)
         pixels = [view.to(device, non_blocking=True) for view in images]  # uint8 (N, 3, H, W) each
-        whole = (generator, batch_size, rows)
-        yield [augment_view(a, view, *whole) for a, view in zip(augments, pixels, strict=True)], indices
+        yield augment_views(augments, pixels, generator, batch_size, rows), indices
+
+
+def check_augment(dataset: Resident | Files, augment: Augment) -> None:
+    """Raises ConfigError for an augmentation that cannot be done, in its order, to these images."""
+    if isinstance(dataset, Files) and augment.order[:1] != ("crop",):
+        found = ", ".join(augment.order) or "nothing"
+        raise ConfigError(
+            f"augment.order: workers crop image files as they read them; expected crop first, found {found}"
+        )
+    if isinstance(dataset, Resident) and "crop" not in augment.order:
+        height, width = dataset.images.shape[2:]
+        if (height, width) != (augment.size, augment.size):
+            found = f"{augment.size}, but no crop resizes the images of {width}x{height} pixels"
+            raise ConfigError(f"augment.size: {found}")
 
 
 def without_crop(augment: Augment) -> Augment:

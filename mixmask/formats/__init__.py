@@ -1,19 +1,23 @@
 """A backbone out of anybody's checkpoint, strictly; docs/checkpoints.md has the formats and the messages."""
 
 from mixmask.formats.detectron2_files import Detectron2File, detectron2_name, read_detectron2
-from mixmask.formats.notes import read_sidecar, sidecar
+from mixmask.formats.notes import read_note, read_sidecar, sidecar
 from mixmask.formats.reading import load_backbone, read
-from mixmask.formats.source import IMAGENET, FormatError, Source
+from mixmask.formats.source import IMAGENET, FormatError, Reading, Source, reading, reading_options
 
 __all__ = [
     "IMAGENET",
     "Detectron2File",
     "FormatError",
+    "Reading",
     "Source",
     "detectron2_name",
     "load_backbone",
     "read",
     "read_detectron2",
+    "read_note",
     "read_sidecar",
+    "reading",
+    "reading_options",
     "sidecar",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mixmask import config as configs
 from mixmask.config import Backbone, ConfigError
-from mixmask.formats.resnets import shapes
+from mixmask.formats.architectures import shapes
 from mixmask.formats.source import FormatError, Source, one_line
 from mixmask.runs import file_sha256
 
@@ -26,18 +27,24 @@ def read_sidecar(path: str | Path) -> dict[str, Any] | None:
 
     Raises FormatError for a note that cannot be read, or that is of another file.
     """
-    try:
-        note = json.loads(sidecar(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(sidecar(path)):
         return None
-    except (OSError, ValueError) as error:
-        raise FormatError(f"cannot read {sidecar(path)}: {one_line(error)}") from None
-    missing = sorted(NOTED - note.keys()) if isinstance(note, dict) else sorted(NOTED)
-    if missing:
-        raise FormatError(f"{sidecar(path)} is no note of a conversion: it has no '{missing[0]}'")
-    _check_note(note, sidecar(path))
+    note = read_note(sidecar(path))
     if note["sha256"] != file_sha256(path):
         raise FormatError(f"{path} is not the file that {sidecar(path)} describes (another SHA-256): convert again")
+    return note
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """A note, whatever it is of. Raises FormatError for a file that is none, such as one of the user's own."""
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"cannot read {path}: {one_line(error)}") from None
+    missing = sorted(NOTED - note.keys()) if isinstance(note, dict) else sorted(NOTED)
+    if missing:
+        raise FormatError(f"{path} is no note of a conversion: it has no '{missing[0]}'")
+    _check_note(note, path)
     return note
 
 

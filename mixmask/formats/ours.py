@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from mixmask import checkpoint
-from mixmask.formats.resnets import check_shapes
+from mixmask.formats.architectures import check_shapes, own
 from mixmask.formats.source import FormatError, Source, some
-from mixmask.formats.torch_files import tensors
+from mixmask.formats.state_dicts import flat
 from mixmask.frameworks import build_framework
 
 SIGNS = {  # keys of a config -> the stage it is of, for checkpoints that do not record their `stage`
@@ -32,13 +32,13 @@ def ours(state: dict[str, Any], path: Path) -> Source:
     if stage != "pretrain":
         raise FormatError(f"{path} is not a pre-training checkpoint: it is a checkpoint of a {stage} run")
     recipe, identity = checkpoint.pretraining(state, path)
-    prefix, model = "encoder.backbone.", tensors({"model": state["model"]}, path)
+    prefix, model = "encoder.backbone.", flat(state["model"], path)
     with torch.device("meta"):
         expected = build_framework(recipe).state_dict().keys()
     for what, keys in (("lacks", expected - model.keys()), ("has unlisted", model.keys() - expected)):
         if keys:
             raise FormatError(f"{path} is not whole: it {what} {some(keys)} for a run of {recipe.framework}")
-    weights = {k.removeprefix(prefix): v.contiguous() for k, v in model.items() if k.startswith(prefix)}
+    weights = {k.removeprefix(prefix): own(v) for k, v in model.items() if k.startswith(prefix)}
     dropped = Counter(re.match(r"(encoder\.)?[^.]+", k)[0] for k in model if not k.startswith(prefix))
     backbone = replace(recipe.backbone, bn_groups=1)
     check_shapes(weights, backbone, path)

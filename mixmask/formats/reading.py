@@ -1,61 +1,111 @@
-"""A backbone out of anybody's checkpoint: recognised by its key names, and every key used or dropped by name.
+"""A backbone out of anybody's checkpoint: found by its key names, and every key used or dropped by name.
 
-`read` never guesses: a key that no layout lists, a backbone that is not whole, weights that are not finite and files
-that would run code are refused. docs/checkpoints.md has the table of layouts and of messages.
+`read` never guesses: several backbones, one that is not whole, weights that are not finite and files that would run
+code are refused. docs/checkpoints.md has the tables of layouts and of messages.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mixmask import checkpoint
 from mixmask.backbones import ResNet, build_backbone
-from mixmask.formats.detectron2_files import from_detectron2
-from mixmask.formats.layouts import foreign
+from mixmask.formats.architectures import check_statistics, check_values
+from mixmask.formats.detectron2_files import from_detectron2, is_detectron2, unpickle
 from mixmask.formats.notes import with_sidecar
 from mixmask.formats.ours import ours
-from mixmask.formats.resnets import check_values
-from mixmask.formats.safetensors_files import read_safetensors
-from mixmask.formats.source import Source, check_file
-from mixmask.formats.torch_files import entries, tensors, torch_file
+from mixmask.formats.safetensors_files import is_safetensors, read_safetensors
+from mixmask.formats.source import FormatError, Reading, Source, check_file
+from mixmask.formats.state_dicts import flat, network_of
+from mixmask.formats.structure import backbone_of, titles
+from mixmask.formats.torch_files import is_older_torch, torch_file
 from mixmask.runs import file_identity, file_sha256
 
+OTHER = {  # how a file begins that people take for a checkpoint -> what it is
+    b"version https://git-lfs": "a pointer of Git LFS and not the file itself: fetch it with git lfs pull",
+    b"<": "a page of HTML or XML, as a download that failed leaves it: download the file again",
+    b"\x1f\x8b": "compressed by gzip: unpack it first",
+    b"BZh": "compressed by bzip2: unpack it first",
+    b"\xfd7zXZ": "compressed by xz: unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it first",
+    b"\x89HDF": "an HDF5 file, as Keras writes: no weights of PyTorch",
+    b"\x93NUMPY": "a single array of NumPy",
+}
 
-def read(path: str | Path, trust_pickle: bool = False) -> Source:
-    """The backbone in a file of ours, of MoCo, Un-Mix, BYOL, SimSiam, SwAV, Barlow Twins, torchvision, timm, or of
-    `detection/convert.py`. `trust_pickle` runs whatever code a file of torch.save holds.
 
-    Raises FormatError for anything that is not whole, finite and accounted for key by key.
+def read(path: str | Path, trust_pickle: bool = False, **options: Any) -> Source:
+    """The backbone in a file of ours, of `detection/convert.py`, or of any code that saves a ResNet in PyTorch's or
+    safetensors' form, or Detectron2's; what kind of file it is follows from its bytes. Options: those of `Reading`.
+
+    Raises FormatError for anything that is not whole, finite and accounted for key by key, or not the only one.
     """
-    path = Path(path)
+    path, options = Path(path), Reading(trust_pickle, **options)
     check_file(path)
-    if path.suffix == ".safetensors":
-        source = foreign(read_safetensors(path), path)
-    elif path.suffix == ".pkl":
-        source = from_detectron2(path)
-    else:
-        source = _of_torch_file(torch_file(path, trust_pickle), path)
+    source = _read(path, options)
     check_values(source.weights, path)
-    source = replace(source, identity=source.identity or file_identity(path), sha256=file_sha256(path))
-    return with_sidecar(source, path)
-
-
-def _of_torch_file(state: Any, path: Path) -> Source:
-    if isinstance(state, dict) and "format" in state and isinstance(state.get("config"), dict):
-        return ours(state, path)
-    source = foreign(tensors(state, path), path)
-    return replace(source, dropped=source.dropped | entries(state))
+    source = replace(source, identity=source.identity or _identity(path, source.taken), sha256=file_sha256(path))
+    noted = with_sidecar(source, path)
+    if noted is source and source.recipe is None and not options.allow_unit_statistics:  # neither ours nor ours once
+        check_statistics(source.weights, path)
+    return noted
 
 
 def load_backbone(
-    path: str | Path, device: torch.device | str = "cpu", trust_pickle: bool = False
+    path: str | Path, device: torch.device | str = "cpu", trust_pickle: bool = False, **options: Any
 ) -> tuple[ResNet, Source]:
-    """A ResNet with the weights of `read(path)`, in training mode, and where they are from."""
-    source = read(path, trust_pickle)
+    """A ResNet with the weights of `read(path, ...)`, in training mode, and where they are from."""
+    source = read(path, trust_pickle, **options)
     model = build_backbone(source.backbone)
     checkpoint.load_weights(model, source.weights, path)
     return model.to(device), source
+
+
+def _read(path: Path, options: Reading) -> Source:
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if is_safetensors(path, head):
+        return backbone_of(read_safetensors(path), path, options)
+    if what := next((what for start, what in OTHER.items() if head.startswith(start)), None):
+        raise FormatError(f"{path} is {what}")
+    if head[257:262] == b"ustar":
+        raise FormatError(f"{path} is a tar archive: unpack it first (PyTorch's own .pth.tar files are none)")
+    zipped = head.startswith(b"PK\3\4")
+    if not zipped and not is_older_torch(head) and (path.suffix == ".pkl" or head.startswith(b"\x80")):
+        content = unpickle(path, options.trust_pickle)
+        return from_detectron2(content, path, options) if is_detectron2(content) else _in(content, path, options)
+    return _in(torch_file(path, options.trust_pickle), path, options)
+
+
+def _in(content: Any, path: Path, options: Reading) -> Source:
+    """The backbone in what a file holds."""
+    if isinstance(content, dict) and "format" in content and isinstance(content.get("config"), dict):
+        return ours(content, path)
+    tensors, beside = _tensors(content, path, options)
+    try:
+        source = backbone_of(tensors, path, options)
+    except FormatError as error:
+        others = titles(flat(content, path)) if beside and options.take is None and not titles(tensors) else []
+        if not others:
+            raise
+        names = ", ".join(f"'{name}'" for name in others)
+        raise FormatError(f"{error}; beside it is {names}, which --take NAME reads") from None
+    return replace(source, dropped=source.dropped | beside)
+
+
+def _tensors(content: Any, path: Path, options: Reading) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Those among which to look for the backbone: the network's, or all where `options.take` names something else."""
+    if options.take is not None and titles(everything := flat(content, path), options.take):
+        return everything, {}
+    return network_of(content, path)
+
+
+def _identity(path: Path, taken: str) -> str:
+    """Whose weights: NAME@SHA256; NAME.TAKEN@SHA256 where a file holds several."""
+    name, _, digits = file_identity(path).rpartition("@")
+    return f"{name}{'.' + re.sub(r'[^A-Za-z0-9_.]+', '_', taken) if taken else ''}@{digits}"

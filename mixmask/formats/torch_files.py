@@ -1,29 +1,39 @@
-"""Files of torch.save: read without running what they hold, and the state dict inside."""
+"""Files of torch.save, in either of its two formats, and TorchScript: read without running what they hold."""
 
 from __future__ import annotations
 
+import pickle
 import re
+import types
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mixmask import checkpoint
-from mixmask.formats.source import FormatError, one_line, reason, word
+from mixmask.formats.source import FormatError, one_line, reason
+
+TRUST = "if you trust whoever made the file: --trust-pickle"
+OLDER = bytes.fromhex("6cfc9c46f9206aa85019")  # torch's magic number, pickled at the beginning of its older format
 
 
 def torch_file(path: Path, trust_pickle: bool) -> Any:
-    """What torch.save wrote, in either of its two file formats."""
-    _check_archive(path)
+    """What torch.save wrote; of TorchScript, which is code, the module. Raises FormatError."""
+    protocol = _check_archive(path, trust_pickle) if zipfile.is_zipfile(path) else _protocol(path.open("rb").read(2))
+    if protocol > 3 and not trust_pickle:
+        raise FormatError(
+            f"{path} is written in pickle's protocol {protocol}; without running code only protocols 2 and 3 are read; "
+            f"{TRUST}"
+        )
     try:
         with warnings.catch_warnings():  # about sparse and quantized tensors, which are refused by name
             warnings.simplefilter("ignore", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
-    except (ImportError, AttributeError) as error:
-        raise FormatError(f"{path} needs code that is not here ({one_line(error)})") from None
+            return torch.load(
+                path, "cpu", pickle_module=TRUSTING if trust_pickle else None, weights_only=not trust_pickle
+            )
     except Exception as error:  # bytes that are no checkpoint end in any error of torch's reader
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         if name is None:
@@ -31,54 +41,72 @@ def torch_file(path: Path, trust_pickle: bool) -> Any:
             raise FormatError(f"{path} {what}{checkpoint.remedy(path)}") from None
         raise FormatError(
             f"{path} holds pickled objects besides tensors and plain types ({name[1]}); refused, and nothing in it was "
-            "run; if you trust whoever made the file: --trust-pickle"
+            f"run; {TRUST}"
         ) from None
 
 
-def _check_archive(path: Path) -> None:
-    """The newer of the two formats, a zip archive, has checksums, which torch.load does not look at."""
-    if not zipfile.is_zipfile(path):
-        return
+def is_older_torch(head: bytes) -> bool:
+    """Whether a file that begins like this is of torch.save's older format."""
+    return OLDER in head[:32]
+
+
+def _check_archive(path: Path, trust_pickle: bool) -> int:
+    """The protocol of the pickle in a zip archive. Raises FormatError for another archive, or a damaged one.
+
+    The archive has checksums, which torch.load does not look at.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            pickled = next((name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)), None)
+            if pickled is None:
+                raise FormatError(f"{path} is a zip archive without a checkpoint of PyTorch (first in it: {names[:1]})")
+            if any(name.endswith("/constants.pkl") for name in names) and not trust_pickle:
+                raise FormatError(f"{path} is a TorchScript archive, which holds code; refused, and not run; {TRUST}")
+            head = archive.open(pickled).read(2)
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, zlib.error) as error:
         what = f"{path} is cut off or damaged ({one_line(error)}){checkpoint.remedy(path)}"
         raise FormatError(what) from None
     what = f"is damaged: the checksum of {damaged} is wrong" if damaged else checkpoint.damage(path)
     if what:
         raise FormatError(f"{path} {what}{checkpoint.remedy(path)}")
+    return _protocol(head)
 
 
-def tensors(state: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict: the file's content itself, or its entry `state_dict` or `model`."""
-    if isinstance(state, dict):
-        inner = _state_dicts(state)
-        if len(inner) > 1:
-            raise FormatError(f"{path} has both 'state_dict' and 'model'; expected one of them")
-        state = state[inner[0]] if inner else state
-    if not isinstance(state, dict):
-        raise FormatError(f"{path} holds a {type(state).__name__}; expected names and tensors (a state dict)")
-    other = [k for k, v in state.items() if not isinstance(k, str) or not isinstance(v, Tensor)]
-    if other or not state:
-        found = f"{other[0]!r} is a {type(state[other[0]]).__name__}" if other else "nothing in it"
-        raise FormatError(
-            f"{path} holds no state dict ({found}; entries: {', '.join(map(str, list(state)[:6])) or 'none'}); "
-            "expected tensors by name, as such or under 'state_dict' or 'model'"
-        )
-    for key, value in state.items():
-        if value.layout != torch.strided or value.is_quantized or value.is_meta:
-            kind = "quantized" if value.is_quantized else "on the meta device" if value.is_meta else word(value.layout)
-            raise FormatError(f"{path}: '{key}' is {kind}; expected a dense tensor with its values")
-    return {key: value.detach() for key, value in state.items()}
+def _protocol(head: bytes) -> int:
+    return head[1] if head[:1] == b"\x80" and len(head) > 1 else 0
 
 
-def _state_dicts(state: dict[str, Any]) -> list[str]:
-    return [name for name in ("state_dict", "model") if isinstance(state.get(name), dict)]
+class Absent:
+    """In place of an object of a trusted file whose code is not installed (a config, a logger): it holds nothing."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        pass
+
+    def append(self, _: Any) -> None:
+        pass
+
+    def extend(self, _: Any) -> None:
+        pass
 
 
-def entries(state: dict[str, Any]) -> dict[str, int]:
-    """What stands beside the state dict and is more than a plain value: "entry NAME" -> how many entries it has."""
-    used = _state_dicts(state)
-    parts = {k: v for k, v in state.items() if used and k not in used and isinstance(v, dict | list | Tensor)}
-    return {f"entry {k}": 1 if isinstance(v, Tensor) else len(v) for k, v in parts.items()}
+class TrustingUnpickler(pickle.Unpickler):
+    """Runs what a file holds, without what is not installed."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return super().find_class(module, name)
+        except (ImportError, AttributeError):
+            return type(name.rpartition(".")[2], (Absent,), {"__module__": module})
+
+
+TRUSTING = types.ModuleType("trusting")  # what torch.load takes for the module pickle
+TRUSTING.Unpickler = TrustingUnpickler
+TRUSTING.load = lambda file, **options: TrustingUnpickler(file, **options).load()

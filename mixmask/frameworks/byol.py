@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixmask.backbones import Encoder, ResNet
 from mixmask.config import within
+from mixmask.frameworks.base import Framework
 from mixmask.frameworks.heads import cosine, mlp, spread
 
 
@@ -40,7 +41,7 @@ class Targets:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-class BYOL(nn.Module):
+class BYOL(Framework):
     """The online network is `encoder` and `predictor`; `target_encoder` follows `encoder`."""
 
     Settings = Settings
@@ -88,16 +89,9 @@ class BYOL(nn.Module):
         tau = target_momentum(self.settings.momentum, step, steps)
         torch._foreach_lerp_(list(self.target_encoder.parameters()), list(self.encoder.parameters()), 1 - tau)
 
-    def fixed_lr_parameters(self) -> list[nn.Parameter]:
-        """None: the schedule changes every learning rate."""
-        return []
-
     def metrics(self, targets: Targets) -> dict[str, Tensor]:
         """Scalars: positive_similarity, mean cosine of p(x1) and target(x2); output_spread, 0 (collapse) to about 1."""
         return targets.metrics
-
-    def check_data(self, images: int) -> None:
-        """Any data set will do."""
 
 
 def target_momentum(base: float, step: int, steps: int) -> float:

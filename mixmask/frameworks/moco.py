@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mixmask.backbones import Encoder, ResNet
 from mixmask.config import ConfigError, within
+from mixmask.frameworks.base import Framework
 from mixmask.frameworks.heads import unit
 from mixmask.training.distributed import gather, local_slice
 
@@ -45,7 +46,7 @@ class Targets:
     positive_similarity: Tensor | None = None  # mean cosine of q(x1) and k(x2)
 
 
-class MoCo(nn.Module):
+class MoCo(Framework):
     """The query encoder is `encoder`; `queue` (K, dim) is a ring buffer, `pointer` the next row to be overwritten."""
 
     Settings = Settings
@@ -87,17 +88,18 @@ class MoCo(nn.Module):
 
     def score(self, embedding: tuple[Tensor, Tensor], targets: Targets, clean: bool) -> Tensor:
         """Eq. 5 (a clean query) or one term of Eq. 6 (a mixture), per row (N,); summed over directions if symmetric."""
-        loss = self.infonce(embedding, targets.k2)
         if clean:
-            targets.positive_similarity = (embedding[0] * targets.k2).sum(dim=1).mean().detach()
-        if self.settings.symmetric:
-            loss = loss + self.infonce(targets.q2 if clean else embedding, targets.k1)
-        return loss
+            targets.positive_similarity = (embedding[0].detach() * targets.k2).sum(dim=1).mean()
+        if not self.settings.symmetric:
+            return self.infonce(embedding, targets.k2)
+        if clean:  # both directions at once: (2, N, dim), (2, N)
+            embedding = tuple(torch.stack(of_both) for of_both in zip(embedding, targets.q2, strict=True))
+        return self.infonce(embedding, torch.stack((targets.k2, targets.k1))).sum(dim=0)
 
     def infonce(self, embedding: tuple[Tensor, Tensor], keys: Tensor) -> Tensor:
-        """-log of exp(q.k / T) over itself plus the sum over the queue of exp(q.u / T) (Eq. 5). (N,)"""
+        """-log of exp(q.k / T) over itself plus the sum over the queue of exp(q.u / T) (Eq. 5): (N,), (2, N) of two."""
         q, negatives = embedding
-        positive = (q * keys).sum(dim=1) / self.settings.temperature
+        positive = (q * keys).sum(dim=-1) / self.settings.temperature
         return torch.logaddexp(positive, negatives) - positive
 
     @torch.no_grad()
@@ -133,10 +135,6 @@ class MoCo(nn.Module):
         index = (self.pointer + skipped + torch.arange(len(keys) - skipped, device=keys.device)) % size
         self.queue.index_copy_(0, index, keys[skipped:].to(self.queue.dtype))
         self.pointer.copy_((self.pointer + len(keys)) % size)
-
-    def fixed_lr_parameters(self) -> list[nn.Parameter]:
-        """None: the schedule changes every learning rate."""
-        return []
 
     def metrics(self, targets: Targets) -> dict[str, Tensor]:
         """positive_similarity, a scalar: mean cosine between a query and its key, in [-1, 1]."""

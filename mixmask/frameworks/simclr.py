@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mixmask.backbones import Encoder, ResNet, views
 from mixmask.config import within
+from mixmask.frameworks.base import Framework
 from mixmask.frameworks.heads import cosine, mlp, spread, unit
 
 
@@ -37,7 +38,7 @@ class Targets:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-class SimCLR(nn.Module):
+class SimCLR(Framework):
     """`encoder.head` ends in a BatchNorm, so its output for a row depends on both halves of the pair."""
 
     Settings = Settings
@@ -64,19 +65,9 @@ class SimCLR(nn.Module):
             targets.metrics = {"positive_similarity": cosine(*z.detach().chunk(2)).mean(), "output_spread": spread(z)}
         return nt_xent(unit(z), self.settings.temperature)
 
-    def after_step(self, targets: Targets, step: int, steps: int) -> None:
-        """Nothing moves but by gradient."""
-
-    def fixed_lr_parameters(self) -> list[nn.Parameter]:
-        """None: the schedule changes every learning rate."""
-        return []
-
     def metrics(self, targets: Targets) -> dict[str, Tensor]:
         """Scalars: positive_similarity, mean cosine of both views' outputs; output_spread, 0 (collapse) to about 1."""
         return targets.metrics
-
-    def check_data(self, images: int) -> None:
-        """Any data set will do."""
 
 
 def nt_xent(z: Tensor, temperature: float) -> Tensor:

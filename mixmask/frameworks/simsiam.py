@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mixmask.backbones import Encoder, ResNet
 from mixmask.config import within
+from mixmask.frameworks.base import Framework
 from mixmask.frameworks.heads import cosine, mlp, spread
 
 
@@ -38,7 +39,7 @@ class Targets:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-class SimSiam(nn.Module):
+class SimSiam(Framework):
     """`encoder` (its head is the projector, which ends in a BatchNorm) and `predictor`."""
 
     Settings = Settings
@@ -70,9 +71,6 @@ class SimSiam(nn.Module):
             return forward
         return (forward - cosine(targets.prediction, projection)) / 2
 
-    def after_step(self, targets: Targets, step: int, steps: int) -> None:
-        """Nothing moves but by gradient."""
-
     def fixed_lr_parameters(self) -> list[nn.Parameter]:
         """The predictor's parameters keep the base rate, through warm-up too."""
         return list(self.predictor.parameters()) if self.settings.predictor_constant_lr else []
@@ -80,6 +78,3 @@ class SimSiam(nn.Module):
     def metrics(self, targets: Targets) -> dict[str, Tensor]:
         """Scalars: positive_similarity, mean cosine of p(x1) and z(x2); output_spread, 0 (collapse) to about 1."""
         return targets.metrics
-
-    def check_data(self, images: int) -> None:
-        """Any data set will do."""

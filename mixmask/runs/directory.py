@@ -32,7 +32,7 @@ import yaml
 from mixmask import config as configs
 from mixmask.config import ConfigError, UserError
 from mixmask.runs.files import discard, write_atomically
-from mixmask.runs.provenance import CODE, CONTINUATION, environment, short
+from mixmask.runs.provenance import CODE, CONTINUATION, ORDER, environment, short
 from mixmask.runs.records import read_environments, read_log, read_result
 
 LOCK_TRIES = 5  # a quarter of a second: `is_busy` holds the lock for a moment
@@ -170,7 +170,9 @@ class Run:
         lines = [json.dumps(line) + "\n" for line in [*known[1:], entry]]
         write_atomically(self.directory / "environments.jsonl", "".join(lines))
         other = "by other code" if any(before.get(key) != here.get(key) for key in CODE) else "in another environment"
-        print(f"note: continued {other}: {changed}", flush=True)
+        order = any(key in before and before[key] != here.get(key) for key in ORDER)
+        bits = "; sums are made in another order: equal to an undisturbed run up to rounding alone" if order else ""
+        print(f"note: continued {other}: {changed}{bits}", flush=True)
 
     @property
     def id(self) -> str:

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT = "COMMIT.json"  # at the root of a copy of the code
 CODE = ("commit", "modified", "changes", "snapshot")  # keys of an environment that say which code it was
+ORDER = ("threads", "processes")  # ... and in which order sums are made
 CONTINUATION = ("step", "time", "changed")  # what a line of environments.jsonl has besides an environment
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-image", "pandas", "submitit")
 
@@ -31,9 +33,19 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cores": os.cpu_count(),
+        **parallelism(),
         **versions,
         **commit(),
     }
+
+
+def parallelism() -> dict[str, int]:
+    """Threads and processes of a program that uses torch: with others a sum is made in another order."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return {}
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return {"threads": torch.get_num_threads(), "processes": torch.distributed.get_world_size() if group else 1}
 
 
 def short(value: Any) -> str:

@@ -17,8 +17,13 @@ class Clock:
     """Images, floating-point operations, seconds, and seconds spent waiting for data since the epoch began."""
 
     def __init__(self) -> None:
+        self.last_due = time.perf_counter()
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
         self.images, self.flops, self.wait = 0, 0, 0.0
-        self.start = self.last_due = time.perf_counter()
+        self.start = time.perf_counter()
 
     def waits(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches, with the time it takes to get each counted as waiting."""

@@ -13,9 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mixmask.registry import FRAMEWORKS, METHODS
 from mixmask.runs import read_log, read_result
 from paper.cells import Cell, select
-from paper.figures.style import FRAMEWORKS, GREY, METHODS, SMALL
+from paper.figures.style import GREY, SMALL
 from paper.presets import Budget, chains, label, located
 
 COLUMNS = ["framework", "method", "budget", "seed", "stage", "epochs", "finished", "epoch", "loss", "knn", "top1"]
@@ -88,7 +89,7 @@ def plot(axes: Axes, curve: pd.DataFrame, method: str) -> None:
     line, x = METHODS[method], curve.index.to_numpy(float)
     every = max(1, len(curve) // 8)
     look = {"color": line.color, "linestyle": line.linestyle, "marker": line.marker}
-    axes.plot(x, curve["mean"].to_numpy(float), label=line.label, markevery=(-1 % every, every), **look)
+    axes.plot(x, curve["mean"].to_numpy(float), label=line.title, markevery=(-1 % every, every), **look)
     spread = curve["std"].fillna(0).to_numpy(float)
     axes.fill_between(x, curve["mean"] - spread, curve["mean"] + spread, color=line.color, alpha=0.2, linewidth=0)
 

@@ -9,8 +9,9 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from mixmask.registry import FRAMEWORKS, METHODS
 from paper.figures.curves import Logs, finish, plot, read
-from paper.figures.style import FRAMEWORKS, METHODS, WIDTH
+from paper.figures.style import WIDTH
 from paper.presets import Budget
 
 
@@ -19,11 +20,11 @@ def draw(budgets: Sequence[Budget], folders: Sequence[Path]) -> Figure:
     logs = read("figure5", budgets, folders)
     figure, row = plt.subplots(1, len(logs.frameworks), figsize=(WIDTH, 2.6), layout="constrained", squeeze=False)
     for axes, framework in zip(row[0], logs.frameworks, strict=True):
-        value = "knn" if framework == "moco" else "top1"
+        value = FRAMEWORKS[framework].metric
         for method, lines in logs.curves(framework):
             plot(axes, by_budget(lines, value), method)
         name = "k-NN" if value == "knn" else "Top-1"
-        axes.set(title=FRAMEWORKS[framework], xlabel="pre-training epochs", ylabel=f"{name} accuracy (%)")
+        axes.set(title=FRAMEWORKS[framework].title, xlabel="pre-training epochs", ylabel=f"{name} accuracy (%)")
     finish(figure, logs, absent(logs))
     for axes in row[0]:
         axes.set_xticks(sorted({epochs for *_, epochs in logs.wanted}) if axes.get_lines() else [])
@@ -40,10 +41,10 @@ def absent(logs: Logs) -> list[str]:
     """The curves that lack points, and the budgets they lack: `MoCo vanilla (600, 800)`."""
     names = []
     for framework in logs.frameworks:
-        value = "knn" if framework == "moco" else "top1"
+        value = FRAMEWORKS[framework].metric
         for method, lines in logs.curves(framework):
             asked = [epochs for *name, epochs in logs.wanted if name == [framework, method]]
             missing = [epochs for epochs in asked if epochs not in by_budget(lines, value).index]
             which = "" if missing == asked else f" ({', '.join(map(str, missing))})"
-            names += [f"{FRAMEWORKS[framework]} {METHODS[method].label}{which}"] if missing else []
+            names += [f"{FRAMEWORKS[framework].title} {METHODS[method].title}{which}"] if missing else []
     return names

@@ -8,8 +8,9 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from mixmask.registry import METHODS
 from paper.figures.curves import by_epoch, finish, plot, read
-from paper.figures.style import METHODS, WIDTH
+from paper.figures.style import WIDTH
 from paper.presets import Budget
 
 PANELS = [  # stage, value, label of y, label of x
@@ -26,7 +27,7 @@ def draw(budgets: Sequence[Budget], folders: Sequence[Path]) -> Figure:
     for axes, (stage, value, quantity, x) in zip(row, PANELS, strict=True):
         for method, lines in logs.curves("moco"):
             here = lines[lines["stage"] == stage]
-            curve, name = by_epoch(here, value), f"{quantity.split(' (')[0]} of {METHODS[method].label}"
+            curve, name = by_epoch(here, value), f"{quantity.split(' (')[0]} of {METHODS[method].title}"
             plot(axes, curve, method)
             if curve.empty:
                 absent.append(name)

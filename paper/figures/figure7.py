@@ -8,8 +8,9 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from mixmask.registry import FRAMEWORKS, METHODS
 from paper.figures.curves import by_epoch, finish, plot, read
-from paper.figures.style import FRAMEWORKS, METHODS, WIDTH
+from paper.figures.style import WIDTH
 from paper.presets import Budget
 
 ROWS = {"loss": "training loss", "knn": "k-NN accuracy (%)"}
@@ -26,13 +27,13 @@ def draw(budgets: Sequence[Budget], folders: Sequence[Path]) -> Figure:
             here = lines[lines["stage"] == "pretrain"]
             for axes, value in zip(column, ROWS, strict=True):
                 plot(axes, by_epoch(here, value), method)
-            name = f"{FRAMEWORKS[framework]} {METHODS[method].label}"
+            name = f"{FRAMEWORKS[framework].title} {METHODS[method].title}"
             last, epochs = here["epoch"].max(), here["epochs"].max()
             if here.empty:
                 absent.append(name)
             elif last < epochs:
                 unfinished.append(f"{name} (epoch {last} of {epochs})")
-        column[0].set_title(FRAMEWORKS[framework])
+        column[0].set_title(FRAMEWORKS[framework].title)
         column[1].set_xlabel("epoch")
     for axes, label in zip(grid[:, 0], ROWS.values(), strict=True):
         axes.set_ylabel(label)

@@ -8,8 +8,9 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from mixmask.registry import METHODS
 from paper.figures.curves import by_epoch, finish, plot, read
-from paper.figures.style import METHODS, WIDTH
+from paper.figures.style import WIDTH
 from paper.presets import Budget
 
 PANELS = {"loss": "training loss, all terms", "knn": "k-NN accuracy (%)"}
@@ -24,7 +25,7 @@ def draw(budgets: Sequence[Budget], folders: Sequence[Path]) -> Figure:
         for axes, value in zip(row, PANELS, strict=True):
             plot(axes, by_epoch(lines, value), method)
         if lines.empty:
-            absent.append(METHODS[method].label)
+            absent.append(METHODS[method].title)
     for axes, label in zip(row, PANELS.values(), strict=True):
         axes.set(xlabel="epoch", ylabel=label)
     finish(figure, logs, absent)

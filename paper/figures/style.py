@@ -5,7 +5,6 @@ The colours differ in lightness too, so that they stay apart in greyscale and fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -48,27 +47,6 @@ LOOK = {
     "pdf.fonttype": 42,  # letters stay letters
     "savefig.dpi": 170,
 }
-
-
-@dataclass(frozen=True)
-class Line:
-    """How a method is drawn wherever it appears."""
-
-    label: str
-    color: str
-    linestyle: Any
-    marker: str
-
-
-METHODS = {
-    "vanilla": Line("vanilla", "#123a63", (0, (4, 1.6)), "o"),
-    "mixmask": Line("MixMask", ACCENT, "-", "s"),
-    "mscn": Line("MSCN (our reconstruction)", "#5b2a86", (0, (4, 1.6)), "^"),
-    "erase": Line("Erase", "#8c8c8c", (0, (1, 1.2)), "D"),
-    "unmix": Line("Un-Mix", "#2a9d8f", (0, (6, 1.5, 1, 1.5)), "v"),
-    "both": Line("MixMask with Un-Mix", "#b8860b", (0, (2, 1)), "P"),
-}
-FRAMEWORKS = {"moco": "MoCo", "simclr": "SimCLR", "byol": "BYOL", "simsiam": "SimSiam"}  # in the paper's order
 
 
 def use() -> None:

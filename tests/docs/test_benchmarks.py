@@ -141,7 +141,7 @@ def test_counted_work_is_that_of_the_passes():
     training = steps.Ours(config, CPU)
     counted = measure.counted_flop(training.step)
     with torch.no_grad():
-        forward = measure.counted_flop(lambda: training.state.framework.encoder(torch.zeros(16, 3, 32, 32)))
+        forward = measure.counted_flop(lambda: training.state.model.encoder(torch.zeros(16, 3, 32, 32)))
     assert 7.5 * forward < counted < 8.5 * forward  # 2 * 3 + 2, no gradient of the images; and the queue
 
 

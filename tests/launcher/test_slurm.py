@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from paper.presets import budget
 from slurm import graph, launch, local, sbatch, snapshot, squeue, status, submit
 from slurm.squeue import Live
 from tests import slurm_cluster
+from tests.launcher.jobs import key, lines, numbers, shell, started, undisturbed, value, wait, wait_finished
 
 ROOT = Path(__file__).resolve().parents[2]
 REASON = slurm_cluster.obstacle()
@@ -31,101 +31,6 @@ pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(REASON), reason=f"no pr
 
 CELL = "table4/imagenet/moco/vanilla/200"
 SHORT = ["epochs=3", "linear.epochs=2", "linear.schedule.milestones=[1]"]
-
-# A stage of N steps of 0.1 s: saves each, saves and ends when told to, goes on where it was.
-STAGE = """
-import json, os, signal, sys, time
-from pathlib import Path
-home, steps = Path(sys.argv[1]), int(sys.argv[2])
-home.mkdir(parents=True, exist_ok=True)
-note = lambda name, text: open(home / name, "a").write(f"{text}\\n")
-note("starts", f"{os.getpid()} {os.environ['SLURM_JOB_ID']} {time.time()}")
-if (home / "fail").exists():
-    sys.exit("error: made to fail")
-told = []
-signal.signal(signal.SIGTERM, lambda *_: told.append(1))
-state, log = home / "state.json", home / "log"
-step, value = json.loads(state.read_text()) if state.exists() else (0, 0)
-log.write_text("".join(log.read_text().splitlines(keepends=True)[:step]) if step else "")
-while step < steps:
-    time.sleep(0.1)
-    step, value = step + 1, (31 * value + step) % 10007
-    note("log", step)
-    Path(f"{state}.new").write_text(json.dumps([step, value]))
-    os.replace(f"{state}.new", state)
-    if told:
-        sys.exit(130)
-note("ends", time.time())
-(home / "result.json").write_text(json.dumps({"metrics": {"loss": value}}))
-"""
-
-
-def undisturbed(steps):
-    value = 0
-    for step in range(steps):
-        value = (31 * value + step) % 10007
-    return value
-
-
-@pytest.fixture(scope="session")
-def cluster():
-    with slurm_cluster.running() as started, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLURM_CONF", started.environment["SLURM_CONF"])
-        yield started
-
-
-@pytest.fixture
-def stages(cluster, tmp_path):
-    """`stages(4, 30)`: the first four jobs of Table 4, pre-trainings and probes in turn, as stages of 30 steps."""
-    script = tmp_path / "stage.py"
-    script.write_text(STAGE)
-
-    def make(number, steps, *settings):
-        jobs = graph.jobs(select(["table4"]), budget("smoke", ["cluster.constraint=n1", *settings]), tmp_path / "runs")
-        words = [("python", str(script), str(job.directory), str(steps)) for job in jobs]
-        return [dataclasses.replace(j, command=w) for j, w in zip(jobs[:number], words[:number], strict=True)]
-
-    return make
-
-
-def wait(seconds, condition, what):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"{what} within {seconds} s:\n{shell('squeue')}"
-        time.sleep(0.1)
-
-
-def wait_finished(seconds, jobs):
-    wait(seconds, lambda: all(job.state == "finished" for job in jobs), "all finished")
-
-
-def shell(*words):
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
-
-
-def key(job):
-    return str(job.directory.resolve())
-
-
-def value(job):
-    return json.loads((job.directory / "result.json").read_text())["metrics"]["loss"]
-
-
-def lines(job, name):
-    path = job.directory / name
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def numbers(job):
-    """SLURM jobs that this run has had."""
-    path = job.directory.parents[1] / "slurm" / "jobs.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [record["job"] for record in records if record["directory"] == key(job)]
-
-
-def started(job):
-    wait(40, lambda: len(lines(job, "log")) >= 2, f"{job.id} takes steps")
-
 
 # ------------------------------------------------------------------------------------------ a cell, in earnest
 

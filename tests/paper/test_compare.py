@@ -98,3 +98,13 @@ def test_versions_that_differ_are_named_and_a_seed_is_called_noise(tmp_path, com
         (tmp_path / name / "environment.json").write_text(json.dumps({"torch": torch, "numpy": "2.4"}))
     _, out, _ = compared([epoch(1, 2.0)], [epoch(1, 9.0)], seed=1)
     assert "environment: torch 2.11 (reference: 2.9)\n" in out and "the noise between seeds" in out
+
+
+def test_a_run_that_was_continued_in_another_environment_says_so(compared, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "environment.json").write_text(json.dumps({"threads": 1}))
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference" / "environment.json").write_text(json.dumps({"threads": 1}))
+    (tmp_path / "a" / "environments.jsonl").write_text(json.dumps({"step": 9, "changed": "threads 1 -> 2"}) + "\n")
+    _, out, _ = compared([epoch(1, 2.0)], [epoch(1, 2.0)])
+    assert "run was continued after step 9: threads 1 -> 2" in out and "environment:" not in out

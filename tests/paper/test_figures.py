@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mixmask import registry
 from paper import make_figures
 from paper.cells import select
 from paper.figures import figure4, figure5, figure6, figure7, style
@@ -152,11 +153,11 @@ def test_smoke_is_marked_and_gives_way_to_the_papers_budget(tmp_path):
 
 
 def test_no_two_methods_share_a_colour_a_marker_or_both_grey_and_dash():
-    lines = style.METHODS.values()
+    lines = registry.METHODS.values()
     rgb = [tuple(int(line.color[i : i + 2], 16) for i in (1, 3, 5)) for line in lines]
     greys = [round(0.299 * r + 0.587 * g + 0.114 * b) for r, g, b in rgb]
     assert len(set(rgb)) == len({line.marker for line in lines}) == len(rgb)
-    compared = dict(zip(style.METHODS, greys, strict=True))
+    compared = dict(zip(registry.METHODS, greys, strict=True))
     assert min(abs(compared["mixmask"] - compared[name]) for name in ("vanilla", "mscn", "erase")) > 20
 
 

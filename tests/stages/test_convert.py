@@ -292,6 +292,61 @@ def test_script_runs_from_another_folder_without_an_installed_package(script, tm
     assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
 
 
+def test_output_does_not_depend_on_how_the_input_keeps_its_tensors(cli, tmp_path):
+    """Views of one buffer, tensors that share one, channels last, parameters, the momentum encoder beside."""
+    weights = foreign.backbone()
+    one = torch.cat([v.flatten() for v in weights.values() if v.is_floating_point()] * 2)
+    counter, views, start = torch.tensor(7), {}, 0
+    for name, value in weights.items():
+        views[name] = one[start : start + value.numel()].view(value.shape) if value.is_floating_point() else counter
+        start += value.numel() * value.is_floating_point()
+    wide = {k: v.to(memory_format=torch.channels_last) if v.ndim == 4 else v for k, v in weights.items()}
+    trained = {k: torch.nn.Parameter(v) if v.is_floating_point() else v for k, v in weights.items()}
+    inputs = {"plain": weights, "views": views, "wide": wide, "trained": trained, "momentum": foreign.moco(weights)}
+    for target, suffix in (("torchvision", ".pth"), ("timm", ".safetensors")):
+        digests = set()
+        for name, content in inputs.items():
+            torch.save(content, tmp_path / f"{name}.pt")
+            assert cli(convert.main, tmp_path / f"{name}.pt", tmp_path / f"{name}{suffix}", "--to", target)[0] == 0
+            digests.add(file_sha256(tmp_path / f"{name}{suffix}"))
+        assert len(digests) == 1, target
+        assert (tmp_path / f"views{suffix}").stat().st_size < 1.5 * sum(v.nbytes for v in weights.values())
+
+
+def test_one_of_several_backbones_by_name_in_account_note_and_identity(cli, tmp_path):
+    torch.save(foreign.dino(foreign.backbone()), tmp_path / "dino.pth")
+    words = ("--to", "torchvision", "--take")
+    error = fails(cli, tmp_path / "dino.pth", tmp_path / "x.pth", *words[:2])
+    assert "'student.backbone', 'teacher.backbone'; choose one with --take NAME" in error
+    _, out, _ = cli(convert.main, tmp_path / "dino.pth", tmp_path / "x.pth", *words, "teacher")
+    assert "dino.pth: teacher.backbone (unlisted; dino.teacher.backbone@" in out and "student 320" in out
+    note = json.loads(formats.sidecar(tmp_path / "x.pth").read_text())
+    assert note["source"]["taken"] == "teacher.backbone" and note["identity"].startswith("dino.teacher.backbone@")
+    before = (tmp_path / "x.pth").read_bytes()
+    _, _, error = cli(convert.main, tmp_path / "dino.pth", tmp_path / "x.pth", *words, "student")
+    assert "exists and holds something else" in error and (tmp_path / "x.pth").read_bytes() == before
+    assert cli(convert.main, tmp_path / "dino.pth", tmp_path / "x.pth", *words, "teacher")[0] == 0
+
+
+def test_cast_is_in_the_account_and_the_note(cli, tmp_path):
+    half = {k: v.half() if v.is_floating_point() else v for k, v in foreign.backbone().items()}
+    torch.save(half, tmp_path / "in.pth")
+    assert "--dtype float32" in fails(cli, tmp_path / "in.pth", tmp_path / "x.pth", "--to", "torchvision")
+    words = (tmp_path / "in.pth", tmp_path / "x.pth", "--to", "torchvision", "--dtype", "float32")
+    _, out, _ = cli(convert.main, *words)
+    assert "cast     265 of float16, to float32" in out
+    assert json.loads(formats.sidecar(tmp_path / "x.pth").read_text())["source"]["cast"] == {"float16": 265}
+    assert same(read(tmp_path / "x.pth").weights, {k: v.float() if v.ndim else v for k, v in half.items()})
+
+
+def test_converted_file_in_caffes_form_is_read_again_without_the_option(cli, tmp_path):
+    torch.save(ResNet("resnet18", "imagenet", 4).state_dict(), tmp_path / "in.pth")
+    words = (tmp_path / "in.pth", tmp_path / "x.pth", "--to", "torchvision")
+    assert "--allow-unit-statistics" in fails(cli, *words)
+    assert cli(convert.main, *words, "--allow-unit-statistics")[0] == 0
+    assert read(tmp_path / "x.pth").backbone.arch == "resnet18"
+
+
 # -------------------------------------------------------------------------------------------------- as a stage
 
 
@@ -299,7 +354,8 @@ def test_run_directory_has_the_result_and_a_finished_one_does_nothing(small, cli
     words = (small, tmp_path / "x.pth", "--to", "torchvision", "--run-dir", tmp_path / "run")
     assert cli(convert.main, *words)[0] == 0
     result = read_result(tmp_path / "run")
-    assert result["metrics"] == {"tensors": 318, "dropped": 2} and result["checkpoint"].startswith("small@")
+    assert result["metrics"] == {"tensors": 318, "dropped": 2} and result["format"] == "torchvision"
+    assert result["checkpoint"].startswith("small@")
     assert {"config.yaml", "command.txt", "environment.json"} <= {p.name for p in (tmp_path / "run").iterdir()}
     before = (tmp_path / "x.pth").stat().st_mtime_ns
     status, out, _ = cli(convert.main, *words)
@@ -331,7 +387,7 @@ def fails(cli, *words) -> str:
     [("resnet50", "cifar", 64), ("resnet18", "imagenet", 64), ("resnet50", "imagenet", 4), ("resnet18", "cifar", 4)],
 )
 def test_only_resnet50_of_width_64_with_the_imagenet_stem_goes_to_detectron2(arch, stem, width, cli, tmp_path):
-    torch.save(ResNet(arch, stem, width).state_dict(), tmp_path / "in.pth")
+    torch.save(foreign.backbone(arch, stem, width), tmp_path / "in.pth")
     error = fails(cli, tmp_path / "in.pth", tmp_path / "x.pkl", "--run-dir", tmp_path / "run")
     assert f"{arch} of width {width} with the {stem} stem; Detectron2's R50-C4 takes a resnet50 of width 64" in error
     assert [p.name for p in tmp_path.iterdir()] == ["in.pth"]
@@ -362,6 +418,59 @@ def test_output_that_cannot_be(output, words, message, small, cli, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["folder.pth"]
 
 
+@pytest.mark.parametrize("text", ["[1]", "my own notes", '{"lr": 0.1}', ""])
+def test_users_own_json_beside_the_output_is_kept(text, small, cli, tmp_path):
+    (tmp_path / "x.pth.json").write_text(text)
+    error = fails(cli, small, tmp_path / "x.pth", "--to", "torchvision")
+    assert "x.pth.json would be overwritten" in error and "move it away" in error
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"x.pth.json": text}
+
+
+def test_note_of_another_conversion_is_kept_and_the_same_one_may_be_repeated(small, cli, tmp_path):
+    output, other = tmp_path / "x.pth", foreign.write("swav", foreign.backbone(), tmp_path / "other.pt")
+    assert cli(convert.main, small, output, "--to", "torchvision")[0] == 0
+    note = formats.sidecar(output).read_bytes()
+    output.rename(tmp_path / "moved.pth")
+    assert "describes another conversion" in fails(cli, other, output, "--to", "torchvision")
+    assert formats.sidecar(output).read_bytes() == note
+    assert cli(convert.main, small, output, "--to", "torchvision")[0] == 0
+    assert output.read_bytes() == (tmp_path / "moved.pth").read_bytes()
+
+
+@pytest.mark.parametrize("length", [252, 300])  # the note's name is five letters longer
+def test_name_that_is_too_long(length, small, cli, tmp_path):
+    name = "x" * (length - 4) + ".pth"
+    assert "File name too long" in fails(cli, small, tmp_path / name, "--to", "torchvision")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_longest_name_that_is_possible(small, cli, tmp_path):
+    assert cli(convert.main, small, tmp_path / ("x" * 246 + ".pth"), "--to", "torchvision")[0] == 0
+
+
+def test_folder_without_permission_and_read_only_disk_before_anything_is_read(small, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "read", None)
+    for number, message in ((13, "Permission denied"), (30, "Read-only file system")):
+        with monkeypatch.context() as patch:
+            patch.setattr("builtins.open", refusing(number, message))
+            assert f"cannot write {tmp_path / 'x.pth'}: {message}" in fails(
+                cli, small, tmp_path / "x.pth", "--to", "torchvision"
+            )
+    assert list(tmp_path.iterdir()) == []
+
+
+def refusing(number: int, message: str):
+    """An `open` that nothing can be written with."""
+    real = open
+
+    def refuse(path, mode="r", *rest, **options):
+        if "w" in mode:
+            raise OSError(number, message)
+        return real(path, mode, *rest, **options)
+
+    return refuse
+
+
 def test_output_that_is_the_input_is_refused(cli, tmp_path):
     path = foreign.write("torchvision", foreign.backbone(), tmp_path / "x.pth")
     before = path.read_bytes()
@@ -389,8 +498,8 @@ def broken(change: str) -> dict:
     """MoCo's content with one thing wrong."""
     state = foreign.moco_released(foreign.backbone())
     keys, stem = state["state_dict"], "module.encoder_q."
-    if change == "unlisted prefix":
-        state["state_dict"] = {k.replace("encoder_q", "network.trunk"): v for k, v in keys.items()}
+    if change == "two backbones":
+        keys |= {k.replace("encoder_q", "network.trunk"): v + 1 for k, v in keys.items()}
     elif change == "shortcut missing":
         del keys[f"{stem}layer2.0.downsample.0.weight"]
     elif change == "stem missing":
@@ -415,7 +524,7 @@ def broken(change: str) -> dict:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("unlisted prefix", "found 'network.trunk.' (318 keys), 'network' (2 keys)"),
+        ("two backbones", "it holds 2 backbones: 'encoder_q', 'network.trunk'; choose one with --take NAME"),
         ("shortcut missing", "317 of 318 keys; missing 1 ('layer2.0.downsample.0.weight')"),
         ("stem missing", "317 of 318 keys; missing 1 ('conv1.weight')"),
         ("NaN", "1 of the 4 values of 'layer1.0.bn1.bias' are not finite"),

@@ -24,6 +24,7 @@ from mixmask.frameworks import build_framework
 from mixmask.runs import read_log
 from mixmask.training import distributed
 from mixmask.training.distributed import World, find, first_host
+from mixmask.training.processes import check_processes, fitting_processes
 from pretrain import train as script
 from pretrain.train import train
 
@@ -289,13 +290,13 @@ def test_a_number_that_splits_a_group_is_refused(tiny, tmp_path, monkeypatch, it
 
 def test_fitting_processes_of_every_recipe():
     """ImageNet's four groups may be shared; heads that normalise over the whole batch may not."""
-    found = {path.stem: configs.fitting_processes(configs.load(path)) for path in (ROOT / "pretrain/configs").glob("*")}
+    found = {path.stem: fitting_processes(configs.load(path)) for path in (ROOT / "pretrain/configs").glob("*")}
     assert found.pop("imagenet_moco") == (1, 2, 4) and len(found) >= 7 and set(found.values()) == {(1,)}
     recipe = configs.read_yaml(ROOT / "pretrain/configs/cifar100_simclr.yaml")
     config = configs.resolve(recipe, {"mix_groups": 4, "backbone.bn_groups": 4}, configs.Pretrain)
     with pytest.raises(ConfigError, match="the head or the loss of simclr spans the whole batch"):
-        configs.check_processes(config, 2)
-    assert configs.fitting_processes(configs.Execution()) == (1,)
+        check_processes(config, 2)
+    assert fitting_processes(configs.Execution()) == (1,)
 
 
 # ------------------------------------------------------------------------------------------- finding each other

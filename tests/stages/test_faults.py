@@ -25,7 +25,7 @@ from PIL import Image
 
 from eval import knn as knn_script
 from eval.linear import probe
-from mixmask import checkpoint, datasets
+from mixmask import checkpoint, datasets, registry
 from mixmask import config as configs
 from mixmask.config import UserError
 from mixmask.datasets import DataError, cifar100, loading
@@ -339,8 +339,7 @@ def files(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "images"
     folder.mkdir()
 
-    def load(ask):
-        split = ask.split
+    def load(split):
         images = datasets.load("squares", "", split)
         paths = [folder / f"{split}{i}.png" for i in range(len(images))]
         for path, pixels in zip(paths, images.images, strict=True):
@@ -350,8 +349,7 @@ def files(tmp_path, monkeypatch) -> Path:
                 Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
         return datasets.Files([str(path) for path in paths], images.labels, images.classes, "files")
 
-    monkeypatch.setitem(datasets.READERS, "files", load)
-    monkeypatch.setitem(datasets.EXPECTED, "files", datasets.Expected(4, 96, 40, 12))
+    monkeypatch.setitem(registry.DATASETS, "files", registry.Dataset(4, 96, 40, 12, "files", load))
     return folder
 
 

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from eval import finetune as script
 from eval.finetune import build_groups, build_model, finetune, learning_rates, set_rates
-from mixmask import checkpoint, config, datasets, formats, labels
+from mixmask import checkpoint, config, datasets, formats, labels, registry
 from mixmask.augment import test_view
-from mixmask.backbones import SplitBatchNorm2d
+from mixmask.batchnorm import SplitBatchNorm2d
 from mixmask.config import ConfigError, Finetune, UserError
-from mixmask.datasets import DataError, Expected
+from mixmask.datasets import DataError
 from mixmask.datasets.views import train_batches
 from mixmask.runs import read_log, run_directory
 from mixmask.schedules import learning_rate
@@ -141,7 +141,7 @@ def test_two_steps_are_those_of_a_plain_loop(source, tmp_path, monkeypatch):
 
     augment = dataclasses.replace(config.augment, mean=source.mean, std=source.std)
     dataset = datasets.load("squares", "", "train")
-    dataset = labels.part(dataset, datasets.subset(dataset.labels, 0.5, seed=0))
+    dataset = dataset.take(datasets.subset(dataset.labels, 0.5, seed=0))
     model = build_model(config, source, classes=4)
     velocity = {name: 0 for name, _ in model.named_parameters()}
     for (images,), index in train_batches(dataset, augment, 24, 0, 0, 1, torch.device("cpu")):
@@ -341,10 +341,10 @@ def test_balanced_subset_is_deterministic_nested_and_the_same_for_every_seed():
 def test_part_keeps_images_and_labels_together():
     dataset = datasets.load("squares", "", "train")
     indices = torch.tensor([3, 9, 50])
-    part = labels.part(dataset, indices)
+    part = dataset.take(indices)
     assert torch.equal(part.images, dataset.images[indices]) and torch.equal(part.labels, dataset.labels[indices])
     files = datasets.Files(list("abcd"), torch.arange(4), tuple("wxyz"), "imagenet")
-    part = labels.part(files, torch.tensor([1, 3]))
+    part = files.take(torch.tensor([1, 3]))
     assert part.paths == ["b", "d"] and part.labels.tolist() == [1, 3] and part.classes == files.classes
 
 
@@ -360,7 +360,9 @@ def imagenet(tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             for k in range(count):
                 Image.new("RGB", (16, 16), (80 * k, 40, 90)).save(folder / f"{wnid}_{k}.JPEG", "JPEG")
-    monkeypatch.setitem(datasets.EXPECTED, "imagenet", Expected(3, 6, 3))
+    monkeypatch.setitem(
+        registry.DATASETS, "imagenet", dataclasses.replace(registry.DATASETS["imagenet"], classes=3, train=6, test=3)
+    )
     text = "".join(f"{name}\n" for name in NAMES).encode()
     monkeypatch.setitem(labels.SHA256, "1percent.txt", hashlib.sha256(text).hexdigest())
     return tmp_path, text

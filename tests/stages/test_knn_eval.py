@@ -1,5 +1,6 @@
 """Offline k-NN is the online one, on the checkpoint."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -7,7 +8,7 @@ import signal
 import pytest
 
 from eval import knn as script
-from mixmask import checkpoint, datasets
+from mixmask import checkpoint, registry
 from pretrain import train as pretrain_script
 from pretrain.train import train
 
@@ -60,13 +61,13 @@ def test_another_protocol_by_its_recipe(cli, pretrained, tmp_path):
 
 
 def test_partial_data_of_the_pretraining_is_accepted_again(tiny, cli, tmp_path, monkeypatch):
-    squares = datasets.READERS["squares"]
+    squares = registry.DATASETS["squares"]
 
-    def partial(ask):
-        assert ask.allow_partial
-        return squares(ask)
+    def partial(split, expected, allow_partial):
+        assert allow_partial
+        return squares.code(split, expected)
 
-    monkeypatch.setitem(datasets.READERS, "squares", partial)
+    monkeypatch.setitem(registry.DATASETS, "squares", dataclasses.replace(squares, code=partial))
     result = train(tiny("allow_partial_data=true"), tmp_path / "run")
     assert evaluate(cli, tmp_path / "run", tmp_path)[f"{METRIC}_last"] == result["metrics"][f"{METRIC}_last"]
 

@@ -17,6 +17,7 @@ from torchvision.transforms import functional as F
 
 from mixmask import augment as aug
 from mixmask.config import Augment, ConfigError
+from mixmask.paths import as_on_a_gpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -315,12 +316,12 @@ def test_other_crops_are_computed_in_float64(shape: tuple[int, int], size: int) 
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_path_of_gpus_and_compiled_graphs_equals_the_cpus(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_path_of_gpus_and_compiled_graphs_equals_the_cpus(recipe: str) -> None:
     augment, images = RECIPES[recipe], photographs(32, 32, 64)
     parameters = aug.sample(augment, 64, 32, 32, generator(9), "cpu")
     here = aug.apply(augment, images, parameters)
-    monkeypatch.setattr(aug, "compiled_or_on_gpu", lambda images: True)
-    assert torch.equal(aug.apply(augment, images, parameters), here)
+    with as_on_a_gpu():
+        assert torch.equal(aug.apply(augment, images, parameters), here)
 
 
 GRAPH = """

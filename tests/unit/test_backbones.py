@@ -7,15 +7,8 @@ import torch
 import torchvision
 from torch import nn
 
-from mixmask.backbones import (
-    Encoder,
-    ResNet,
-    SplitBatchNorm,
-    SplitBatchNorm2d,
-    build_backbone,
-    split_batch_norm,
-    views,
-)
+from mixmask.backbones import Encoder, ResNet, build_backbone, views
+from mixmask.batchnorm import SplitBatchNorm, SplitBatchNorm2d, split_batch_norm
 from mixmask.config import Backbone
 
 

@@ -1,6 +1,7 @@
 """Recipes: wrong ones are refused with the key and the nearest valid one; the hash follows what decides a number."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,12 @@ import pytest
 import yaml
 
 from mixmask import config as configs
-from mixmask.config import ConfigError, Linear, Pretrain
+from mixmask.config import ConfigError, Detection, Linear, Pretrain
 from mixmask.frameworks import build_framework
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "pretrain/configs").glob("*.yaml"))
+CIFAR = ROOT / "pretrain/configs/cifar100_moco.yaml"
 PROBES = sorted((ROOT / "eval/configs").glob("*linear*.yaml"))
 
 
@@ -208,3 +210,30 @@ def test_configs_are_frozen(tiny):
 def test_config_and_runs_start_without_torch():
     code = "import sys, mixmask, mixmask.config, mixmask.runs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["010", "-010", "4:00", "24:00:00", "1:30.5", "0x1F", "0b11", "0o17", "1_000", "1_0.5"]
+)
+@pytest.mark.parametrize("key", ["seed", "epochs", "optimizer.lr", "moco.queue", "moco.temperature", "mask.ratio"])
+def test_numbers_that_yaml_1_1_reads_otherwise_than_they_look_are_refused(key, text, tmp_path):
+    """010 is 8 there, 4:00 is 240; in a recipe file as on the command line."""
+    with pytest.raises(ConfigError, match=f"{key.split('.')[-1]}.*{re.escape(repr(text))}"):
+        configs.load(CIFAR, configs.parse_overrides([f"{key}={text}"]))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(re.sub(r"(?m)^seed: .*", f"seed: {text}", CIFAR.read_text()))
+    with pytest.raises(ConfigError, match=r"seed: .*which is no decimal number"):
+        configs.load(recipe)
+
+
+def test_numbers_of_a_section_in_another_program_s_words_are_decimal_too():
+    recipe = ROOT / "detection" / "configs" / "voc.yaml"
+    with pytest.raises(ConfigError, match=r"detectron2.SOLVER.MAX_ITER: '010' is no decimal number"):
+        configs.load(recipe, {"detectron2.SOLVER.MAX_ITER": "010"}, cls=Detection)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0", 0), ("10", 10), ("1e2", 100), ("1.0e+2", 100), (".5", 0.5), ("5e-1", 0.5)]
+)
+def test_decimal_numbers_are_read_as_they_look(text, value):
+    assert configs.load(CIFAR, configs.parse_overrides([f"optimizer.lr={text}"])).optimizer.lr == value

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import time
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from mixmask import augment, datasets
-from mixmask.config import Augment, UserError
+from mixmask import augment, datasets, registry
+from mixmask.config import Augment, ConfigError, UserError
 from mixmask.datasets import DataError, Expected, cache, cifar100, decoding, loading, photos
 from mixmask.datasets.views import train_batches
 
@@ -68,11 +69,16 @@ def load_imagenet(root: Path, split: str = "train", **options) -> datasets.Files
 # ------------------------------------------------------------------------------------------------ published counts
 
 
+def counts(name: str) -> tuple[int, int, int, int]:
+    spec = registry.DATASETS[name]
+    return spec.classes, spec.train, spec.test, spec.side
+
+
 def test_expected_counts_are_the_published_ones():
-    assert datasets.EXPECTED["cifar100"] == Expected(100, 50_000, 10_000, 32)
-    assert datasets.EXPECTED["cifar100_reduced"] == Expected(100, 100 * 100, 100 * 50, 32)
-    assert datasets.EXPECTED["tiny_imagenet"] == Expected(200, 200 * 500, 200 * 50, 64)
-    assert datasets.EXPECTED["imagenet"] == Expected(1000, 1_281_167, 50_000)
+    assert counts("cifar100") == (100, 50_000, 10_000, 32)
+    assert counts("cifar100_reduced") == (100, 100 * 100, 100 * 50, 32)
+    assert counts("tiny_imagenet") == (200, 200 * 500, 200 * 50, 64)
+    assert counts("imagenet") == (1000, 1_281_167, 50_000, 0)
 
 
 def test_real_counts_are_checked_when_none_are_given(tiny, imagenet):
@@ -129,7 +135,7 @@ def test_reduced_cifar100_is_the_first_images_of_each_class_of_that_split_in_the
     whole = {"train": [2, 0, 0, 1, 0, 2, 1, 1, 2], "test": [1, 1, 0, 2, 0, 2]}
 
     def whole_set(root, split, expected, download):
-        assert expected == datasets.EXPECTED["cifar100"]  # all of it is verified, not the part
+        assert expected == registry.DATASETS["cifar100"]  # all of it is verified, not the part
         labels = torch.tensor(whole[split])
         images = torch.arange(len(labels), dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 3, 2, 2)
         return datasets.Resident(images, labels, ("a", "b", "c"), "cifar100")
@@ -323,7 +329,7 @@ def test_crops_do_not_depend_on_workers_or_on_what_was_read_before(imagenet):
 def test_a_process_reads_only_its_rows_of_a_batch(imagenet, monkeypatch):
     """And gets what the one process that reads whole batches gets in these rows."""
     files, read, read_image = load_imagenet(imagenet), [], loading.read_image
-    monkeypatch.setattr(loading, "read_image", lambda path: read.append(path) or read_image(path))
+    monkeypatch.setattr(loading, "read_image", lambda path, upright: read.append(path) or read_image(path, upright))
     view = Augment(("crop", "flip"), 32, (0.2, 1.0), flip_prob=0.5, mean=(0.5,) * 3, std=(0.2,) * 3)
 
     def batches(rows: slice) -> list:
@@ -473,3 +479,58 @@ def test_subset_is_balanced_sorted_and_a_function_of_the_seed():
     assert torch.equal(chosen, datasets.subset(labels, 0.1, seed=0))
     assert not torch.equal(chosen, datasets.subset(labels, 0.1, seed=1))
     assert (torch.bincount(labels[datasets.subset(labels, 0.001, seed=0)]) == 1).all()  # never an empty class
+
+
+# ------------------------------------------------------------------------------------------------ what a tree can hold
+
+
+def test_hidden_files_are_passed_over(tiny, imagenet):
+    for folder in (tiny / "train" / "n01" / "images", tiny / "val" / "images", imagenet / "train" / "n01"):
+        (folder / "._n01_0.JPEG").write_bytes(b"\0\5\x16\7")
+        (folder / ".DS_Store").write_bytes(b"")
+    (imagenet / "train" / "n01" / "n01_9.JPEG").mkdir()  # a folder is no image, whatever its name
+    assert len(load_tiny(tiny)) == len(load_tiny(tiny, "test")) == len(load_imagenet(imagenet)) == 6
+
+
+def test_links_that_lead_nowhere_are_named_before_training(imagenet):
+    (imagenet / "train" / "n01" / "n01_0.JPEG").unlink()
+    (imagenet / "train" / "n01" / "n01_0.JPEG").symlink_to("gone.JPEG")
+    with pytest.raises(DataError, match=r"n01_0.JPEG is a link that leads nowhere \(gone.JPEG\); mend or remove it$"):
+        load_imagenet(imagenet)
+
+
+def test_links_that_lead_somewhere_are_images(imagenet, tmp_path):
+    image = imagenet / "train" / "n01" / "n01_0.JPEG"
+    image.rename(tmp_path / "elsewhere.JPEG")
+    image.symlink_to(tmp_path / "elsewhere.JPEG")
+    assert len(load_imagenet(imagenet)) == 6
+
+
+def test_unreadable_folders_and_files_are_one_line(tiny, imagenet, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("n02"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"^folder .*train/n02 cannot be read: Permission denied$"):
+        load_imagenet(imagenet)
+    (tiny / "val" / "val_annotations.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"val_annotations.txt cannot be read: 'utf-8' codec"):
+        load_tiny(tiny, "test")
+
+
+@pytest.mark.parametrize("order", [(), ("jitter",), ("jitter", "crop"), ("flip", "crop")])
+def test_order_that_workers_cannot_follow_is_refused(imagenet, order):
+    view = Augment(order, 32, mean=(0.5,) * 3, std=(0.2,) * 3)
+    with pytest.raises(
+        ConfigError, match=rf"augment.order: .*expected crop first, found {', '.join(order) or 'nothing'}"
+    ):
+        next(train_batches(load_imagenet(imagenet), view, 2, 0, 0, 2, torch.device("cpu")))
+
+
+def test_home_is_understood_in_a_data_root(imagenet, monkeypatch):
+    monkeypatch.setenv("HOME", str(imagenet.parent))
+    assert load_imagenet("~/imagenet").paths == load_imagenet(imagenet).paths

@@ -13,6 +13,7 @@ import torch
 
 from mixmask import checkpoint
 from mixmask import config as configs
+from mixmask.backbones import ResNet
 from mixmask.checkpoint import CheckpointError
 from mixmask.formats import FormatError, detectron2_name, load_backbone, read, read_detectron2
 from mixmask.frameworks import build_framework
@@ -171,16 +172,17 @@ def saved(content, path):
     return path
 
 
-def test_unlisted_prefix_is_refused_with_the_prefixes_that_were_found(weights, tmp_path):
-    keys = {**foreign.under("model.trunk.", weights), **foreign.linear("neck.0")}
+def test_no_backbone_is_refused_with_the_prefixes_that_were_found(weights, tmp_path):
+    stem = {k: v for k, v in weights.items() if k.startswith(("conv1", "bn1"))}
+    keys = {**foreign.under("model.trunk.", stem), **foreign.linear("neck.0")}
     path = saved({"state_dict": keys}, tmp_path / "x.pth")
     refused(
         path,
         "no backbone that we know",
-        "'model.trunk.' (318 keys)",
+        "'model.trunk.' (6 keys)",
         "'neck' (2 keys)",
         "'encoder_q.' (moco)",
-        "'backbone.' (barlowtwins/byol/simsiam), or none",
+        "'backbone.' (barlowtwins/byol/simsiam), or one complete ResNet",
     )
 
 
@@ -225,7 +227,7 @@ def test_other_depths_and_widths_are_refused(weights, tmp_path):
 
 def test_half_precision_is_refused(weights, tmp_path):
     half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-    refused(saved(half, tmp_path / "x.pth"), "of float16; expected", "float32")
+    refused(saved(half, tmp_path / "x.pth"), "of float16; expected", "--dtype float32 casts")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -285,7 +287,10 @@ def test_old_checkpoint_with_a_namespace_is_read_when_trusted(weights, tmp_path)
 def test_whole_model_instead_of_its_state_dict(weights, tmp_path):
     path = saved(torch.nn.Linear(2, 2), tmp_path / "x.pth")
     refused(path, "torch.nn.modules.linear.Linear", "--trust-pickle")
-    refused(path, "holds a Linear; expected names and tensors", trust_pickle=True)
+    refused(path, "no backbone that we know", "'weight' (1 keys)", trust_pickle=True)
+    model = ResNet("resnet50", "imagenet", 4)
+    model.load_state_dict(weights)
+    assert same(read(saved(model, tmp_path / "y.pth"), trust_pickle=True).weights, weights)
 
 
 def test_two_state_dicts_are_ambiguous(weights, tmp_path):
@@ -441,13 +446,13 @@ def test_detectron2_files_with_the_classic_mistakes_are_refused(weights, tmp_pat
         "bnN left": {k: v.replace("conv1.norm", "bn1") for k, v in names.items()},
         "downsample left": {k: v.replace("shortcut.norm", "downsample.1") for k, v in names.items()},
         "stem.bn1": {k: v.replace("stem.conv1.norm", "stem.bn1") for k, v in names.items()},
-        "head left": {**names, "fc.0.weight": "stem.fc.0.weight"},
+        "another head left": {**names, "fc.0.weight": "head.0.weight"},
     }
     for mistake, renamed in mistakes.items():
         content = {"model": {new: weights.get(old, torch.ones(1)).numpy() for old, new in renamed.items()}}
         (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
         assert "no ResNet-50 of Detectron2" in refused(tmp_path / "x.pkl"), mistake
-    del content["model"]["stem.fc.0.weight"], content["model"]["stem.conv1.weight"]
+    del content["model"]["head.0.weight"], content["model"]["stem.conv1.weight"]
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
     refused(tmp_path / "x.pkl", "317 of 318 keys; missing 1 ('conv1.weight')")
 

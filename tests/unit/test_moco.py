@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mixmask.backbones import SplitBatchNorm2d
+from mixmask.batchnorm import SplitBatchNorm2d
 from mixmask.config import ConfigError
 from mixmask.frameworks import build_framework
 from mixmask.frameworks.moco import MoCo, Settings

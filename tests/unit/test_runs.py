@@ -6,6 +6,7 @@ import signal
 import subprocess
 
 import pytest
+import torch
 
 from mixmask import config as configs
 from mixmask import runs
@@ -172,12 +173,17 @@ def test_probe_is_named_after_its_encoder(tiny_linear):
     )
 
 
-HERE = {"python": "3.11", "torch": "2.10", "commit": "a" * 40, "modified": False}
+HERE = {"python": "3.11", "torch": "2.10", "threads": 1, "commit": "a" * 40, "modified": False}
 OTHERS = [
     ({"commit": "b" * 40}, "note: continued by other code: commit aaaaaaaaaaaa -> bbbbbbbbbbbb\n"),
     ({"modified": True}, "note: continued by other code: modified False -> True\n"),
     ({"snapshot": "a-1"}, "note: continued by other code: snapshot None -> a-1\n"),
     ({"torch": "2.11"}, "note: continued in another environment: torch 2.10 -> 2.11\n"),
+    (
+        {"threads": 2},
+        "note: continued in another environment: threads 1 -> 2; sums are made in another order: "
+        "equal to an undisturbed run up to rounding alone\n",
+    ),
 ]
 
 
@@ -201,6 +207,16 @@ def test_continuation_by_other_code_or_environment_is_recorded_and_said_once(
     assert first == HERE == json.loads((tmp_path / "environment.json").read_text())
     assert second.items() >= {**HERE, **differing, "step": 1}.items() and second["time"]
     assert (third["step"], third["commit"], third["torch"]) == (3, HERE["commit"], "2.10")
+
+
+def test_threads_and_processes_belong_to_the_environment():
+    here = runs.environment()
+    assert here["threads"] == torch.get_num_threads() and here["processes"] == 1
+    torch.set_num_threads(2)
+    try:
+        assert runs.environment()["threads"] == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_same_code_goes_on_without_a_record(tiny, tmp_path, monkeypatch, capsys):

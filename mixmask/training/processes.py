@@ -1,23 +1,24 @@
-"""How many processes can share a run."""
+"""How many processes can share a run. No torch here."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from mixmask.config.errors import ConfigError
-from mixmask.config.schema import Detection, Pretrain
+from mixmask import registry
+from mixmask.config import ConfigError, Detection, Pretrain
 
 
 def fitting_processes(config: Any) -> tuple[int, ...]:
     """Numbers of processes that compute what one process computes, the smallest first.
 
-    Of MoCo: those that split neither a BatchNorm group nor a mix group; of detection, those that split no `group` of
-    images (docs/detection.md says what is not equal there). The other frameworks normalise in their heads, or compare
-    rows, over the whole batch, and the other stages are small: one process.
+    Of a framework whose head and loss stay within groups (MoCo): those that split neither a BatchNorm group nor a mix
+    group; of detection, those that split no `group` of images (docs/detection.md says what is not equal there). The
+    other frameworks normalise in their heads, or compare rows, over the whole batch, and the other stages are small:
+    one process.
     """
     groups = 1
-    if isinstance(config, Pretrain) and config.framework == "moco":
+    if isinstance(config, Pretrain) and _framework(config).grouped:
         groups = math.gcd(config.backbone.bn_groups, config.mix_groups)
     elif isinstance(config, Detection):
         groups = config.detectron2["SOLVER"]["IMS_PER_BATCH"] // config.group
@@ -29,9 +30,14 @@ def check_processes(config: Any, processes: int) -> None:
     fitting = fitting_processes(config)
     if processes in fitting:
         return
-    reason = "only pre-training with MoCo can be shared"
-    if isinstance(config, Pretrain) and config.framework == "moco":
+    shared = [spec.title for spec in registry.FRAMEWORKS.values() if spec.grouped]
+    reason = f"only pre-training with {', '.join(shared)} can be shared"
+    if isinstance(config, Pretrain) and _framework(config).grouped:
         reason = f"backbone.bn_groups={config.backbone.bn_groups} and mix_groups={config.mix_groups} must be multiples"
     elif isinstance(config, Pretrain):
         reason = f"the head or the loss of {config.framework} spans the whole batch"
     raise ConfigError(f"{processes} processes do not fit ({reason}); numbers that do: {', '.join(map(str, fitting))}")
+
+
+def _framework(config: Pretrain) -> registry.Framework:
+    return registry.find(registry.FRAMEWORKS, config.framework, "framework")

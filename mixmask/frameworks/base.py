@@ -1,0 +1,53 @@
+"""What every framework is: how an image is embedded, and what its embedding is scored against.
+
+A framework has a class `Settings` (its section of a recipe), an `encoder` (backbone and head), and writes
+
+    targets(x1, x2, generator)             what the images are scored against, once per iteration
+    embed(batches, targets)                what the gradient flows through: of each batch a tuple of (N, ...)
+    score(embedding, targets, clean)       one loss per row, (N,)
+
+The other hooks have defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixmask.backbones import Encoder
+
+
+class Framework(nn.Module):
+    """The hooks that a training loop calls."""
+
+    Settings: type  # a frozen dataclass
+    encoder: Encoder
+
+    def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Any:
+        """What the images are scored against, of the two views (N, C, H, W); once in every iteration."""
+        raise TypeError(f"{type(self).__name__} defines no targets()")
+
+    def embed(self, batches: Sequence[Tensor], targets: Any) -> list[tuple[Tensor, ...]]:
+        """Of each batch of images (N, C, H, W) a tuple of tensors (N, ...), with gradient."""
+        raise TypeError(f"{type(self).__name__} defines no embed()")
+
+    def score(self, embedding: tuple[Tensor, ...], targets: Any, clean: bool) -> Tensor:
+        """One loss per row, (N,). `clean`: of x1 itself, in all the framework's directions."""
+        raise TypeError(f"{type(self).__name__} defines no score()")
+
+    def after_step(self, targets: Any, step: int, steps: int) -> None:
+        """After the optimiser's step number `step` of `steps`: here nothing moves but by gradient."""
+
+    def fixed_lr_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose learning rate no schedule changes: here none."""
+        return []
+
+    def metrics(self, targets: Any) -> dict[str, Tensor]:
+        """Scalars worth a line in the log: here those that `score` left in `targets.metrics`."""
+        return targets.metrics
+
+    def check_data(self, images: int) -> None:
+        """Raises ConfigError for settings that so many training images cannot bear: here any will do."""

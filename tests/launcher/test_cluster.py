@@ -1,0 +1,172 @@
+"""slurm/cluster.py and sbatch.py: what a job asks for, from cluster.yaml, profiles and --set, stage by stage."""
+
+from pathlib import Path
+
+import pytest
+
+from mixmask.config import ConfigError, UserError
+from paper.cells import select
+from paper.presets import budget
+from slurm import graph, sbatch, shell
+from slurm.cluster import OWN, cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+PROFILES = sorted(path.stem for path in (ROOT / "slurm" / "clusters").glob("*.yaml"))
+
+
+def asked(*settings, preset="paper", profile="", stage="pretrain"):
+    """sbatch's options of a job of Table 4."""
+    jobs = graph.jobs(select(["table4"]), budget(preset, settings), Path("runs"), profile)
+    return sbatch.options(next(job for job in jobs if job.stage == stage), [], Path("copy"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "option", "value"),
+    [
+        (["cluster.qos=gold"], "qos", "gold"),
+        (["cluster.reservation=night"], "reservation", "night"),
+        (["cluster.nodelist=n[1-2]"], "nodelist", "n[1-2]"),
+        (["cluster.exclude=n3"], "exclude", "n3"),
+        (["cluster.exclusive=true"], "exclusive", True),
+        (["cluster.gpu_type=a100"], "gpus-per-node", "a100:1"),
+        (["cluster.gres=gpu"], "gres", "gpu:1"),
+        (["cluster.gres=gpu:a100"], "gres", "gpu:a100:1"),
+        (["cluster.memory_gb=5", "cluster.memory_per_cpu=true"], "mem-per-cpu", "640M"),
+        (["cluster.memory_gb=1.5"], "mem", "1536M"),
+        (["cluster.mail_user=a@b", "cluster.mail_type=END,FAIL"], "mail-type", "END,FAIL"),
+        (["cluster.wckey=proj"], "wckey", "proj"),
+        (["cluster.extra={licenses: matlab, nice: 100}"], "nice", 100),
+        (["cluster.extra.licenses=matlab"], "licenses", "matlab"),
+        (["cluster.extra.contiguous=true"], "contiguous", True),
+        (["cluster.account=12345"], "account", "12345"),
+        (["cluster.account=0123"], "account", "0123"),
+        (["cluster.account=1_000"], "account", "1_000"),
+        (["cluster.account=0x1F"], "account", "0x1F"),
+        (["cluster.reservation=2026-01-01"], "reservation", "2026-01-01"),
+        (["cluster.hours=30:00"], "time", 30),
+        (["cluster.hours=24:00:00"], "time", 1440),
+        (["cluster.hours=2-00:00:00"], "time", 2880),
+        (["cluster.hours=1-12"], "time", 2160),
+        (["cluster.hours=1:30:30"], "time", 91),
+        (["cluster.hours=4:00"], "time", 4),
+        (["cluster.hours=1.5"], "time", 90),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_what_a_cluster_asks_for_is_said_by_its_key(settings, option, value):
+    assert asked(*settings)[option] == value
+
+
+@pytest.mark.parametrize(
+    ("setting", "option"),
+    [("cluster.partition=", "partition"), ("cluster.memory_gb=0", "mem"), ("cluster.exclusive=false", "exclusive")],
+)
+def test_what_is_empty_is_not_asked_for(setting, option):
+    assert option not in asked(setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("cluster.extra.output=x", "--output itself (status looks for logs where they are now)"),
+        ("cluster.extra.dep=x", "--dependency itself"),  # sbatch takes the beginning of a name for it
+        ("cluster.extra.mem=1G", "--mem itself (cluster.memory_gb)"),
+        ("cluster.extra.account=x", "--account itself (cluster.account)"),
+        ("cluster.extra.J=x", "the long name of an option"),
+        ("cluster.extra.nice=[1]", "expected a word, a number or true"),
+        ('cluster.extra.nice="1\\n#SBATCH --hold"', "expected a word, a number or true"),
+        ('cluster.partition="a\\nb"', "cluster.partition: expected one line"),
+        ("cluster.account=1.10", "cluster.account: expected a word, found 1.1; quote it"),
+        ("cluster.qos=no", "cluster.qos: expected a word, found False; quote it"),
+        ("cluster.partitoin=x", "did you mean 'cluster.partition'?"),
+        ("linear.cluster.partitoin=x", "did you mean 'cluster.partition'?"),
+        ("cluster.hours=1:2:3:4", "cluster.hours: expected a number, found '1:2:3:4'"),
+        ("cluster.cpus=08", "cluster.cpus: expected a whole number, found '08'"),
+    ],
+)
+def test_what_no_job_could_ask_for_is_refused_by_its_key(setting, named):
+    with pytest.raises(ConfigError) as error:
+        asked(setting)
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_option_that_the_launcher_sets_is_refused_as_an_extra_one():
+    everything = ["qos=q", "reservation=r", "nodelist=n", "exclude=e", "exclusive=true", "mail_user=u", "mail_type=t"]
+    everything += ["partition=p", "account=a", "constraint=c", "wckey=w"]
+    options = asked(*(f"cluster.{setting}" for setting in everything))
+    assert options.keys() <= OWN.keys()
+
+
+def test_resources_of_one_stage_alone():
+    settings = ["cluster.hours=10", "linear.cluster.hours=4:00", "linear.cluster.gpus=0"]
+    assert asked(*settings)["time"] == 600
+    linear = asked(*settings, stage="linear")
+    assert linear["time"] == 4 and "gpus-per-node" not in linear
+    chosen = budget("paper", ["cluster.hours=10", "convert.cluster.hours=2"])
+    convert = cluster(chosen, "convert")
+    assert (convert.hours, convert.cpus, convert.gpus) == (2, 1, 0)  # it takes little, whatever all ask for
+    assert cluster(chosen, "detection").hours == 10
+    assert chosen.replicates  # the numbers of such a launch are those of the published budget
+
+
+def test_a_profile_lies_between_cluster_yaml_and_the_command_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("partition: gpu\nqos: 10\nhours: 48:00:00\nextra: {nice: 5}\nlinear: {hours: 2, cpus: 2}\n")
+    own = asked("cluster.partition=big", profile=str(path))
+    assert (own["partition"], own["qos"], own["time"], own["nice"]) == ("big", "10", 2880, 5)
+    linear = asked("cluster.extra.nice=6", profile=str(path), stage="linear")
+    assert (linear["time"], linear["cpus-per-task"], linear["nice"], linear["qos"]) == (120, 2, 6, "10")
+    smoke = asked(preset="smoke", profile=str(path), stage="linear")
+    assert smoke["time"] == 60  # its small nets need little on any cluster
+    path.write_text("partitoin: gpu\n")
+    with pytest.raises(ConfigError, match=r"did you mean 'cluster\.partition'"):
+        asked(profile=str(path))
+    with pytest.raises(ConfigError, match=r"--cluster aptainer: .*did you mean 'apptainer'"):
+        asked(profile="aptainer")
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_of_the_repository_is_valid_and_makes_a_batch_script(name, tmp_path):
+    jobs = graph.jobs(select(["table4"]), budget("paper"), tmp_path / "runs", name)
+    text = sbatch.batch_text(jobs[0], tmp_path / "runs")
+    assert "#SBATCH --time=" in text and "srun --kill-on-bad-exit=1" in text
+
+
+def test_the_environment_of_the_launching_shell_is_cleaned_of_what_belongs_to_others():
+    brought = {"SLURM_JOB_ID": "7", "SBATCH_QOS": "x", "SQUEUE_FORMAT": "x", "RANK": "0", "TMPDIR": "/of/job/7"}
+    kept = {"SLURM_CONF": "/c", "HOME": "/h", "OMP_NUM_THREADS": "2", "PATH": "/bin", "RANKING": "1"}
+    assert shell.clean({**brought, **kept}) == kept
+    assert shell.clean({"TMPDIR": "/tmp"}) == {"TMPDIR": "/tmp"}
+
+
+@pytest.mark.parametrize(
+    ("gres", "kind", "count"),
+    [
+        ("gpu:2", "", 2),
+        ("gpu:a100:4(S:0-1)", "", 4),
+        ("gpu:a100:4,gpu:v100:2", "", 6),
+        ("gpu:a100:4,gpu:v100:2", "v100", 2),
+        ("(null)", "", 0),
+        ("nvme:1,gpu:h100:8(S:0,1)", "h100", 8),
+    ],
+)
+def test_the_gpus_of_a_node_are_read_from_sinfo(tmp_path, monkeypatch, gres, kind, count):
+    (tmp_path / "sinfo").write_text(f"#!/bin/sh\necho '64|256000|{gres}'\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert sbatch.nodes_of("p", kind) == [sbatch.Node(count, 64, 256000)]
+
+
+def test_a_job_that_no_node_holds_is_refused_with_what_the_largest_has(tmp_path, monkeypatch):
+    (tmp_path / "sinfo").write_text("#!/bin/sh\necho '64|256000|gpu:4'\necho '128+|512000+|(null)'\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    def launch(*settings):
+        sbatch.check_nodes(graph.jobs(select(["table4"]), budget("paper", settings), tmp_path))
+
+    launch("cluster.partition=big")
+    with pytest.raises(
+        UserError, match=r"1 GPUs, 100 CPUs, 64 GB of a node, .* partition big .* 4 GPUs, 64 CPUs, 250 GB"
+    ):
+        launch("cluster.partition=big", "cluster.cpus=100")
