@@ -106,6 +106,7 @@ def test_the_reports_counts_are_of_the_papers_numbers_and_its_reduced_numbers_sa
     some = {name: tables()[name] for name in ("table4", "reduced", "reduced_masks")}
     monkeypatch.setattr(make_report, "tables", lambda: some)
     monkeypatch.setattr(make_report, "FIGURES", ("reduced",))
+    monkeypatch.setattr(make_report, "_whole", lambda *_: ())
     budgets = [budget("paper")]
     frames = {name: make_report.collect(table, budgets, [runs]) for name, table in some.items()}
     page = make_report.page(frames, budgets, [runs])
