@@ -250,8 +250,8 @@ def test_view(images: Tensor, size: int, resize: int | None, mean, std, interpol
     images = images.float()
     height, width = images.shape[2:]
     if resize is not None and resize != min(height, width):
-        scale = resize / min(height, width)
-        shape = (resize, int(scale * width)) if height <= width else (int(scale * height), resize)
+        landscape = height <= width
+        shape = (resize, int(resize * width / height)) if landscape else (int(resize * height / width), resize)
         images = resized(images, shape, interpolation)
     return normalise(center_crop(images, size), mean, std)
 
