@@ -55,7 +55,8 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
             check_augment(train_set, config.augment)
         encoder, recipe, _ = checkpoint.load_encoder(path, device)
         backbone, before = encoder.backbone, fingerprint(encoder)
-        augment = dataclasses.replace(config.augment, mean=recipe.augment.mean, std=recipe.augment.std)
+        mean, std = config.augment.mean or recipe.augment.mean, config.augment.std or recipe.augment.std
+        augment = dataclasses.replace(config.augment, mean=mean, std=std)
         classifier = build_classifier(backbone.features, len(train_set.classes), config.seed, config.init).to(device)
         optimizer = build_optimizer(config.optimizer, classifier.parameters())
         run.describe()
@@ -65,7 +66,9 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
         loop = Loop(run, config, state, rates, functools.partial(batch_images, config, train_set))
         loop.resume()
         say(header(run, config, recipe, train_set, state.step / state.steps_per_epoch))
-        test_features = extract(backbone, test_set, augment, resize_of(config, test_set), device, config.run.workers)
+        test_features = extract(
+            backbone, test_set, augment, resize_of(config, test_set), device, config.run.workers, config.run.eval_batch
+        )
         batches_of = training_features(backbone, train_set, augment, config, device)
         measure = functools.partial(test, classifier, test_features, test_set.labels)
 
@@ -149,18 +152,21 @@ def training_features(
 
     def cached(epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
         for indices in batch_images(config, train_set, epoch)[skip:].to(device):
-            yield bank[indices], labels[indices]
+            yield bank[indices.to(bank.device)].to(device), labels[indices]
 
     if config.features == "augmented":
         return augmented
-    bank = extract(backbone, train_set, augment, resize_of(config, train_set), device, config.run.workers)
+    bank = extract(
+        backbone, train_set, augment, resize_of(config, train_set), device, config.run.workers, config.run.eval_batch
+    )
     return cached
 
 
 @torch.no_grad()
 def test(classifier: nn.Module, features: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 accuracy on the test images' features (N, D), in percent."""
-    return {"test_top1": accuracy(classifier(features).argmax(dim=1), labels)}
+    scores = classifier(features.to(next(classifier.parameters()).device))
+    return {"test_top1": accuracy(scores.argmax(dim=1), labels)}
 
 
 def result_of(run: Run, config: Linear, device: torch.device) -> dict[str, Any]:

@@ -211,13 +211,12 @@ def coefficients(anchors: list[Anchor]) -> dict[str, Tensor]:
 
 def evaluate(framework: nn.Module, train_set: Any, test_set: Any, config: Pretrain, device: torch.device) -> dict:
     """k-NN accuracy of the encoder as it is now; the first process measures it, and the others wait."""
-    options = (config.augment, config.knn, device, config.run.workers)
+    run = config.run
     with distributed.main_process_first():
-        return (
-            {}
-            if distributed.rank() or not len(test_set)
-            else knn.evaluate(framework.encoder, train_set, test_set, *options)
-        )
+        if distributed.rank() or not len(test_set):
+            return {}
+        sets = (train_set, test_set)
+        return knn.evaluate(framework.encoder, *sets, config.augment, config.knn, device, run.workers, run.eval_batch)
 
 
 def knn_is_due(config: Pretrain, epoch: int) -> bool:

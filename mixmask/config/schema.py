@@ -174,6 +174,7 @@ class Execution:
     download: bool = True  # fetch CIFAR-100 where it is missing
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     workers: int = within(0, default=8)  # processes that decode images (ImageNet)
+    eval_batch: int = within(1, default=500)  # images at a time where features are taken: less memory with fewer
     log_every: int = within(1, default=10)  # iterations between log lines
     checkpoint_every: int = within(1, default=1)  # epochs between checkpoints
     checkpoint_minutes: float = within(0, default=15.0)  # and within a long epoch: minutes between checkpoints

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from mixmask.config import ConfigError, Pretrain, UserError
+from mixmask.numerics import wide
 from mixmask.runs import Run
 from mixmask.training import progress
 
@@ -277,7 +278,7 @@ def mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each scalar's mean over the processes, in float64."""
     if size() == 1 or not values:
         return dict(values)
-    total = _sum(torch.stack([value.double() for value in values.values()]))
+    total = _sum(torch.stack([wide(value) for value in values.values()]))
     return dict(zip(values, total.div_(size()).unbind(), strict=True))
 
 
