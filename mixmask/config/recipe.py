@@ -42,10 +42,20 @@ for name, pattern in NUMBERS.items():
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(pattern), list("-+.0123456789"))
 
 
+def recipe_file(name: str | Path) -> Path:
+    """A path as it is; where no such file exists, a bare name, `cifar100_moco`, is the recipe that came with the code."""
+    path, package = Path(name), Path(__file__).resolve().parents[1]
+    if path.exists() or len(path.parts) > 1:
+        return path
+    homes = (package, package.parent)  # in a wheel the stages lie in the package, in a checkout beside it
+    found = [home / stage / "configs" / f"{path.stem}.yaml" for home in homes for stage in ("pretrain", "eval")]
+    return next((file for file in found if file.exists()), path)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises ConfigError naming the file (and line) when it does not."""
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
+        values = yaml.load(recipe_file(path).read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
         raise ConfigError(f"no such config file: {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
