@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from mixmask import config as configs
 from mixmask import datasets, knn, registry
-from mixmask.backbones import compile_backbones
 from mixmask.config import ConfigError, Pretrain
 from mixmask.datasets.settle import settle
 from mixmask.datasets.verify import verify
@@ -35,7 +34,15 @@ from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
 from mixmask.training import distributed
 from mixmask.training.loop import Loop, epoch_lines, finished, last_and_best, seconds
-from mixmask.training.optim import build_optimizer, device_name, keep_freed_memory, pick_device, set_learning_rate
+from mixmask.training.optim import (
+    arithmetic,
+    build_optimizer,
+    compiles,
+    device_name,
+    keep_freed_memory,
+    pick_device,
+    set_learning_rate,
+)
 from mixmask.training.processes import check_processes
 from mixmask.training.progress import say
 from mixmask.training.state import TrainState
@@ -175,8 +182,8 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
     framework = build_framework(distributed.shard_config(config)).to(device).train()
     if config.run.channels_last:
         framework = framework.to(memory_format=torch.channels_last)
-    if config.run.compile:
-        compile_backbones(framework)
+    if compiles(config.run.compile, device):
+        framework.compile_parts()
     return framework, build_optimizer(config.optimizer, framework.parameters(), framework.fixed_lr_parameters())
 
 
@@ -187,6 +194,7 @@ def views(config: Pretrain, train_set: Any, epoch: int, skip: int, device: torch
     """This process's rows of the epoch's batches after the first `skip`: x1, x2 (N, 3, S, S), MSCN's extra crops."""
     sizes = (config.batch_size, config.seed, epoch, 2, device, config.run.workers)
     part = {"skip": skip, "crops": extra_crops(config), "rows": distributed.local_slice(config.batch_size)}
+    part["compiled"] = compiles(config.run.compile, device)
     for batch, _ in train_batches(train_set, config.augment, *sizes, **part):
         yield [x.contiguous(memory_format=torch.channels_last) for x in batch] if config.run.channels_last else batch
 
@@ -250,7 +258,8 @@ def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, sta
         f"  total batch {config.batch_size} in {config.mix_groups} mix group(s), {steps_per_epoch} steps an epoch, "
         f"{config.epochs} epochs; {o.name}, lr {o.lr:g} (used as it is), weight decay {o.weight_decay:g}",
         *([f"  {processes} processes of {config.batch_size // processes} images each"] if processes > 1 else []),
-        f"  {device}, {config.precision}, {torch.get_num_threads()} CPU threads; log in {run.directory / 'log.jsonl'}",
+        f"  {device}, {arithmetic(config.precision, device, compiles(config.run.compile, device))}, "
+        f"{torch.get_num_threads()} CPU threads; log in {run.directory / 'log.jsonl'}",
         *(f"  note: {text}" for text in cautions(config.schedule, steps_per_epoch, config.epochs)),
     ]
     return "\n".join(lines)

@@ -28,6 +28,7 @@ class Backbone:
     stem: Literal["cifar", "tiny", "imagenet"]
     width: int = within(1)  # channels of the first stage; 64 in the paper
     bn_groups: int = within(1)  # split BatchNorm: how many parts of the batch have their own statistics
+    stem_init: Literal["default", "kaiming"] = "default"  # of a small stem: PyTorch's own, or as all other convolutions
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,8 @@ class Execution:
     checkpoint_every: int = within(1, default=1)  # epochs between checkpoints
     checkpoint_minutes: float = within(0, default=15.0)  # and within a long epoch: minutes between checkpoints
     channels_last: bool = True
-    compile: bool = False  # torch.compile of the backbones: a minute at the start, and a C++ compiler on a CPU
+    # torch.compile of augmentation, backbones and loss: a minute at the start, and a C++ compiler on a CPU.
+    compile: Literal["auto", True, False] = "auto"  # auto: on GPUs where it was tested (training/optim.py)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data_root", os.path.expanduser(self.data_root))

@@ -87,8 +87,10 @@ def listing(folder: Path, split: str, allow_partial: bool) -> Listing:
 
 def _validation_wnids(folder: Path, names: Sequence[str], allow_partial: bool) -> list[str]:
     """The class of each validation image, from the development kit: the n-th line is that of image n."""
-    from scipy.io import loadmat
-
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise DataError(f"{folder}: the validation labels are in a MATLAB file; reading it needs scipy") from None
     name, md5 = ARCHIVE_META["devkit"]
     path = folder / name
     if not os.path.isfile(path):
