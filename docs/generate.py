@@ -132,6 +132,17 @@ def results() -> str:
     return "\n".join(lines)
 
 
+def claimed() -> str:
+    """How the paper's claims stand: by its own numbers, and by the runs in results/."""
+    from paper import claims
+    from paper.presets import budget
+
+    frame = claims.collected(budget("paper"), [ROOT / "results"])
+    contradicted = frame[frame["printed"].str.startswith(claims.CONTRADICTED)]
+    lines = [claims.sheet(frame).legend[0], "", "Contradicted by the paper's own tables:", ""]
+    return "\n".join([*lines, *(f"* {row['claim']}: {row['printed']}." for _, row in contradicted.iterrows())])
+
+
 def table(name: str) -> str:
     """A table of numbers from the runs in results/."""
     from paper.cells import tables
@@ -265,6 +276,7 @@ def benchmark(what: str) -> str:
 
 BLOCKS: dict[str, Callable[..., str]] = {
     "results": results,
+    "claimed": claimed,
     "costs": costs,
     "table": table,
     "curves": curves,
