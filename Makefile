@@ -33,7 +33,7 @@ detectron2: .venv/detectron2 ## detectron2, which only detection/ needs (one to 
 lock: $(READY) ## requirements.lock from pyproject.toml
 	@$(PIP) install --quiet uv==0.13.9
 	@$(BIN)/uv pip compile --no-config --quiet --universal --generate-hashes --no-header --no-annotate \
-	    --extra dev --output-file requirements.lock pyproject.toml
+	    --extra dev $(UPGRADE) --output-file requirements.lock pyproject.toml
 	@touch requirements.lock
 
 # The stamp goes first and comes back last, so an interrupted set-up starts over with an empty .venv.

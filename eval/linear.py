@@ -28,8 +28,9 @@ from mixmask import checkpoint, datasets, formats
 from mixmask import config as configs
 from mixmask.backbones import Encoder, build_backbone
 from mixmask.config import Augment, ConfigError, Linear, UserError
-from mixmask.datasets.views import train_batches
-from mixmask.features import accuracy, extract
+from mixmask.datasets.settle import inherit, settle
+from mixmask.datasets.views import check_augment, train_batches
+from mixmask.features import accuracy, extract, resize_of
 from mixmask.formats import Source
 from mixmask.randomness import seed_of
 from mixmask.runs import Run, run_directory
@@ -53,18 +54,21 @@ def probe(config: Linear, path: Path, directory: Path, foreign: Source | None = 
         train_set, test_set = (load(config, split, device) for split in ("train", "test"))
         if config.batch_size > len(train_set):
             raise ConfigError(f"batch_size: {config.batch_size} exceeds the {len(train_set)} training images")
+        if config.features == "augmented":
+            check_augment(train_set, config.augment)
         encoder, mean, std, origin = frozen(path, foreign, device)
         backbone, before = encoder.backbone, fingerprint(encoder)
         augment = dataclasses.replace(config.augment, mean=mean, std=std)
         classifier = build_classifier(backbone.features, len(train_set.classes), config.seed, config.init).to(device)
         optimizer = build_optimizer(config.optimizer, classifier.parameters())
         run.describe()
-        state = TrainState(classifier, optimizer, config.epochs, len(train_set) // config.batch_size)
+        steps_per_epoch = len(train_set) // config.batch_size
+        state = TrainState(classifier, optimizer, config.epochs, steps_per_epoch, data=datasets.counts(train_set))
         rates = functools.partial(learning_rates, config, state.steps_per_epoch)
         loop = Loop(run, config, state, rates, functools.partial(batch_images, config, train_set))
         loop.resume()
         say(header(run, config, origin, train_set, state.step / state.steps_per_epoch))
-        test_features = extract(backbone, test_set, augment, config.test_resize, device, config.run.workers)
+        test_features = extract(backbone, test_set, augment, resize_of(config, test_set), device, config.run.workers)
         batches_of = training_features(backbone, train_set, augment, config, device)
         measure = functools.partial(test, classifier, test_features, test_set.labels)
 
@@ -113,8 +117,7 @@ def batch_images(config: Linear, train_set: datasets.Resident | datasets.Files, 
 
 def load(config: Linear, split: str, device: torch.device) -> datasets.Resident | datasets.Files:
     """The verified data set; held on the device where it fits in memory."""
-    options = (config.run.download, config.allow_partial_data)
-    dataset = datasets.load(config.dataset, config.run.data_root, split, *options)
+    dataset = datasets.load_split(config, split)
     return dataset.to(device) if isinstance(dataset, datasets.Resident) else dataset
 
 
@@ -164,7 +167,7 @@ def training_features(
 
     if config.features == "augmented":
         return augmented
-    bank = extract(backbone, train_set, augment, config.test_resize, device, config.run.workers)
+    bank = extract(backbone, train_set, augment, resize_of(config, train_set), device, config.run.workers)
     return cached
 
 
@@ -219,17 +222,13 @@ def main() -> None:
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
     args = parser.parse_args()
     source = formats.read(args.checkpoint, **formats.reading(args))
+    foreign = source if source.recipe is None else None
     values = configs.read_yaml(args.config)
-    if source.recipe is not None:  # data where the pre-training found it
-        values["run"] = {**dataclasses.asdict(source.recipe.run), **values.get("run", {})}
+    if source.recipe is not None:
+        values = inherit(values, configs.to_dict(source.recipe))
     config = configs.resolve(values, configs.parse_overrides(args.set), Linear)
-    config, foreign = dataclasses.replace(config, checkpoint=source.identity), source.recipe is None
-    probe(
-        config,
-        args.checkpoint,
-        args.run_dir or run_directory(args.runs_dir, "linear", config),
-        source if foreign else None,
-    )
+    config = settle(dataclasses.replace(config, checkpoint=source.identity))
+    probe(config, args.checkpoint, args.run_dir or run_directory(args.runs_dir, "linear", config), foreign)
 
 
 if __name__ == "__main__":

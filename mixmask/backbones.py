@@ -16,6 +16,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 from mixmask.batchnorm import SplitBatchNorm2d, Together, move_running_statistics
 from mixmask.config import Backbone
+from mixmask.paths import compiler
 from mixmask.registry import ARCHITECTURES
 
 
@@ -95,11 +96,11 @@ def build_backbone(backbone: Backbone) -> ResNet:
     return ResNet(backbone.arch, backbone.stem, backbone.width, backbone.bn_groups, backbone.stem_init)
 
 
-def compile_backbones(network: nn.Module, backend: str | Callable = "inductor") -> None:
+def compile_backbones(network: nn.Module) -> None:
     """torch.compile of every ResNet inside, in place: BatchNorm, ReLU and sums become one kernel each."""
     for module in network.modules():
         if isinstance(module, ResNet):
-            module.compile(backend=backend)
+            module.compile(**compiler())
 
 
 class Encoder(nn.Module):
