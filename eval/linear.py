@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from mixmask import checkpoint, datasets
 from mixmask import config as configs
 from mixmask.config import Augment, ConfigError, Linear, UserError
-from mixmask.datasets.views import train_batches
-from mixmask.features import accuracy, extract
+from mixmask.datasets.settle import inherit, settle
+from mixmask.datasets.views import check_augment, train_batches
+from mixmask.features import accuracy, extract, resize_of
 from mixmask.randomness import seed_of
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
@@ -50,18 +51,21 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
         train_set, test_set = (load(config, split, device) for split in ("train", "test"))
         if config.batch_size > len(train_set):
             raise ConfigError(f"batch_size: {config.batch_size} exceeds the {len(train_set)} training images")
+        if config.features == "augmented":
+            check_augment(train_set, config.augment)
         encoder, recipe, _ = checkpoint.load_encoder(path, device)
         backbone, before = encoder.backbone, fingerprint(encoder)
         augment = dataclasses.replace(config.augment, mean=recipe.augment.mean, std=recipe.augment.std)
         classifier = build_classifier(backbone.features, len(train_set.classes), config.seed, config.init).to(device)
         optimizer = build_optimizer(config.optimizer, classifier.parameters())
         run.describe()
-        state = TrainState(classifier, optimizer, config.epochs, len(train_set) // config.batch_size)
+        steps_per_epoch = len(train_set) // config.batch_size
+        state = TrainState(classifier, optimizer, config.epochs, steps_per_epoch, data=datasets.counts(train_set))
         rates = functools.partial(learning_rates, config, state.steps_per_epoch)
         loop = Loop(run, config, state, rates, functools.partial(batch_images, config, train_set))
         loop.resume()
         say(header(run, config, recipe, train_set, state.step / state.steps_per_epoch))
-        test_features = extract(backbone, test_set, augment, config.test_resize, device, config.run.workers)
+        test_features = extract(backbone, test_set, augment, resize_of(config, test_set), device, config.run.workers)
         batches_of = training_features(backbone, train_set, augment, config, device)
         measure = functools.partial(test, classifier, test_features, test_set.labels)
 
@@ -99,8 +103,7 @@ def batch_images(config: Linear, train_set: datasets.Resident | datasets.Files, 
 
 def load(config: Linear, split: str, device: torch.device) -> datasets.Resident | datasets.Files:
     """The verified data set; held on the device where it fits in memory."""
-    options = (config.run.download, config.allow_partial_data)
-    dataset = datasets.load(config.dataset, config.run.data_root, split, *options)
+    dataset = datasets.load_split(config, split)
     return dataset.to(device) if isinstance(dataset, datasets.Resident) else dataset
 
 
@@ -150,7 +153,7 @@ def training_features(
 
     if config.features == "augmented":
         return augmented
-    bank = extract(backbone, train_set, augment, config.test_resize, device, config.run.workers)
+    bank = extract(backbone, train_set, augment, resize_of(config, train_set), device, config.run.workers)
     return cached
 
 
@@ -200,10 +203,10 @@ def main() -> None:
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
     args = parser.parse_args()
     state = checkpoint.load(args.checkpoint)
-    _, identity = checkpoint.pretraining(state, args.checkpoint)
-    values = {**configs.read_yaml(args.config), "run": state["config"]["run"]}  # data where the pre-training found it
+    recipe, identity = checkpoint.pretraining(state, args.checkpoint)
+    values = inherit(configs.read_yaml(args.config), configs.to_dict(recipe))
     config = configs.resolve(values, configs.parse_overrides(args.set), Linear)
-    config = dataclasses.replace(config, checkpoint=identity)
+    config = settle(dataclasses.replace(config, checkpoint=identity))
     probe(config, args.checkpoint, args.run_dir or run_directory(args.runs_dir, "linear", config))
 
 

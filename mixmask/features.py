@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask import datasets
-from mixmask.config import Augment
+from mixmask.config import Augment, Finetune, Linear
 from mixmask.datasets.views import test_batches
 
 
@@ -26,6 +26,21 @@ def extract(
     """
     batches = test_batches(dataset, augment, resize, device, workers=workers)
     return torch.cat([model(images).float() for images in batches])
+
+
+def shorter_side(augment: Augment, dataset: datasets.Resident | datasets.Files) -> int:
+    """To which test images are resized before the centre crop: 256 for 224 on image files; small images to the crop's.
+
+    0: they stay as they are.
+    """
+    if isinstance(dataset, datasets.Files):
+        return augment.size * 256 // 224
+    return 0 if min(dataset.images.shape[2:]) == augment.size else augment.size
+
+
+def resize_of(config: Linear | Finetune, dataset: datasets.Resident | datasets.Files) -> int:
+    """The `test_resize` of a config; where it says -1, that of k-NN."""
+    return config.test_resize if config.test_resize >= 0 else shorter_side(config.augment, dataset)
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:

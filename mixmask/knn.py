@@ -15,16 +15,8 @@ from torch.nn import functional as F
 from mixmask import datasets
 from mixmask.backbones import Encoder
 from mixmask.config import KNN, Augment, ConfigError
-from mixmask.features import accuracy, extract
+from mixmask.features import accuracy, extract, shorter_side
 from mixmask.metrics import knn_metric
-
-
-def test_resize(augment: Augment, dataset: datasets.Resident | datasets.Files) -> int:
-    """The shorter side before the centre crop: 256 for 224 on image files; small images stay as they are."""
-    return augment.size * 256 // 224 if isinstance(dataset, datasets.Files) else 0
-
-
-test_resize.__test__ = False  # not a test, whatever its name says to pytest
 
 
 @torch.no_grad()
@@ -82,7 +74,7 @@ def evaluate(
     training = encoder.training
     encoder.eval()
     model = encoder if knn.features == "output" else encoder.backbone
-    bank, queries = (extract(model, d, augment, test_resize(augment, d), device, workers) for d in (train, test))
+    bank, queries = (extract(model, d, augment, shorter_side(augment, d), device, workers) for d in (train, test))
     encoder.train(training)
     predictions = predict(knn, bank, train.labels.to(device), queries, len(train.classes))
     return {knn_metric(knn, bank.shape[1]): accuracy(predictions, test.labels)}

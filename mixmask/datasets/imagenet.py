@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mixmask.datasets.base import DataError, Expected, Files
+from mixmask.datasets.base import DataError, Expected, Files, Listing
 from mixmask.datasets.tree import check_counts, class_folders, files_of, find_folder, image_names, some
 
 BELOW = ("imagenet", "imagenette", "ILSVRC2012", "ILSVRC/Data/CLS-LOC")  # folders in which it is looked for
 
 
 def read(root: Path, split: str, expected: Expected, allow_partial: bool) -> Files:
+    """What `listing` lists, to be read by workers."""
+    images = listing(root, split, expected, allow_partial)
+    return Files(images.paths, images.labels, images.classes, "imagenet", images.note, packed=images.packed)
+
+
+def listing(root: Path, split: str, expected: Expected, allow_partial: bool) -> Listing:
     """train/<wnid>/ and val/<wnid>/; the class index is the wnid's rank among the folders of train/."""
     folder = find_folder(root, BELOW, ("train", "val"), "ImageNet")
     wnids = class_folders(folder / "train")
@@ -26,4 +32,4 @@ def read(root: Path, split: str, expected: Expected, allow_partial: bool) -> Fil
     paths, labels = files_of([part / wnid for wnid in wnids])
     balanced = split == "test"  # 50 in each class; 732 to 1,300 for training
     note = check_counts("ImageNet", split, part, labels, wnids, expected, allow_partial, balanced)
-    return Files(paths, labels, tuple(wnids), "imagenet", note)
+    return Listing(paths, labels, tuple(wnids), part, note)

@@ -29,13 +29,14 @@ def train_batches(
     skip: int = 0,
     crops: Sequence[Augment] = (),
     rows: slice = slice(None),
+    compiled: bool = False,
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     """One epoch of (views, indices): `views` tensors float (N, 3, S, S) on the device, indices int64 (N,).
 
     Behind them comes an extra view for each of `crops`, an augmentation of its own; the others do not depend on it.
     Which images and how they are augmented follow from (seed, epoch, position) alone; `skip` batches are passed over.
-    `rows`: those of each batch that this process holds; only they are read and augmented. Raises ConfigError as
-    `check_augment` does.
+    `rows`: those of each batch that this process holds; only they are read and augmented. `compiled`: in one graph.
+    Raises ConfigError as `check_augment` does.
     """
     augments = [augment] * views + list(crops)
     for each in augments:
@@ -52,7 +53,7 @@ def train_batches(
     for position, (images, indices) in enumerate(stream, start + skip):
         generator = torch_generator(device, seed, "augment", position)
         pixels = [view.to(device, non_blocking=True) for view in images]  # uint8 (N, 3, H, W) each
-        yield augment_views(augments, pixels, generator, batch_size, rows), indices
+        yield augment_views(augments, pixels, generator, batch_size, rows, compiled), indices
 
 
 def check_augment(dataset: Resident | Files, augment: Augment) -> None:

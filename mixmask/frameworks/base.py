@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixmask.backbones import Encoder
+from mixmask.backbones import Encoder, compile_backbones
+from mixmask.paths import compiler
 
 
 class Framework(nn.Module):
@@ -25,6 +26,7 @@ class Framework(nn.Module):
 
     Settings: type  # a frozen dataclass
     encoder: Encoder
+    compiled: tuple[str, ...] = ()  # the methods that `compile_parts` compiles: of tensors alone
 
     def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Any:
         """What the images are scored against, of the two views (N, C, H, W); once in every iteration."""
@@ -37,6 +39,12 @@ class Framework(nn.Module):
     def score(self, embedding: tuple[Tensor, ...], targets: Any, clean: bool) -> Tensor:
         """One loss per row, (N,). `clean`: of x1 itself, in all the framework's directions."""
         raise TypeError(f"{type(self).__name__} defines no score()")
+
+    def compile_parts(self) -> None:
+        """torch.compile of the backbones and of what `compiled` names, in place."""
+        compile_backbones(self)
+        for name in self.compiled:
+            setattr(self, name, torch.compile(getattr(self, name), **compiler()))
 
     def after_step(self, targets: Any, step: int, steps: int) -> None:
         """After the optimiser's step number `step` of `steps`: here nothing moves but by gradient."""

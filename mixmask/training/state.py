@@ -24,6 +24,7 @@ class TrainState:
     step: int = 0  # steps done
     sums: dict[str, Tensor] = field(default_factory=dict)  # of this epoch's values
     losses: list[Tensor] = field(default_factory=list)  # of this epoch's steps, or of those since the run was resumed
+    data: dict[str, int] = field(default_factory=dict)  # how many images and classes
     parts: dict[str, Any] = field(default_factory=dict)  # by name: what else has a state_dict, such as a scheduler
 
     @property
@@ -56,6 +57,7 @@ class TrainState:
         return {
             "step": self.step,
             "steps": self.steps,
+            "data": self.data,
             "sums": self.sums,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -69,6 +71,13 @@ class TrainState:
         missing = [name for name in ("model", "optimizer", "step", *self.parts) if name not in saved]
         if missing:
             raise checkpoint.CheckpointError(f"{path} is no checkpoint of this stage: no '{missing[0]}' in it")
+        here = {"steps": self.steps, **self.data}
+        for name, there in {"steps": saved.get("steps"), **saved.get("data", {})}.items():
+            if there is not None and there != here.get(name, there):
+                raise checkpoint.CheckpointError(
+                    f"{path} is of a run of {there:,} {name}, and there are {here[name]:,} now: its data have changed; "
+                    "put them back, or give another --run-dir"
+                )
         checkpoint.load_weights(self.model, saved["model"], path)
         self.optimizer.load_state_dict(saved["optimizer"])
         for name, part in self.parts.items():

@@ -109,6 +109,14 @@ def test_resources_of_one_stage_alone():
     assert chosen.replicates  # the numbers of such a launch are those of the published budget
 
 
+def test_detection_asks_for_four_gpus_unless_the_user_says_otherwise():
+    """16 images do not fit one or two GPUs of 40 GB."""
+    asked_for = {(): 4, ("cluster.gpus=8",): 8, ("cluster.gpus=8", "detection.cluster.gpus=2"): 2}
+    for settings, gpus in asked_for.items():
+        assert cluster(budget("paper", settings), "detection").gpus == gpus
+    assert cluster(budget("paper"), "linear").gpus == 1 and cluster(budget("smoke"), "detection").gpus == 0
+
+
 def test_a_profile_lies_between_cluster_yaml_and_the_command_line(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("partition: gpu\nqos: 10\nhours: 48:00:00\nextra: {nice: 5}\nlinear: {hours: 2, cpus: 2}\n")
