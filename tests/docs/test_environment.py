@@ -22,7 +22,10 @@ def project() -> dict:
 
 def requirements() -> list[Requirement]:
     """Of the library and of every extra, but for the extras of its own that one names."""
-    lines = [*project()["dependencies"], *(line for extra in project()["optional-dependencies"].values() for line in extra)]
+    lines = [
+        *project()["dependencies"],
+        *(line for extra in project()["optional-dependencies"].values() for line in extra),
+    ]
     return [found for found in map(Requirement, lines) if found.name != "mixmask"]
 
 
@@ -65,7 +68,14 @@ def test_the_library_asks_for_what_it_imports_and_for_no_more():
     imported = set(re.findall(r"^\s*(?:import|from) (\w+)", text, re.MULTILINE))
     names = {"PIL": "pillow", "yaml": "pyyaml"}
     asked = {Requirement(line).name for line in project()["dependencies"]}
-    outside = {names.get(name, name) for name in imported} & {*asked, "pandas", "scipy", "matplotlib", "submitit", "timm"}
+    outside = {names.get(name, name) for name in imported} & {
+        *asked,
+        "pandas",
+        "scipy",
+        "matplotlib",
+        "submitit",
+        "timm",
+    }
     assert outside == asked
 
 

@@ -61,7 +61,9 @@ def test_the_wheel_imports_mixes_and_trains_in_an_empty_environment(wheel, tmp_p
     python = tmp_path / "venv" / "bin" / "python"
     _, *paths = dict.fromkeys(["", sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     site = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
-    (Path(site.strip()) / "others.pth").write_text("\n".join(paths))  # a .pth in a .pth's folder is not read: no checkout
+    (Path(site.strip()) / "others.pth").write_text(
+        "\n".join(paths)
+    )  # a .pth in a .pth's folder is not read: no checkout
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
 
     def run(*words):
