@@ -42,10 +42,9 @@ SCRIPTS = [
     "paper/make_report.py",
     "paper/compare.py",
     "paper/keep.py",
-    "paper/publish.py",
     "benchmarks/run.py",
 ]
-FENCED = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.DOTALL | re.MULTILINE)
+FENCED = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 EQUATION = re.compile(r"^\$\$\n(.*?)\n\$\$$", re.DOTALL | re.MULTILINE)
 
