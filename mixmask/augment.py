@@ -45,6 +45,7 @@ class Parameters:
     grayscale: Tensor
     blur: Tensor
     sigma: Tensor
+    solarize: Tensor
 
     def __getitem__(self, index: int | slice | Tensor) -> "Parameters":
         return Parameters(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
@@ -67,10 +68,10 @@ def sample(
 
     Every sample takes the same number of draws, whatever they are, and a view the draws that it would take alone.
     """
-    shapes = [(CROP_TRIES, 4), (), (), (4,), (4,), (), (), ()]
+    shapes = [(CROP_TRIES, 4), (), (), (4,), (4,), (), (), (), *([()] if "solarize" in augment.order else [])]
     lengths = [n * math.prod(shape) for shape in shapes]
     draws = torch.rand(views, sum(lengths), generator=generator, device=device).split(lengths, dim=1)
-    crop, flip, jitter, order, factors, grayscale, blur, sigma = (
+    crop, flip, jitter, order, factors, grayscale, blur, sigma, *solarize = (
         part.view(views, n, *shape)[:, rows] for part, shape in zip(draws, shapes, strict=True)
     )
     top, left, crop_height, crop_width = sample_crop(augment, height, width, crop.flatten(0, 1))
@@ -83,6 +84,7 @@ def sample(
         "grayscale": grayscale < augment.grayscale_prob,
         "blur": blur < augment.blur_prob,
         "sigma": low + (high - low) * sigma,
+        "solarize": solarize[0] < augment.solarize_prob if solarize else torch.zeros_like(flip, dtype=torch.bool),
     }
     boxes = {"top": top, "left": left, "height": crop_height, "width": crop_width}
     return Parameters(**boxes, **{name: values.flatten(0, 1) for name, values in drawn.items()})
@@ -220,6 +222,7 @@ def apply_operations(augment: Augment, images: Tensor, parameters: Parameters) -
         "jitter": lambda x: colour_jitter(x, p.order, p.factors, p.jitter, augment.jitter[HUE] > 0),
         "grayscale": lambda x: grayscale(x, p.grayscale),
         "blur": lambda x: gaussian_blur(x, p.sigma, p.blur, augment.blur_sigma[1]),
+        "solarize": lambda x: solarize(x, p.solarize),
     }
     for name in augment.order:
         images = operations[name](images)
@@ -261,6 +264,11 @@ def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: to
 def flip(images: Tensor, chosen: Tensor) -> Tensor:
     """Mirror the chosen (N,) images left to right."""
     return torch.where(column(chosen), images.flip(-1), images)
+
+
+def solarize(images: Tensor, chosen: Tensor) -> Tensor:
+    """Invert the values from 128 up of the chosen (N,) images, as Pillow's `ImageOps.solarize`."""
+    return torch.where(column(chosen) & (images >= 128), 255 - images, images)
 
 
 def resized_crop(images: Tensor, box, size: int, interpolation: str = "bilinear", flipped: Tensor | None = None):
