@@ -39,7 +39,7 @@ def train_batches(
     `rows`: those of each batch that this process holds; only they are read and augmented. `compiled`: in one graph.
     Raises ConfigError as `check_augment` does.
     """
-    augments = [augment] * views + list(crops)
+    augments = [augment.of_view(view) for view in range(views)] + list(crops)
     for each in augments:
         check_augment(dataset, each)
     batches = batch_indices(len(dataset), batch_size, seed, epoch)
