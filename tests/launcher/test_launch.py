@@ -328,6 +328,18 @@ def test_an_option_may_stand_between_the_verb_and_its_target(verb, tmp_path, cap
     assert "1 cells are complete" in shown if verb == "status" else "0 jobs cancelled" in shown
 
 
+def test_efficiency_is_asked_of_status_alone_and_launches_nothing(tmp_path, cli):
+    status, _, errors = cli(launch.main, "table4", "--efficiency", "--preset", "smoke", "--runs-dir", tmp_path)
+    assert status == 1 and "launch.py status --efficiency TARGET" in errors and not list(tmp_path.iterdir())
+
+
+def test_a_profile_of_one_s_own_is_seen_from_where_the_caller_is(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("hours: 7\n")
+    monkeypatch.chdir(tmp_path)
+    launch.main(["table4/*/vanilla/200", "--dry-run", "--cluster", "mine.yaml"])
+    assert "in jobs of up to 7 h" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("place", ["slurm", "/"])
 def test_from_any_folder_the_runs_are_those_of_the_repository_and_an_own_place_is_named(place, tmp_path):
     """A run of the repository that is finished is not launched again from elsewhere."""
