@@ -77,7 +77,7 @@ def test_what_is_empty_is_not_asked_for(setting, option):
         ('cluster.extra.nice="1\\n#SBATCH --hold"', "expected a word, a number or true"),
         ('cluster.partition="a\\nb"', "cluster.partition: expected one line"),
         ("cluster.account=1.10", "cluster.account: expected a word, found 1.1; quote it"),
-        ("cluster.qos=no", "cluster.qos: expected a word, found False; quote it"),
+        ("cluster.qos=true", "cluster.qos: expected a word, found True; quote it"),
         ("cluster.partitoin=x", "did you mean 'cluster.partition'?"),
         ("linear.cluster.partitoin=x", "did you mean 'cluster.partition'?"),
         ("cluster.hours=1:2:3:4", "cluster.hours: expected a number, found '1:2:3:4'"),
