@@ -27,7 +27,7 @@ class Framework:
     forward: int  # passes that are not
     symmetric: tuple[int, int] | None = None  # both numbers, where a setting `symmetric` scores both directions
     metric: str = "top1"  # what Figure 5 shows: "knn", or the probe's "top1"
-    grouped: bool = False  # head and loss stay within BatchNorm and mix groups, so processes can share the groups
+    grouped: bool = False  # processes can share the groups: head and loss stay within them, or exchange the rest
 
     def passes(self, settings: Mapping[str, Any]) -> tuple[int, int]:
         """(differentiated, not differentiated) under the settings of a recipe's section."""
@@ -59,6 +59,7 @@ class Dataset:
     side: int = 0
     title: str = ""
     code: str | Callable = ""  # MODULE:FUNCTION of its reader, which takes by name what it uses of `load`'s arguments
+    files: str | Callable = ""  # likewise of what lists its files, where these may be others than the published ones
 
     def images(self, split: str) -> int:
         """Images in the split."""
@@ -77,11 +78,13 @@ class Architecture:
         return width * (32 if self.bottleneck else 8)
 
 
-FRAMEWORKS = {  # in the paper's order
+FRAMEWORKS = {  # in the paper's order; then those that it does not train
     "moco": Framework("MoCo", "mixmask.frameworks.moco:MoCo", 1, 1, (2, 2), metric="knn", grouped=True),
     "simclr": Framework("SimCLR", "mixmask.frameworks.simclr:SimCLR", 2, 0),
     "byol": Framework("BYOL", "mixmask.frameworks.byol:BYOL", 2, 2),
     "simsiam": Framework("SimSiam", "mixmask.frameworks.simsiam:SimSiam", 2, 0),
+    "barlow_twins": Framework("Barlow Twins", "mixmask.frameworks.barlow_twins:BarlowTwins", 2, 0, grouped=True),
+    "vicreg": Framework("VICReg", "mixmask.frameworks.vicreg:VICReg", 2, 0, grouped=True),
 }
 
 DASHED, DOTTED, DASH_DOT, SHORT = (0, (4, 1.6)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (2, 1))
@@ -94,13 +97,18 @@ METHODS = {  # colours differ in lightness too, so that they stay apart in greys
     "both": Method("MixMask with Un-Mix", "of_both", "#b8860b", SHORT, "P", 2, masks=True, mixes=True),
 }
 
-_CIFAR, _READERS = "mixmask.datasets.cifar100", "mixmask.datasets"
+_CIFAR, _TINY, _IMAGENET, _FOLDER = (
+    f"mixmask.datasets.{name}" for name in ("cifar100", "tiny_imagenet", "imagenet", "folder")
+)
 DATASETS = {
     "cifar100": Dataset(100, 50_000, 10_000, 32, "CIFAR-100", f"{_CIFAR}:read"),
     "cifar100_reduced": Dataset(100, 10_000, 5_000, 32, "a fifth of CIFAR-100", f"{_CIFAR}:read_reduced"),
-    "tiny_imagenet": Dataset(200, 100_000, 10_000, 64, "Tiny-ImageNet", f"{_READERS}.tiny_imagenet:read"),
-    "imagenet": Dataset(1000, 1_281_167, 50_000, 0, "ImageNet-1K", f"{_READERS}.imagenet:read"),
-    "photos": Dataset(16, 2_000, 800, 32, "embedded photographs", f"{_READERS}.photos:read"),
+    "tiny_imagenet": Dataset(200, 100_000, 10_000, 64, "Tiny-ImageNet", f"{_TINY}:read", f"{_TINY}:listing"),
+    "imagenet": Dataset(1000, 1_281_167, 50_000, 0, "ImageNet-1K", f"{_IMAGENET}:read", f"{_IMAGENET}:listing"),
+    "photos": Dataset(16, 2_000, 800, 32, "embedded photographs", "mixmask.datasets.photos:read"),
+    "folder": Dataset(
+        0, 0, 0, 0, "your own images", f"{_FOLDER}:read", f"{_FOLDER}:listing"
+    ),  # the images say the rest
 }
 
 ARCHITECTURES = {

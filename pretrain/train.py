@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from mixmask import config as configs
 from mixmask import datasets, knn, registry
 from mixmask.config import ConfigError, Pretrain
-from mixmask.datasets.views import train_batches
+from mixmask.datasets.settle import settle
+from mixmask.datasets.verify import verify
+from mixmask.datasets.views import check_augment, train_batches
 from mixmask.frameworks import build_framework
 from mixmask.masks import check_grid, sample_mask
 from mixmask.methods import METHODS, Anchor, extra_crops
@@ -62,7 +64,8 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
         train_set, test_set = load_data(config, device)
         check_data(config, framework, train_set)
         run.describe(command)
-        state = TrainState(framework, optimizer, config.epochs, len(train_set) // config.batch_size)
+        steps_per_epoch = len(train_set) // config.batch_size
+        state = TrainState(framework, optimizer, config.epochs, steps_per_epoch, data=datasets.counts(train_set))
         rates = functools.partial(learning_rates, config, state.steps_per_epoch)
         images = functools.partial(datasets.batch_indices, len(train_set), config.batch_size, config.seed)
         loop = Loop(run, config, state, rates, images, step_lines=True)
@@ -128,6 +131,8 @@ def check(config: Pretrain) -> None:
     for key, values in (("augment.mean", config.augment.mean), ("augment.std", config.augment.std)):
         if len(values) != 3:
             raise ConfigError(f"{key}: expected three numbers, one per channel, found {list(values)}")
+    if not config.augment.size:
+        raise ConfigError("augment.size: expected at least 1, found 0")
     if method.masks:
         sample_mask(config.mask, config.augment.size, config.augment.size, numpy_generator("check"))
     if method.mixes and config.batch_size == config.mix_groups:
@@ -150,9 +155,8 @@ def load_data(config: Pretrain, device: torch.device) -> tuple[Any, Any]:
     """The verified training and test sets; those held in memory move to the device."""
     sets = []
     for split in ("train", "test"):
-        options = (config.run.download, config.allow_partial_data)
         with distributed.main_process_first():
-            dataset = datasets.load(config.dataset, config.run.data_root, split, *options)
+            dataset = datasets.load_split(config, split)
         sets.append(dataset.to(device) if isinstance(dataset, datasets.Resident) else dataset)
         if dataset.note:
             say(f"note: {dataset.note}")
@@ -163,10 +167,7 @@ def check_data(config: Pretrain, framework: nn.Module, train_set: Any) -> None:
     """Raises ConfigError for settings that this training set cannot bear."""
     images = len(train_set)
     framework.check_data(images)
-    if "crop" not in config.augment.order and isinstance(train_set, datasets.Resident):
-        side = train_set.images.shape[-1]
-        if side != config.augment.size:
-            raise ConfigError(f"augment.size: {config.augment.size}, but no crop resizes the images of {side} pixels")
+    check_augment(train_set, config.augment)
     if config.batch_size > images:
         raise ConfigError(f"batch_size: {config.batch_size} exceeds the {images} training images")
     if config.knn.k > images:
@@ -211,9 +212,12 @@ def coefficients(anchors: list[Anchor]) -> dict[str, Tensor]:
 
 def evaluate(framework: nn.Module, train_set: Any, test_set: Any, config: Pretrain, device: torch.device) -> dict:
     """k-NN accuracy of the encoder as it is now; the first process measures it, and the others wait."""
-    options = (config.augment, config.knn, device, config.run.workers)
+    run = config.run
     with distributed.main_process_first():
-        return {} if distributed.rank() else knn.evaluate(framework.encoder, train_set, test_set, *options)
+        if distributed.rank() or not len(test_set):
+            return {}
+        sets = (train_set, test_set)
+        return knn.evaluate(framework.encoder, *sets, config.augment, config.knn, device, run.workers, run.eval_batch)
 
 
 def knn_is_due(config: Pretrain, epoch: int) -> bool:
@@ -268,8 +272,11 @@ def main() -> None:
     )
     parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/pretrain/<name of the run>")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
+    parser.add_argument("--verify", action="store_true", help="decode every image once before training")
     args = parser.parse_args()
-    config = configs.load(args.config, configs.parse_overrides(args.set))
+    config = settle(configs.load(args.config, configs.parse_overrides(args.set)))
+    for split in ("train", "test") if args.verify else ():
+        verify(datasets.load_split(config, split))
     train(config, args.run_dir or run_directory(args.runs_dir, "pretrain", config))
 
 
