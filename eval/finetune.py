@@ -181,7 +181,9 @@ def batches(
 
 def test(model: Encoder, test_set: Any, augment: Augment, config: Finetune, device: torch.device) -> dict[str, float]:
     """Top-1 accuracy with running statistics, in percent; the model goes back to training."""
-    scores = extract(model.eval(), test_set, augment, resize_of(config, test_set), device, config.run.workers)
+    scores = extract(
+        model.eval(), test_set, augment, resize_of(config, test_set), device, config.run.workers, config.run.eval_batch
+    )
     model.train()
     return {"test_top1": accuracy(scores.argmax(dim=1), test_set.labels)}
 

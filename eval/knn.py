@@ -31,7 +31,9 @@ def evaluate(config: KNNEval, path: Path, directory: Path) -> dict[str, Any]:
         if run.result is None:
             encoder, recipe, _ = checkpoint.load_encoder(path, device)
             train, test = (datasets.load_split(config, split) for split in ("train", "test"))
-            values = knn.evaluate(encoder, train, test, recipe.augment, config.knn, device, config.run.workers)
+            values = knn.evaluate(
+                encoder, train, test, recipe.augment, config.knn, device, config.run.workers, config.run.eval_batch
+            )
             run.describe()
             run.finish({"run": run.id, "metrics": {f"{name}_last": value for name, value in values.items()}})
         for name, value in run.result["metrics"].items():

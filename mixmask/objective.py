@@ -2,7 +2,8 @@
 
     L = sum over anchors a of  weight_a * score(embedding of images_a [rows in order_a])          (Eq. 4 and 6)
 
-A method says what the anchors are, a framework how an image is embedded and what its embedding is scored against.
+A method says what the anchors are, a framework how an image is embedded and what its embedding is scored against. Where
+the score is one of the whole batch, the framework says what the weights of its rows mean.
 """
 
 from __future__ import annotations
@@ -29,8 +30,7 @@ def objective(
     parts: dict[str, Tensor] = {}
     for anchor in anchors:
         embedding = rows(embeddings[id(anchor.images)], anchor.order)
-        scores = framework.score(embedding, targets, clean=anchor.clean)  # (N,)
-        parts[anchor.name] = (anchor.weight * scores).mean()
+        parts[anchor.name] = framework.loss(embedding, targets, anchor.weight, clean=anchor.clean)
     loss = torch.stack(list(parts.values())).sum()
     return loss, {name: part.detach() for name, part in parts.items()}, targets
 

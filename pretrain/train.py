@@ -23,6 +23,7 @@ from mixmask import config as configs
 from mixmask import datasets, knn, registry
 from mixmask.config import ConfigError, Pretrain
 from mixmask.datasets.settle import settle
+from mixmask.datasets.verify import verify
 from mixmask.datasets.views import check_augment, train_batches
 from mixmask.frameworks import build_framework
 from mixmask.masks import check_grid, sample_mask
@@ -211,13 +212,12 @@ def coefficients(anchors: list[Anchor]) -> dict[str, Tensor]:
 
 def evaluate(framework: nn.Module, train_set: Any, test_set: Any, config: Pretrain, device: torch.device) -> dict:
     """k-NN accuracy of the encoder as it is now; the first process measures it, and the others wait."""
-    options = (config.augment, config.knn, device, config.run.workers)
+    run = config.run
     with distributed.main_process_first():
-        return (
-            {}
-            if distributed.rank() or not len(test_set)
-            else knn.evaluate(framework.encoder, train_set, test_set, *options)
-        )
+        if distributed.rank() or not len(test_set):
+            return {}
+        sets = (train_set, test_set)
+        return knn.evaluate(framework.encoder, *sets, config.augment, config.knn, device, run.workers, run.eval_batch)
 
 
 def knn_is_due(config: Pretrain, epoch: int) -> bool:
@@ -272,8 +272,11 @@ def main() -> None:
     )
     parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/pretrain/<name of the run>")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
+    parser.add_argument("--verify", action="store_true", help="decode every image once before training")
     args = parser.parse_args()
     config = settle(configs.load(args.config, configs.parse_overrides(args.set)))
+    for split in ("train", "test") if args.verify else ():
+        verify(datasets.load_split(config, split))
     train(config, args.run_dir or run_directory(args.runs_dir, "pretrain", config))
 
 

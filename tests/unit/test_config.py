@@ -136,6 +136,7 @@ def test_hash_ignores_what_changes_no_number(tiny, item):
 
 
 OTHER = {
+    "backbone.stem_init": "kaiming",
     "both.permutation": "reverse",
     "erase.fill": "noise",
     "optimizer.name": "adam",

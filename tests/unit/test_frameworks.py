@@ -1,4 +1,4 @@
-"""SimCLR, BYOL, SimSiam: each method's loss and gradients against loops in float64, and what only training shows."""
+"""Every framework but MoCo: each method's loss and gradients against loops in float64, and what only training shows."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ SMALL = {
     "simclr": {"dim": 5, "hidden": 7, "temperature": 0.4},
     "byol": {"dim": 5, "hidden": 7, "momentum": 0.9},
     "simsiam": {"dim": 5, "hidden": 7, "predictor_hidden": 4},
+    "barlow_twins": {"dim": 5, "hidden": 7, "off_diagonal": 0.2, "scale": 0.5},
+    "vicreg": {"dim": 5, "hidden": 7, "invariance": 1, "variance": 0.5, "covariance": 0.04},
 }
 CASES = {  # name: (method, settings)
     "vanilla": ("vanilla", {}),
@@ -135,7 +137,39 @@ def simsiam_pair(framework: nn.Module, a: Tensor, b: Tensor) -> list[Tensor]:
     return [-(pa[i] * zb[i]).sum() / 2 - (pb[i] * za[i]).sum() / 2 for i in range(len(a))]
 
 
-PAIRS = {"simclr": simclr_pair, "byol": byol_pair, "simsiam": simsiam_pair}
+def barlow_pair(framework: nn.Module, a: Tensor, b: Tensor) -> list[Tensor]:
+    """Zbontar et al. Eq. 1 and 2, the batch's loss for each of its rows."""
+    n, s = len(a), framework.settings
+    za, zb = ((z - z.mean(0)) / torch.sqrt(z.var(0, correction=0) + 1e-5) for z in map(framework.encoder, (a, b)))
+    loss = 0
+    for i in range(s.dim):
+        for j in range(s.dim):
+            c = sum(za[k, i] * zb[k, j] for k in range(n)) / n
+            loss = loss + ((1 - c) ** 2 if i == j else s.off_diagonal * c**2)
+    return [s.scale * loss] * n
+
+
+def vicreg_pair(framework: nn.Module, a: Tensor, b: Tensor) -> list[Tensor]:
+    """Bardes et al. Eq. 1 to 6, the batch's loss for each of its rows."""
+    n, s = len(a), framework.settings
+    za, zb = framework.encoder(a), framework.encoder(b)
+    loss = s.invariance * sum((za[k, i] - zb[k, i]) ** 2 for k in range(n) for i in range(s.dim)) / (n * s.dim)
+    for z in (za, zb):
+        z = z - z.mean(0)
+        for i in range(s.dim):
+            c = [sum(z[k, i] * z[k, j] for k in range(n)) / (n - 1) for j in range(s.dim)]
+            loss = loss + s.variance * torch.clamp(1 - torch.sqrt(c[i] + 1e-4), min=0) / s.dim
+            loss = loss + s.covariance * sum(c[j] ** 2 for j in range(s.dim) if j != i) / s.dim
+    return [loss] * n
+
+
+PAIRS = {
+    "simclr": simclr_pair,
+    "byol": byol_pair,
+    "simsiam": simsiam_pair,
+    "barlow_twins": barlow_pair,
+    "vicreg": vicreg_pair,
+}
 
 
 def naive_loss(name: str, framework: nn.Module, case: str, x1: Tensor, x2: Tensor, seed: int) -> Tensor:
@@ -438,6 +472,8 @@ CURVES = {  # of the losses that the loops above confirm
     "simclr": [6.225147312, 5.552808376, 5.486644298, 6.11070105, 5.666856444],
     "byol": [16.90859103, 9.822029385, 4.587640162, 2.683118613, 2.451937277],
     "simsiam": [0.313236296, 0.01682429126, -0.4236654398, -0.5822803539, -1.120652564],
+    "barlow_twins": [6.6511016, 2.786834179, 4.07812631, 3.440528894, 5.41706438],
+    "vicreg": [2.443717821, 1.961290531, 1.979474152, 1.706140795, 1.96587536],
 }
 
 
