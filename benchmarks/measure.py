@@ -76,6 +76,11 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.operations, self.graphs, self._inside = Counter(), 0, False
 
+    def __enter__(self):
+        self.operations.clear()
+        self.graphs = 0
+        return super().__enter__()
+
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         """That graphs run inside as they do outside."""
@@ -96,7 +101,8 @@ class Launches(TorchDispatchMode):
 
     def backend(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """For torch.compile: runs each graph as it was traced, which needs no compiler, and counts its calls."""
-        return aot_autograd(fw_compiler=self._counted, bw_compiler=self._counted)(graph, inputs)
+        counted = {"fw_compiler": self._counted, "bw_compiler": self._counted}
+        return aot_autograd(**counted, keep_inference_input_mutations=True)(graph, inputs)
 
     def _counted(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:

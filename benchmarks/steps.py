@@ -18,7 +18,6 @@ from torch import Tensor
 
 from benchmarks import measure, plain
 from mixmask import config as configs
-from mixmask.backbones import compile_backbones
 from mixmask.config import Pretrain
 from mixmask.datasets import Resident
 from mixmask.datasets.views import without_crop
@@ -139,13 +138,11 @@ def launches(config: Pretrain, device: torch.device, compiled: bool = False) -> 
     """
     groups = math.lcm(config.backbone.bn_groups, config.mix_groups)
     backbone = dataclasses.replace(config.backbone, width=4)
-    execution = dataclasses.replace(config.run, compile=False)
+    execution = dataclasses.replace(config.run, compile=compiled)
     config = dataclasses.replace(config, backbone=backbone, batch_size=4 * groups, run=execution)
     counter = measure.Launches()
-    with as_on_a_gpu():
+    with as_on_a_gpu(counter.backend):
         training = Ours(config, device, number=16 * groups)
-        if compiled:
-            compile_backbones(training.state.model, counter.backend)
         training.step()  # compiles, and makes what is made once
         with counter:
             training.step()

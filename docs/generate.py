@@ -1,4 +1,4 @@
-"""Write the generated parts of the documents: docs/api.md, docs/commands.md, and the blocks between markers.
+"""Write the generated parts of the documents, the blocks between markers.
 
     python docs/generate.py            writes what is stale, and names it
     python docs/generate.py --check    writes nothing; status 1 where something is stale
@@ -10,57 +10,15 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
-import html
-import importlib
-import io
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 from mixmask.config import UserError, main_guard
 
 ROOT = Path(__file__).resolve().parents[1]
 
-MODULES = [  # of the library, in the order in which a reader meets them
-    "methods",
-    "objective",
-    "masks",
-    *(f"frameworks.{name}" for name in ("moco", "simclr", "byol", "simsiam")),
-    "backbones",
-    "augment",
-    "datasets",
-    "datasets.base",
-    "datasets.views",
-    "datasets.loading",
-    "datasets.sampling",
-    "knn",
-    "schedules",
-    "optim",
-    "checkpoint",
-    *(f"formats.{name}" for name in ("reading", "source", "architectures", "structure", "layouts", "notes")),
-    "formats.detectron2_files",
-    "runs",
-    "config",
-]
-SCRIPTS = [
-    "slurm/launch.py",
-    "pretrain/train.py",
-    "eval/knn.py",
-    "eval/linear.py",
-    "eval/finetune.py",
-    "detection/convert.py",
-    "detection/train.py",
-    "paper/make_tables.py",
-    "paper/make_figures.py",
-    "paper/make_report.py",
-    "paper/compare.py",
-    "paper/keep.py",
-    "benchmarks/run.py",
-]
 MARK = re.compile(r"<!-- generated: (\w+)(?: ([^\n]+?))? -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -73,9 +31,9 @@ def main() -> None:
     options = parser.parse_args()
     stale = []
     for path in documents():
-        old = path.read_text(encoding="utf-8") if path.exists() else ""
+        old = path.read_text(encoding="utf-8")
         new = current(path, old)
-        if same(old, new):
+        if old == new:
             continue
         stale.append(str(path.relative_to(ROOT)))
         if not options.check:
@@ -87,14 +45,11 @@ def main() -> None:
 
 def documents() -> list[Path]:
     """All that can hold something generated."""
-    found = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "results").glob("*.md")]
-    return sorted({*found, *(ROOT / "docs" / name for name in PAGES)})
+    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "results").glob("*.md")])
 
 
 def current(path: Path, text: str) -> str:
     """The document as it should be."""
-    if path.parent == ROOT / "docs" and path.name in PAGES:
-        return PAGES[path.name]()
     return MARK.sub(lambda found: _block(path, found), text)
 
 
@@ -104,11 +59,6 @@ def _block(path: Path, found: re.Match[str]) -> str:
         raise UserError(f"{path}: unknown block '{name}' (blocks: {', '.join(BLOCKS)})")
     opening = found.group().partition("\n")[0]
     return f"{opening}\n{BLOCKS[name](*([argument] if argument else []))}\n<!-- end -->"
-
-
-def same(old: str, new: str) -> bool:
-    """Whether they differ in more than white space: Python's versions break the lines of a help text differently."""
-    return old.split() == new.split()
 
 
 # -------------------------------------------------------------------------------------------------------- blocks
@@ -130,6 +80,26 @@ def results() -> str:
             values = [published, *(counts[key] for key in shown)]
             lines.append(f"| {table.title} | {' | '.join(map(str, values))} |")
     return "\n".join(lines)
+
+
+def claimed() -> str:
+    """How the paper's claims stand: by its own numbers, and by the runs in results/."""
+    from paper import claims
+    from paper.presets import budget
+
+    frame = claims.collected(budget("paper"), [ROOT / "results"])
+    contradicted = frame[frame["printed"].str.startswith(claims.CONTRADICTED)]
+    lines = [claims.sheet(frame).legend[0], "", "Contradicted by the paper's own tables:", ""]
+    return "\n".join([*lines, *(f"* {row['claim']}: {row['printed']}." for _, row in contradicted.iterrows())])
+
+
+def claims() -> str:
+    """Every claim of the paper: its own numbers, the runs in results/, the cheapest launch that would decide it."""
+    from paper import claims
+    from paper.markup import markdown
+    from paper.presets import budget
+
+    return markdown(claims.sheet(claims.collected(budget("paper"), [ROOT / "results"]))).strip()
 
 
 def table(name: str) -> str:
@@ -195,25 +165,20 @@ def _some(values: list) -> str:
     return ", ".join(map(str, values))
 
 
-def usage(script: str) -> str:
-    """A script's --help, asked of its `main` in this process: starting each by itself would take a minute."""
-    run = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
-    shown, columns, words = io.StringIO(), os.environ.get("COLUMNS"), sys.argv
-    os.environ["COLUMNS"], sys.argv = "118", [script, "--help"]
-    try:
-        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-            run()
-    finally:
-        sys.argv = words
-        os.environ.pop("COLUMNS") if columns is None else os.environ.update(COLUMNS=columns)
-    return f"```\n{shown.getvalue().rstrip()}\n```"
+def code(place: str) -> str:
+    """FILE NAME ...: functions and methods of it as they are written."""
+    name, *wanted = place.split()
+    text = (ROOT / name).read_text(encoding="utf-8")
+    parts = [textwrap.dedent(_source(ast.parse(text), part.split("."), text)) for part in wanted]
+    return "```python\n" + "\n\n".join(parts) + "\n```"
 
 
-def targets() -> str:
-    """`make` and what each of its targets does."""
-    command = ["make", "--no-print-directory", "help"]
-    shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    return f"```\n{shown.stdout.rstrip()}\n```"
+def _source(tree: ast.AST, names: list[str], text: str) -> str:
+    """With its decorators' lines left out: they say nothing of the equation."""
+    node = next(part for part in tree.body if getattr(part, "name", None) == names[0])
+    if names[1:]:
+        return _source(node, names[1:], text)
+    return "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])
 
 
 def lines(place: str) -> str:
@@ -234,15 +199,18 @@ def costs() -> str:
 
     cells = select(["all"])
     jobs = graph.jobs(cells, budget("paper"), ROOT / "runs")
+    numbered = [cell for cell in cells if cell.published is not None or cell.recipe]  # rows of checkpoints alone: none
     rows = ["| target | what it is | numbers or curves | runs | GPU hours |", "|---|---|---|---|---|"]
     for target in dict.fromkeys(cell.target for cell in cells):
         own = [job for job in jobs if any(cell.split("/")[0] == target for cell in job.cells)]
-        counted = f"{sum(cell.target == target for cell in cells)} | {len(own)} | {_hours(own):,.0f}"
+        counted = f"{sum(cell.target == target for cell in numbered)} | {len(own)} | {_hours(own):,.0f}"
         rows.append(f"| `{target}` | {tables()[target].title.partition(': ')[2]} | {counted} |")
     for cell in ("table4/imagenet/moco/mixmask/200", "table5/cifar100/moco/mixmask"):
         own = graph.jobs(select([cell]), budget("paper"), ROOT / "runs")
         rows.append(f"| `{cell}` | one cell | 1 | {len(own)} | {_hours(own):,.0f} |")
-    whole = f"{len(cells)} | {len(jobs)} | {_hours(jobs):,.0f}"
+    whole = (
+        f"{sum(cell.published is not None or bool(cell.recipe) for cell in cells)} | {len(jobs)} | {_hours(jobs):,.0f}"
+    )
     rows.append(f"| `all` | each run once: tables share many | {whole} |")
     return "\n".join([*rows, "", f"{cost.ASSUMPTION[:1].upper()}{cost.ASSUMPTION[1:]}."])
 
@@ -262,84 +230,16 @@ def benchmark(what: str) -> str:
 
 BLOCKS: dict[str, Callable[..., str]] = {
     "results": results,
+    "claimed": claimed,
+    "claims": claims,
     "costs": costs,
     "table": table,
     "curves": curves,
     "runs": runs,
-    "help": usage,
-    "make": targets,
+    "code": code,
     "lines": lines,
     "benchmark": benchmark,
 }
-
-
-# ---------------------------------------------------------------------------------------------------------- pages
-
-
-def commands() -> str:
-    """docs/commands.md"""
-    parts = [f"## {script}\n\n{usage(script)}\n" for script in SCRIPTS if (ROOT / script).exists()]
-    about = "Made from the scripts' own `--help` by `python docs/generate.py`. The `make` targets:"
-    return "\n".join([f"# Commands\n\n{about}\n\n{targets()}\n", *parts])
-
-
-def api() -> str:
-    """docs/api.md"""
-    about = (
-        "Made from the docstrings by `python docs/generate.py`. Shapes: N images of C channels, H x W pixels. What\n"
-        "`import mixmask` offers by itself is in [library.md](library.md); all else is imported from its module."
-    )
-    found = [name for name in MODULES if (ROOT / "mixmask" / f"{name.replace('.', '/')}.py").exists()]
-    contents = "\n".join(f"* [mixmask.{name}](#mixmask{name.replace('.', '')})" for name in found)
-    return "\n".join([f"# The library, function by function\n\n{about}\n\n{contents}\n", *map(module, found)])
-
-
-def module(name: str) -> str:
-    """One module's part: its docstring, then each public name's signature and docstring."""
-    source = (ROOT / "mixmask" / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
-    tree = ast.parse(source)
-    entries = [entry for node in tree.body for entry in _entries(node, source, "")]
-    return "\n".join([f"## mixmask.{name}\n\n{_text(ast.get_docstring(tree))}\n", *entries])
-
-
-def _entries(node: ast.AST, source: str, owner: str) -> Iterator[str]:
-    """A function or a class that is public and says what it is, and a class's public methods."""
-    if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
-        return
-    text = ast.get_docstring(node)
-    if text:
-        mark = "####" if owner else "###"
-        yield f"{mark} {owner}{node.name}\n\n```python\n{_signature(node, source)}\n```\n\n{_text(text)}\n"
-    if isinstance(node, ast.ClassDef):
-        for part in node.body:
-            yield from _entries(part, source, f"{node.name}.")
-
-
-def _signature(node: ast.FunctionDef | ast.ClassDef, source: str) -> str:
-    """From `def` to the colon as written, on one line; a class with its fields."""
-    lines = source.splitlines()
-    if isinstance(node, ast.ClassDef):
-        fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
-        inside = [line for part in fields for line in lines[part.lineno - 1 : part.end_lineno]]
-        return "\n".join([lines[node.lineno - 1], *inside]) if inside else lines[node.lineno - 1].removesuffix(":")
-    text = " ".join(line.strip() for line in lines[node.lineno - 1 : node.body[0].lineno - 1])
-    return re.sub(r",? \)", ")", text.replace("( ", "(")).removesuffix(":")
-
-
-def _text(docstring: str | None) -> str:
-    """A docstring as Markdown: what is indented or in backticks stays, elsewhere stars and < are no formatting."""
-    lines = (docstring or "").splitlines()
-    return "\n".join(line if line.startswith("    ") else _plain(line) for line in lines)
-
-
-def _plain(line: str) -> str:
-    parts = line.split("`")
-    return "`".join(
-        part if odd % 2 else html.escape(part, quote=False).replace("*", "\\*") for odd, part in enumerate(parts)
-    )
-
-
-PAGES: dict[str, Callable[[], str]] = {"api.md": api, "commands.md": commands}
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ from mixmask import checkpoint, datasets, formats, labels
 from mixmask import config as configs
 from mixmask.backbones import Encoder, build_backbone
 from mixmask.config import Augment, ConfigError, Finetune
-from mixmask.datasets.views import train_batches
-from mixmask.features import accuracy, extract
+from mixmask.datasets.settle import inherit, settle
+from mixmask.datasets.views import check_augment, train_batches
+from mixmask.features import accuracy, extract, resize_of
 from mixmask.formats import Source
 from mixmask.randomness import seed_globals, seed_of
 from mixmask.runs import Run, run_directory
@@ -57,7 +58,10 @@ def finetune(config: Finetune, source: Source, directory: Path) -> dict[str, Any
         augment = dataclasses.replace(config.augment, mean=mean, std=std)
         model = build_model(config, source, len(train_set.classes)).to(device)
         run.describe()
-        state = TrainState(model, build_groups(config, model), config.epochs, len(train_set) // config.batch_size)
+        steps_per_epoch = len(train_set) // config.batch_size
+        state = TrainState(
+            model, build_groups(config, model), config.epochs, steps_per_epoch, data=datasets.counts(train_set)
+        )
         rates = functools.partial(learning_rates, config, state.steps_per_epoch)
         loop = Loop(run, config, state, rates, functools.partial(batch_images, config, indices))
         loop.resume()
@@ -122,9 +126,7 @@ def load_data(config: Finetune, device: torch.device) -> tuple[Any, Any, Tensor,
     """
     sets = []
     for split in ("train", "test"):
-        dataset = datasets.load(
-            config.dataset, config.run.data_root, split, config.run.download, config.allow_partial_data
-        )
+        dataset = datasets.load_split(config, split)
         if dataset.note:
             say(f"note: {dataset.note}")
         sets.append(dataset)
@@ -139,10 +141,7 @@ def check_data(config: Finetune, train_set: Any, labelled: int) -> None:
     """Raises ConfigError for settings that this training set cannot bear."""
     if config.batch_size > labelled:
         raise ConfigError(f"batch_size: {config.batch_size} exceeds the {labelled} labelled training images")
-    if "crop" not in config.augment.order and isinstance(train_set, datasets.Resident):
-        side = train_set.images.shape[-1]
-        if side != config.augment.size:
-            raise ConfigError(f"augment.size: {config.augment.size}, but no crop resizes the images of {side} pixels")
+    check_augment(train_set, config.augment)
 
 
 def build_model(config: Finetune, source: Source, classes: int) -> Encoder:
@@ -182,7 +181,9 @@ def batches(
 
 def test(model: Encoder, test_set: Any, augment: Augment, config: Finetune, device: torch.device) -> dict[str, float]:
     """Top-1 accuracy with running statistics, in percent; the model goes back to training."""
-    scores = extract(model.eval(), test_set, augment, config.test_resize, device, config.run.workers)
+    scores = extract(
+        model.eval(), test_set, augment, resize_of(config, test_set), device, config.run.workers, config.run.eval_batch
+    )
     model.train()
     return {"test_top1": accuracy(scores.argmax(dim=1), test_set.labels)}
 
@@ -232,7 +233,7 @@ def resolve(config_file: str, overrides: list[str], source: Source) -> Finetune:
     """The recipe with its overrides, for the weights of `source`; where data lie is the pre-training's, if known."""
     values = configs.read_yaml(config_file)
     if source.recipe is not None:
-        values["run"] = {**dataclasses.asdict(source.recipe.run), **values.get("run", {})}
+        values = inherit(values, configs.to_dict(source.recipe))
     config = configs.resolve(values, configs.parse_overrides(overrides), Finetune)
     return dataclasses.replace(config, checkpoint=source.identity)
 
@@ -257,6 +258,7 @@ def main() -> None:
     config, note = labels.settle(resolve(args.config, args.set, source))
     if note:
         say(f"note: {note}")
+    config = settle(config)
     finetune(config, source, args.run_dir or run_directory(args.runs_dir, "finetune", config))
 
 

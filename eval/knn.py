@@ -18,6 +18,7 @@ from typing import Any
 from mixmask import checkpoint, datasets, knn
 from mixmask import config as configs
 from mixmask.config import ConfigError, KNNEval, Pretrain
+from mixmask.datasets.settle import settle
 from mixmask.runs import Run, run_directory
 from mixmask.training.optim import pick_device
 from mixmask.training.progress import say
@@ -29,9 +30,10 @@ def evaluate(config: KNNEval, path: Path, directory: Path) -> dict[str, Any]:
     with Run(directory, config) as run:
         if run.result is None:
             encoder, recipe, _ = checkpoint.load_encoder(path, device)
-            options = (config.run.download, config.allow_partial_data)
-            train, test = (datasets.load(config.dataset, config.run.data_root, s, *options) for s in ("train", "test"))
-            values = knn.evaluate(encoder, train, test, recipe.augment, config.knn, device, config.run.workers)
+            train, test = (datasets.load_split(config, split) for split in ("train", "test"))
+            values = knn.evaluate(
+                encoder, train, test, recipe.augment, config.knn, device, config.run.workers, config.run.eval_batch
+            )
             run.describe()
             run.finish({"run": run.id, "metrics": {f"{name}_last": value for name, value in values.items()}})
         for name, value in run.result["metrics"].items():
@@ -52,6 +54,7 @@ def main() -> None:
     state = checkpoint.load(args.checkpoint)
     recipe, identity = checkpoint.pretraining(state, args.checkpoint)
     config = dataclasses.replace(_config(args.config, args.set, recipe), checkpoint=identity, seed=recipe.seed)
+    config = settle(config)
     evaluate(config, args.checkpoint, args.run_dir or run_directory(args.runs_dir, "knn", config))
 
 
@@ -62,7 +65,7 @@ def _config(path: str | None, items: Sequence[str], recipe: Pretrain) -> KNNEval
         if key in overrides:
             raise ConfigError(f"--set {key}: it is the checkpoint's own, and cannot be chosen")
     pretraining = configs.to_dict(recipe)
-    inherited = {key: pretraining[key] for key in ("dataset", "allow_partial_data", "run", "seed")}
+    inherited = {key: pretraining[key] for key in ("dataset", "allow_partial_data", "folder", "run", "seed")}
     if not path:
         return configs.resolve({"recipe": "knn", "knn": pretraining["knn"], **inherited}, overrides, KNNEval)
     protocol = {key: value for key, value in configs.read_yaml(path).items() if value != ""}

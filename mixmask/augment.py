@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from mixmask.config import Augment, ConfigError
-from mixmask.paths import few_operations
+from mixmask.paths import compiler, few_operations
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, NONE = range(5)
 CROP_TRIES = 10
+# The numbers that a sample draws: for crop, flip, jitter (whether, order, factors), grayscale, blur (whether, sigma).
+DRAWS = ((CROP_TRIES, 4), (), (), (4,), (4,), (), (), ())
 CPU_PIXELS = 256 * 32 * 32  # in a chunk: images that pass through all operations together, in the caches of a core
 # glibc keeps as much freed memory as twice the largest block that was freed, up to 32 MiB. Otherwise every intermediate
 # result would get its pages from the system anew, which costs as much as computing it.
@@ -55,28 +57,33 @@ class Parameters:
 
 
 def sample(
-    augment: Augment,
-    n: int,
-    height: int,
-    width: int,
-    generator: torch.Generator,
-    device: torch.device,
-    views: int = 1,
-    rows: slice = slice(None),
+    augment: Augment, n: int, height: int, width: int, generator: torch.Generator, device: torch.device
 ) -> Parameters:
-    """Draw the parameters of n samples; of several views one behind the other, each with these `rows` of the n.
+    """Draw the parameters of n samples. Every call takes the same number of draws, whatever they are."""
+    return parameters_of(augment, draw(augment, n, generator, device), height, width)
 
-    Every sample takes the same number of draws, whatever they are, and a view the draws that it would take alone.
-    """
-    shapes = [(CROP_TRIES, 4), (), (), (4,), (4,), (), (), (), *([()] if "solarize" in augment.order else [])]
-    lengths = [n * math.prod(shape) for shape in shapes]
-    draws = torch.rand(views, sum(lengths), generator=generator, device=device).split(lengths, dim=1)
+
+def draws_of(augment: Augment) -> list[tuple[int, ...]]:
+    """The shape of what one sample draws for each parameter; that of solarization only where it may come."""
+    return [*DRAWS, *([()] if "solarize" in augment.order else [])]
+
+
+def draw(augment: Augment, n: int, generator: torch.Generator, device: torch.device, views: int = 1) -> Tensor:
+    """Uniform numbers for several views of n samples, (views, numbers): each draws what it would draw alone."""
+    return torch.rand(views, n * sum(map(math.prod, draws_of(augment))), generator=generator, device=device)
+
+
+def parameters_of(augment: Augment, draws: Tensor, height: int, width: int, rows: slice = slice(None)) -> Parameters:
+    """What `draw` decides, for images (height, width): of these `rows` of each view, one view behind the other."""
+    shapes = draws_of(augment)
+    n = draws.shape[1] // sum(map(math.prod, shapes))
+    parts = draws.split([n * math.prod(shape) for shape in shapes], dim=1)
     crop, flip, jitter, order, factors, grayscale, blur, sigma, *solarize = (
-        part.view(views, n, *shape)[:, rows] for part, shape in zip(draws, shapes, strict=True)
+        part.view(len(draws), n, *shape)[:, rows] for part, shape in zip(parts, shapes, strict=True)
     )
     top, left, crop_height, crop_width = sample_crop(augment, height, width, crop.flatten(0, 1))
     low, high = augment.blur_sigma
-    drawn = {
+    decided = {
         "flip": flip < augment.flip_prob,
         "jitter": jitter < augment.jitter_prob,
         "order": order.argsort(dim=-1),
@@ -86,8 +93,8 @@ def sample(
         "sigma": low + (high - low) * sigma,
         "solarize": solarize[0] < augment.solarize_prob if solarize else torch.zeros_like(flip, dtype=torch.bool),
     }
-    boxes = {"top": top, "left": left, "height": crop_height, "width": crop_width}
-    return Parameters(**boxes, **{name: values.flatten(0, 1) for name, values in drawn.items()})
+    box = {"top": top, "left": left, "height": crop_height, "width": crop_width}
+    return Parameters(**box, **{name: values.flatten(0, 1) for name, values in decided.items()})
 
 
 def sample_crop(augment: Augment, height: int, width: int, draws: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -148,24 +155,38 @@ def augment_view(
     return augment_views([augment], [images], generator, batch_size, rows)[0]
 
 
-@torch.no_grad()
 def augment_views(
     augments: Sequence[Augment],
     images: Sequence[Tensor],
     generator: torch.Generator,
     batch_size: int = 0,
     rows: slice = slice(None),
+    compiled: bool = False,
 ) -> list[Tensor]:
-    """`augment_view` of each pair in turn. Views of one augmentation that follow each other share every operation."""
+    """`augment_view` of each pair in turn. Views of one augmentation that follow each other share every operation.
+
+    `compiled`: all of them but the draws in one graph.
+    """
     views: list[Tensor] = []
-    for (augment, shape), pairs in itertools.groupby(
-        zip(augments, images, strict=True), key=lambda pair: (pair[0], pair[1].shape)
-    ):
-        pixels = [images for _, images in pairs]
-        n, device = batch_size or shape[0], pixels[0].device
-        parameters = sample(augment, n, *shape[2:], generator, device, len(pixels), rows)
-        views += apply(augment, torch.cat(pixels) if len(pixels) > 1 else pixels[0], parameters).chunk(len(pixels))
+    transform = _compiled_transform(*compiler().values()) if compiled else transformed
+    pairs = zip(augments, images, strict=True)
+    for (augment, shape), alike in itertools.groupby(pairs, key=lambda pair: (pair[0], pair[1].shape)):
+        pixels = [images for _, images in alike]
+        draws = draw(augment, batch_size or shape[0], generator, pixels[0].device, len(pixels))
+        together = torch.cat(pixels) if len(pixels) > 1 else pixels[0]
+        views += transform(augment, together, draws, rows).chunk(len(pixels))
     return views
+
+
+@torch.no_grad()
+def transformed(augment: Augment, images: Tensor, draws: Tensor, rows: slice) -> Tensor:
+    """The views, one behind the other, that `draws` decide: uint8 (N, 3, H, W) -> normalised (N, 3, size, size)."""
+    return apply(augment, images, parameters_of(augment, draws, *images.shape[2:], rows))
+
+
+@functools.cache
+def _compiled_transform(backend: str | Callable, dynamic: bool) -> Callable[..., Tensor]:
+    return torch.compile(transformed, backend=backend, dynamic=dynamic, fullgraph=True)
 
 
 @torch.no_grad()
@@ -238,8 +259,8 @@ def test_view(images: Tensor, size: int, resize: int | None, mean, std, interpol
     images = images.float()
     height, width = images.shape[2:]
     if resize is not None and resize != min(height, width):
-        scale = resize / min(height, width)
-        shape = (resize, int(scale * width)) if height <= width else (int(scale * height), resize)
+        landscape = height <= width
+        shape = (resize, int(resize * width / height)) if landscape else (int(resize * height / width), resize)
         images = resized(images, shape, interpolation)
     return normalise(center_crop(images, size), mean, std)
 

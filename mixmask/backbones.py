@@ -16,13 +16,14 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 from mixmask.batchnorm import SplitBatchNorm2d, Together, move_running_statistics
 from mixmask.config import Backbone
+from mixmask.paths import compiler
 from mixmask.registry import ARCHITECTURES
 
 
 class ResNet(nn.Module):
     """Images (N, 3, H, W) -> pooled features (N, `features`)."""
 
-    def __init__(self, arch: str, stem: str, width: int = 64, bn_groups: int = 1):
+    def __init__(self, arch: str, stem: str, width: int = 64, bn_groups: int = 1, stem_init: str = "default"):
         super().__init__()
         spec = ARCHITECTURES[arch]
         block, depths = (Bottleneck if spec.bottleneck else BasicBlock), spec.blocks
@@ -39,7 +40,7 @@ class ResNet(nn.Module):
             setattr(self, f"layer{i + 1}", layer)
             channels = planes * block.expansion
         self.features = channels
-        _initialise(self, keep_stem=small)
+        _initialise(self, keep_stem=small and stem_init == "default")
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> mean over the last feature map's pixels, (N, `features`)."""
@@ -83,8 +84,8 @@ def _layer(
 
 
 def _initialise(model: ResNet, keep_stem: bool) -> None:
-    """torchvision's initialisation; the small stem keeps PyTorch's default, since it replaces conv1 after the fact
-    in the published CIFAR code (unmix_c100.py, htdt/self-supervised)."""
+    """torchvision's initialisation; `keep_stem`: but for the small stem, which replaces conv1 after the fact in
+    unmix_c100.py and htdt/self-supervised (in PatrickHua/SimSiam it is initialised with the rest)."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and not (keep_stem and module is model.conv1):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -92,14 +93,14 @@ def _initialise(model: ResNet, keep_stem: bool) -> None:
 
 def build_backbone(backbone: Backbone) -> ResNet:
     """The backbone that a recipe describes."""
-    return ResNet(backbone.arch, backbone.stem, backbone.width, backbone.bn_groups)
+    return ResNet(backbone.arch, backbone.stem, backbone.width, backbone.bn_groups, backbone.stem_init)
 
 
-def compile_backbones(network: nn.Module, backend: str | Callable = "inductor") -> None:
+def compile_backbones(network: nn.Module) -> None:
     """torch.compile of every ResNet inside, in place: BatchNorm, ReLU and sums become one kernel each."""
     for module in network.modules():
         if isinstance(module, ResNet):
-            module.compile(backend=backend)
+            module.compile(**compiler())
 
 
 class Encoder(nn.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import re
 import struct
 import zipfile
 import zlib
@@ -71,7 +72,8 @@ def digest_file(path: Path) -> Path:
 
 def _digests(path: Path) -> list[str]:
     try:
-        return digest_file(path).read_text(encoding="ascii").split()
+        words = digest_file(path).read_text(encoding="ascii").split()
+        return words if all(re.fullmatch("[0-9a-f]{64}", word) for word in words) else []  # a list of sha256sum's
     except (FileNotFoundError, UnicodeDecodeError):
         return []
 

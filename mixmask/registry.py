@@ -59,6 +59,7 @@ class Dataset:
     side: int = 0
     title: str = ""
     code: str | Callable = ""  # MODULE:FUNCTION of its reader, which takes by name what it uses of `load`'s arguments
+    files: str | Callable = ""  # likewise of what lists its files, where these may be others than the published ones
 
     def images(self, split: str) -> int:
         """Images in the split."""
@@ -97,13 +98,18 @@ METHODS = {  # colours differ in lightness too, so that they stay apart in greys
     "both": Method("MixMask with Un-Mix", "of_both", "#b8860b", SHORT, "P", 2, masks=True, mixes=True),
 }
 
-_CIFAR, _READERS = "mixmask.datasets.cifar100", "mixmask.datasets"
+_CIFAR, _TINY, _IMAGENET, _FOLDER = (
+    f"mixmask.datasets.{name}" for name in ("cifar100", "tiny_imagenet", "imagenet", "folder")
+)
 DATASETS = {
     "cifar100": Dataset(100, 50_000, 10_000, 32, "CIFAR-100", f"{_CIFAR}:read"),
     "cifar100_reduced": Dataset(100, 10_000, 5_000, 32, "a fifth of CIFAR-100", f"{_CIFAR}:read_reduced"),
-    "tiny_imagenet": Dataset(200, 100_000, 10_000, 64, "Tiny-ImageNet", f"{_READERS}.tiny_imagenet:read"),
-    "imagenet": Dataset(1000, 1_281_167, 50_000, 0, "ImageNet-1K", f"{_READERS}.imagenet:read"),
-    "photos": Dataset(16, 2_000, 800, 32, "embedded photographs", f"{_READERS}.photos:read"),
+    "tiny_imagenet": Dataset(200, 100_000, 10_000, 64, "Tiny-ImageNet", f"{_TINY}:read", f"{_TINY}:listing"),
+    "imagenet": Dataset(1000, 1_281_167, 50_000, 0, "ImageNet-1K", f"{_IMAGENET}:read", f"{_IMAGENET}:listing"),
+    "photos": Dataset(16, 2_000, 800, 32, "embedded photographs", "mixmask.datasets.photos:read"),
+    "folder": Dataset(
+        0, 0, 0, 0, "your own images", f"{_FOLDER}:read", f"{_FOLDER}:listing"
+    ),  # the images say the rest
 }
 
 ARCHITECTURES = {

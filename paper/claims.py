@@ -19,7 +19,7 @@ from paper.markup import Footnotes, Sheet
 from paper.presets import Budget
 from paper.verdicts import Spread, Verdict, compare, holm
 
-TITLE = "Claims of the paper, what its own numbers say of them, and what our runs do"
+TITLE = "The paper's claims: what its own numbers say of them, and what our runs do"
 FIRST_SEEDS = 3  # of a launch, where no spread is known yet: two would need a difference of 12.7 standard errors
 SUPPORTED, CONTRADICTED, UNDECIDED, NOT_RUN = "supported", "contradicted", "undecided", "not run"
 NO_NUMBER = "no number decides it"

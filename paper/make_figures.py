@@ -6,8 +6,8 @@ examples:
   python paper/make_figures.py figure7 --preset paper --set epochs=100     the runs launched with the same --set
 
 Figures 5, 6 and 7 are drawn from run logs: those of the paper's budget where there are some, else those of a smaller
-preset, marked as such. A curve that has no run yet is absent, and the figure names it. `reduced` is no figure of the
-paper: the curves of our small CPU runs.
+preset, marked as such. A curve that has no run yet is absent, and the figure names it. `replication` sets every
+published number against ours; `reduced` has the curves of our small CPU runs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 from mixmask.config import ConfigError, UserError, main_guard, nearest
 from paper.presets import budget, presets
 
-FIGURES = (*(f"figure{number}" for number in range(1, 9)), "reduced")
-CURVES = ("figure5", "figure6", "figure7", "reduced")
+FIGURES = ("replication", *(f"figure{number}" for number in range(1, 9)), "reduced")
+RUNS = ("replication", "figure5", "figure6", "figure7", "reduced")  # drawn from runs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     style.use()
     for target in targets:
         draw = importlib.import_module(f"paper.figures.{target}").draw
-        figure = draw(budgets, [Path(folder) for folder in options.runs_dir]) if target in CURVES else draw()
+        figure = draw(budgets, [Path(folder) for folder in options.runs_dir]) if target in RUNS else draw()
         for path in _write(figure, target, Path(options.out), options.small):
             print(f"written: {path}")
 

@@ -14,29 +14,27 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
-import html
 import importlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 
 import pandas as pd
+from markupsafe import Markup
 
 from mixmask.config import UserError, main_guard
 from mixmask.runs import commit, write_atomically
-from paper import settings
+from paper import claims, settings
 from paper.cells import tables
 from paper.collect import UNREADABLE, collect
-from paper.make_figures import CURVES, FIGURES
+from paper.make_figures import FIGURES, RUNS
 from paper.presets import Budget, budget, presets
 from paper.report import numbers, prose
 from paper.report.records import Runs, record
+from paper.report.render import piece, render
 
 ROOT = Path(__file__).resolve().parents[1]
-
-PIECES = ROOT / "paper" / "report"
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,12 @@ class Section:
 
     name: str  # table4
     title: str
-    body: str
+    body: Markup
+
+    @property
+    def short(self) -> str:
+        """For the contents: `Table 4`."""
+        return self.title.partition(":")[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -92,16 +95,24 @@ def page(frames: dict[str, pd.DataFrame], budgets: Sequence[Budget], folders: Se
     runs = Runs.find(folders)
     parts = [*_tables(frames, runs), *_figures(frames, runs, budgets, folders), *_own(frames, runs)]
     parts.sort(key=lambda part: part.name.startswith(("table", "figure")))  # what was run at its own scale: first
+    parts = [*_whole(budgets, folders), *parts]
+    counts = numbers.count(frames.values())
     ledger = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8").partition("\n")[2]
-    return Template((PIECES / "page.html").read_text(encoding="utf-8")).substitute(
-        style=(PIECES / "style.css").read_text(encoding="utf-8"),
-        script=(PIECES / "script.js").read_text(encoding="utf-8"),
-        origin=_origin(folders),
-        contents=_contents(parts),
-        summary=_summary(frames),
-        sections="\n".join(_section(part) for part in parts),
+    return render(
+        "page.html",
+        style=piece("style.css"),
+        script=piece("script.js"),
+        commit=(commit()["commit"] or "")[:10],
+        folders=folders,
+        parts=parts,
+        published=counts.total() - counts["ours"],
+        states=[
+            {"key": key, "name": name, "meaning": numbers.MEANING[key], "count": counts[key]}
+            for key, name in numbers.STATES.items()
+        ],
         fidelity=prose.to_html(ledger, item="fidelity", top=2),
-        runs=_runs(frames.values(), runs),
+        records=_records(frames.values(), runs),
+        unfinished=runs.unfinished(),
     )
 
 
@@ -115,6 +126,13 @@ def _tables(frames: dict[str, pd.DataFrame], runs: Runs) -> Iterator[Section]:
     for name in settings.names():
         sheet = settings.sheet(name, settings.collect(name))
         yield Section(name, sheet.title, numbers.sheet(sheet))
+
+
+def _whole(budgets: Sequence[Budget], folders: Sequence[Path]) -> Iterator[Section]:
+    """All numbers in one picture, and the paper's claims."""
+    title = _first_line(ROOT / "paper" / "figures" / "replication.py")
+    yield Section("replication", title, _image("svg+xml", _drawn("replication", budgets, folders), title))
+    yield Section("claims", claims.TITLE, numbers.sheet(claims.sheet(claims.collected(budgets[0], folders))))
 
 
 def _own(frames: dict[str, pd.DataFrame], runs: Runs) -> Iterator[Section]:
@@ -131,14 +149,14 @@ def _numbers(name: str, frame: pd.DataFrame, runs: Runs) -> Section:
 def _figures(
     frames: dict[str, pd.DataFrame], runs: Runs, budgets: Sequence[Budget], folders: Sequence[Path]
 ) -> Iterator[Section]:
-    for name in FIGURES:
+    for name in (name for name in FIGURES if name != "replication"):
         title = _first_line(ROOT / "paper" / "figures" / f"{name}.py")
-        if name in CURVES:
+        if name in RUNS:
             picture = _image("svg+xml", _drawn(name, budgets, folders), title)
             yield Section(name, title, picture + numbers.table(tables()[name], frames[name], runs))
         else:
-            made = f"By the code that trains: <code>python paper/make_figures.py {name}</code>"
-            picture = _image("png", (ROOT / "docs" / "images" / f"{name}.png").read_bytes(), title, made)
+            data = (ROOT / "docs" / "images" / f"{name}.png").read_bytes()
+            picture = _image("png", data, title, f"python paper/make_figures.py {name}")
             yield Section(name, title, picture)
 
 
@@ -160,54 +178,16 @@ def _drawn(name: str, budgets: Sequence[Budget], folders: Sequence[Path]) -> byt
     return file.getvalue()
 
 
-def _image(kind: str, data: bytes, text: str, caption: str = "") -> str:
-    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    below = f"<figcaption>{caption}</figcaption>" if caption else ""
-    picture = f'<div class="scroll" tabindex="0"><img src="{source}" alt="{html.escape(text)}"></div>'
-    return f"<figure>{picture}{below}</figure>\n"
+def _image(kind: str, data: bytes, title: str, command: str = "") -> Markup:
+    return render("figure.html", kind=kind, data=base64.b64encode(data).decode(), title=title, command=command)
 
 
-# -------------------------------------------------------------------------------------------------- their frame
-
-
-def _section(part: Section) -> str:
-    return f'<section id="{part.name}" class="part"><h2>{html.escape(part.title)}</h2>\n{part.body}</section>'
-
-
-def _contents(parts: Iterable[Section]) -> str:
-    names = [(part.name, part.title.partition(":")[0]) for part in parts]
-    names = [("summary", "Summary"), *names, ("fidelity", "Fidelity"), ("runs", "Runs")]
-    return "\n".join(f'<a href="#{name}">{title}</a>' for name, title in names)
-
-
-def _summary(frames: dict[str, pd.DataFrame]) -> str:
-    """How many of the published numbers are in each state, and how many are ours alone; each state is a search."""
-    counts = numbers.count(frames.values())
-    published = counts.total() - counts["ours"]
-    items = [
-        f'<li class="{key}{"" if counts[key] else " none"}"><b>{counts[key]}</b> '
-        f'<a class="badge" href="#?q=is:{key}{"" if key == "ours" else "%20is:published"}">{words}</a> '
-        f"<small>{html.escape(numbers.MEANING[key])}</small></li>"
-        for key, words in numbers.STATES.items()
-    ]
-    return f"<p>The paper prints {published} numbers, in Tables 1 to 7:</p>\n<ul class=states>{''.join(items)}</ul>"
-
-
-def _origin(folders: Sequence[Path]) -> str:
-    head = commit()["commit"]
-    made = f" at commit <code>{head[:10]}</code>" if head else ""
-    return f"Made by <code>paper/make_report.py</code>{made} from {', '.join(html.escape(str(f)) for f in folders)}."
-
-
-def _runs(frames: Iterable[pd.DataFrame], runs: Runs) -> str:
-    """Each run that a number comes from, once; then those that are not finished."""
+def _records(frames: Iterable[pd.DataFrame], runs: Runs) -> list[Markup]:
+    """Each run that a number comes from, once."""
     names = dict.fromkeys(
         name for frame in frames for cell in frame["runs"] for run in cell.split() for name in runs.chain(run)
     )
-    records = [record(name, runs.directories[name]) for name in names if name in runs.directories]
-    open_ones = "".join(f"<li>{html.escape(name)}: {last}</li>" for name, last in runs.unfinished())
-    unfinished = f"<h3>Not finished</h3><ul>{open_ones}</ul>" if open_ones else ""
-    return ("\n".join(records) or "<p>None is finished.</p>") + unfinished
+    return [record(name, runs.directories[name]) for name in names if name in runs.directories]
 
 
 if __name__ == "__main__":

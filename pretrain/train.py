@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from mixmask import config as configs
 from mixmask import datasets, knn, registry
-from mixmask.backbones import compile_backbones
 from mixmask.config import Augment, ConfigError, Pretrain
-from mixmask.datasets.views import train_batches
+from mixmask.datasets.settle import settle
+from mixmask.datasets.verify import verify
+from mixmask.datasets.views import check_augment, train_batches
 from mixmask.frameworks import build_framework
 from mixmask.masks import check_grid, sample_mask
 from mixmask.methods import METHODS, Anchor, extra_crops
@@ -33,7 +34,15 @@ from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
 from mixmask.training import distributed
 from mixmask.training.loop import Loop, epoch_lines, finished, last_and_best, seconds
-from mixmask.training.optim import build_optimizer, device_name, keep_freed_memory, pick_device, set_learning_rate
+from mixmask.training.optim import (
+    arithmetic,
+    build_optimizer,
+    compiles,
+    device_name,
+    keep_freed_memory,
+    pick_device,
+    set_learning_rate,
+)
 from mixmask.training.processes import check_processes
 from mixmask.training.progress import say
 from mixmask.training.state import TrainState
@@ -55,7 +64,8 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
         train_set, test_set = load_data(config, device)
         check_data(config, framework, train_set)
         run.describe(command)
-        state = TrainState(framework, optimizer, config.epochs, len(train_set) // config.batch_size)
+        steps_per_epoch = len(train_set) // config.batch_size
+        state = TrainState(framework, optimizer, config.epochs, steps_per_epoch, data=datasets.counts(train_set))
         rates = functools.partial(learning_rates, config, state.steps_per_epoch)
         images = functools.partial(datasets.batch_indices, len(train_set), config.batch_size, config.seed)
         loop = Loop(run, config, state, rates, images, step_lines=True)
@@ -124,6 +134,8 @@ def check(config: Pretrain) -> None:
     for key, values in (("augment.mean", config.augment.mean), ("augment.std", config.augment.std)):
         if len(values) != 3:
             raise ConfigError(f"{key}: expected three numbers, one per channel, found {list(values)}")
+    if not config.augment.size:
+        raise ConfigError("augment.size: expected at least 1, found 0")
     if method.masks:
         sample_mask(config.mask, config.augment.size, config.augment.size, numpy_generator("check"))
     if method.mixes and config.batch_size == config.mix_groups:
@@ -146,9 +158,8 @@ def load_data(config: Pretrain, device: torch.device) -> tuple[Any, Any]:
     """The verified training and test sets; those held in memory move to the device."""
     sets = []
     for split in ("train", "test"):
-        options = (config.run.download, config.allow_partial_data)
         with distributed.main_process_first():
-            dataset = datasets.load(config.dataset, config.run.data_root, split, *options)
+            dataset = datasets.load_split(config, split)
         sets.append(dataset.to(device) if isinstance(dataset, datasets.Resident) else dataset)
         if dataset.note:
             say(f"note: {dataset.note}")
@@ -159,10 +170,7 @@ def check_data(config: Pretrain, framework: nn.Module, train_set: Any) -> None:
     """Raises ConfigError for settings that this training set cannot bear."""
     images = len(train_set)
     framework.check_data(images)
-    if "crop" not in config.augment.order and isinstance(train_set, datasets.Resident):
-        side = train_set.images.shape[-1]
-        if side != config.augment.size:
-            raise ConfigError(f"augment.size: {config.augment.size}, but no crop resizes the images of {side} pixels")
+    check_augment(train_set, config.augment)
     if config.batch_size > images:
         raise ConfigError(f"batch_size: {config.batch_size} exceeds the {images} training images")
     if config.knn.k > images:
@@ -177,8 +185,8 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
     framework = build_framework(distributed.shard_config(config)).to(device).train()
     if config.run.channels_last:
         framework = framework.to(memory_format=torch.channels_last)
-    if config.run.compile:
-        compile_backbones(framework)
+    if compiles(config.run.compile, device):
+        framework.compile_parts()
     return framework, build_optimizer(config.optimizer, framework.parameters(), framework.fixed_lr_parameters())
 
 
@@ -194,6 +202,7 @@ def views(
     """
     sizes = (config.batch_size, config.seed, epoch, 2, device, config.run.workers)
     part = {"skip": skip, "crops": extra_crops(config) or crops, "rows": distributed.local_slice(config.batch_size)}
+    part["compiled"] = compiles(config.run.compile, device)
     for batch, _ in train_batches(train_set, config.augment, *sizes, **part):
         yield [x.contiguous(memory_format=torch.channels_last) for x in batch] if config.run.channels_last else batch
 
@@ -211,9 +220,12 @@ def coefficients(anchors: list[Anchor]) -> dict[str, Tensor]:
 
 def evaluate(framework: nn.Module, train_set: Any, test_set: Any, config: Pretrain, device: torch.device) -> dict:
     """k-NN accuracy of the encoder as it is now; the first process measures it, and the others wait."""
-    options = (config.augment, config.knn, device, config.run.workers)
+    run = config.run
     with distributed.main_process_first():
-        return {} if distributed.rank() else knn.evaluate(framework.encoder, train_set, test_set, *options)
+        if distributed.rank() or not len(test_set):
+            return {}
+        sets = (train_set, test_set)
+        return knn.evaluate(framework.encoder, *sets, config.augment, config.knn, device, run.workers, run.eval_batch)
 
 
 def knn_is_due(config: Pretrain, epoch: int) -> bool:
@@ -253,7 +265,8 @@ def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, sta
         f"  total batch {config.batch_size} in {config.mix_groups} mix group(s), {steps_per_epoch} steps an epoch, "
         f"{config.epochs} epochs; {o.name}, lr {o.lr:g} (used as it is), weight decay {o.weight_decay:g}",
         *([f"  {processes} processes of {config.batch_size // processes} images each"] if processes > 1 else []),
-        f"  {device}, {config.precision}, {torch.get_num_threads()} CPU threads; log in {run.directory / 'log.jsonl'}",
+        f"  {device}, {arithmetic(config.precision, device, compiles(config.run.compile, device))}, "
+        f"{torch.get_num_threads()} CPU threads; log in {run.directory / 'log.jsonl'}",
         *(f"  note: {text}" for text in cautions(config.schedule, steps_per_epoch, config.epochs)),
     ]
     return "\n".join(lines)
@@ -267,8 +280,11 @@ def main() -> None:
     )
     parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/pretrain/<name of the run>")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
+    parser.add_argument("--verify", action="store_true", help="decode every image once before training")
     args = parser.parse_args()
-    config = configs.load(args.config, configs.parse_overrides(args.set))
+    config = settle(configs.load(args.config, configs.parse_overrides(args.set)))
+    for split in ("train", "test") if args.verify else ():
+        verify(datasets.load_split(config, split))
     train(config, args.run_dir or run_directory(args.runs_dir, "pretrain", config))
 
 

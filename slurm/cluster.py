@@ -107,7 +107,7 @@ def cluster(budget: Budget, stage: str = "pretrain", profile: str = "") -> Clust
     for values in given:
         named = {key for key in values if key.partition(".")[0] in STAGES}
         every |= {key: value for key, value in values.items() if key not in named}
-        if values is given[2]:  # the smoke preset's nets are small in every stage
+        if values is given[2] or values is given[3]:  # a preset's nets are small in every stage; --set is the user's
             own = {key: value for key, value in own.items() if key not in values}
         own |= {key.partition(".")[2]: values[key] for key in named if key.partition(".")[0] == stage}
     values = _nested({**every, **STAGES[stage].resources, **own})

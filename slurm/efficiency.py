@@ -45,19 +45,19 @@ class Used:
 def print_efficiency(jobs: list[Job], runs_dir: Path) -> None:
     """A line for each run that has had a job of SLURM, and what to ask for, stage by stage."""
     known = squeue.records(runs_dir)
-    numbers = {job: known[key]["job"] for job in jobs if (key := str(job.directory.resolve())) in known}
-    used = accounted(numbers.values())
+    numbers = [(job, known[key]["job"]) for job in jobs if (key := str(job.directory.resolve())) in known]
+    used = accounted(number for _, number in numbers)
+    told = [(job, number, used[number]) for job, number in numbers if number in used]
+    if not told:
+        print("accounting knows no job of these runs")
+        return
     print(f"{'job':<10} {'stage':<10} {'state':<12} {'hours':>14} {'memory GB':>14} {'CPU':>12} {'GPU-hours':>10}  run")
-    for job, number in numbers.items():
-        if number in used:
-            print(f"{number:<10} {job.stage:<10} {line(used[number])}  {job.id}")
-    for stage in dict.fromkeys(job.stage for job in numbers):
-        own = [used[number] for job, number in numbers.items() if job.stage == stage and number in used]
-        words = advice(own, next(job for job in numbers if job.stage == stage)) if own else []
-        if words:
+    for job, number, each in told:
+        print(f"{number:<10} {job.stage:<10} {line(each)}  {job.id}")
+    for stage in dict.fromkeys(job.stage for job, *_ in told):
+        own = [(job, each) for job, _, each in told if job.stage == stage]
+        if words := advice([each for _, each in own], own[0][0]):
             print(f"ask for, of {stage}: --set " + " ".join(f"{stage}.cluster.{word}" for word in words))
-    if not numbers:
-        print("no job of SLURM has been submitted for these runs")
 
 
 def line(used: Used) -> str:
@@ -79,7 +79,7 @@ def advice(used: list[Used], job: Job) -> list[str]:
         words += [f"hours={math.ceil(100 * hours) / 100:g}"] if hours < 0.8 * asked.hours else []
     memory = math.ceil(SPARE * max(each.memory for each in used))
     words += [f"memory_gb={memory}"] if 0 < memory < 0.8 * asked.memory_gb else []
-    cpus = max(1, math.ceil(asked.cpus * max(each.cpu_share for each in used)))
+    cpus = max(1, math.ceil(round(asked.cpus * max(each.cpu_share for each in used), 1)))
     words += [f"cpus={cpus}"] if any(each.cpu_share for each in used) and cpus < 0.8 * asked.cpus else []
     return words
 

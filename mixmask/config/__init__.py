@@ -1,6 +1,6 @@
 """Recipes: YAML -> validated, frozen dataclasses; dotted overrides; a hash. Nothing here imports torch.
 
-errors.py <- fields.py <- schema.py <- recipe.py, cli.py
+errors.py <- fields.py <- schema.py, values.py <- recipe.py, cli.py
 """
 
 from mixmask.config.cli import (
@@ -23,8 +23,6 @@ from mixmask.config.recipe import (
     hash8,
     identity,
     load,
-    parse_overrides,
-    read_yaml,
     resolve,
     to_dict,
 )
@@ -50,6 +48,7 @@ from mixmask.config.schema import (
     Schedule,
     UnMix,
 )
+from mixmask.config.values import parse_overrides, read_yaml, recipe_file
 
 __all__ = [
     "GIVEN",
@@ -86,6 +85,7 @@ __all__ = [
     "nearest",
     "parse_overrides",
     "read_yaml",
+    "recipe_file",
     "resolve",
     "to_dict",
     "within",

@@ -80,7 +80,14 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             return float(value)
     elif hint is Any or type(value) is hint or (origin in (Mapping, dict) and isinstance(value, Mapping)):
         return value
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+    if hint is str and type(value) in (int, bool):  # a text that looks like one
+        return str(value).lower()
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text; quote what looks like a number",
+    }
     decimal = ", which is no decimal number" if isinstance(value, str) and OTHERWISE.fullmatch(value) else ""
     raise ConfigError(f"{where}: expected {names.get(hint, hint)}, found {value!r}{decimal}")
 

@@ -9,67 +9,17 @@ import functools
 import hashlib
 import json
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from mixmask.config.errors import ConfigError
 from mixmask.config.fields import build, convert, dotted, flatten, nearest, type_hints
 from mixmask.config.schema import GIVEN, Pretrain
+from mixmask.config.values import read_yaml
 
 T = TypeVar("T")
-
-
-class Loader(yaml.SafeLoader):
-    """YAML whose numbers are decimal: 010, 4:00, 0x1F and 1_000, which are 8, 240, 31 and 1000 in YAML 1.1, are words,
-    and a key that wants a number refuses them.
-    """
-
-
-NUMBERS = {
-    "int": r"[-+]?(0|[1-9][0-9]*)$",
-    "float": r"([-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
-}
-Loader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in NUMBERS]
-    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for name, pattern in NUMBERS.items():
-    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(pattern), list("-+.0123456789"))
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping. Raises ConfigError naming the file (and line) when it does not."""
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
-    except FileNotFoundError:
-        raise ConfigError(f"no such config file: {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}")
-    return values
-
-
-def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
-    """`["mask.grid=4", "method=mixmask"]` -> {"mask.grid": 4, "method": "mixmask"}; values are YAML.
-
-    Raises ConfigError for an item that has no key or no "=", or whose value is not YAML.
-    """
-    overrides = {}
-    for item in items:
-        key, equals, text = item.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--set {item}: expected key=value")
-        try:
-            overrides[key] = yaml.load(text, Loader)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {item}: '{text}' is not a YAML value") from None
-    return overrides
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any], cls: type) -> dict[str, Any]:

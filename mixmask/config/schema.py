@@ -7,6 +7,7 @@ hash (`identity`), so that adding one does not rename the runs that exist.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -27,6 +28,7 @@ class Backbone:
     stem: Literal["cifar", "tiny", "imagenet"]
     width: int = within(1)  # channels of the first stage; 64 in the paper
     bn_groups: int = within(1)  # split BatchNorm: how many parts of the batch have their own statistics
+    stem_init: Literal["default", "kaiming"] = "default"  # of a small stem: PyTorch's own, or as all other convolutions
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Augment:
     """One view's augmentation: the operations, in the order in which they are applied, and their parameters."""
 
     order: tuple[Literal["crop", "flip", "jitter", "grayscale", "blur", "solarize"], ...]
-    size: int = within(1)  # side of a view, pixels
+    size: int = within(0)  # side of a view, pixels; 0, in a probe: that of the pre-training
     crop_scale: tuple[float, float] = within(1e-3, 1, default=(1.0, 1.0), interval=True)
     crop_ratio: tuple[float, float] = within(1e-3, default=(0.75, 4 / 3), interval=True)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
@@ -170,6 +172,13 @@ class KNN:
 
 
 @dataclass(frozen=True)
+class Folder:
+    """Of `dataset: folder`, your own images (mixmask/datasets/folder.py)."""
+
+    held_out: float = within(0, 0.9, default=0.1)  # share kept for testing where there are no test images
+
+
+@dataclass(frozen=True)
 class Execution:
     """Where and how a run is carried out: nothing here changes a number, so nothing here is hashed."""
 
@@ -177,11 +186,16 @@ class Execution:
     download: bool = True  # fetch CIFAR-100 where it is missing
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     workers: int = within(0, default=8)  # processes that decode images (ImageNet)
+    eval_batch: int = within(1, default=500)  # images at a time where features are taken: less memory with fewer
     log_every: int = within(1, default=10)  # iterations between log lines
     checkpoint_every: int = within(1, default=1)  # epochs between checkpoints
     checkpoint_minutes: float = within(0, default=15.0)  # and within a long epoch: minutes between checkpoints
     channels_last: bool = True
-    compile: bool = False  # torch.compile of the backbones: a minute at the start, and a C++ compiler on a CPU
+    # torch.compile of augmentation, backbones and loss: a minute at the start, and a C++ compiler on a CPU.
+    compile: Literal["auto", True, False] = "auto"  # auto: on GPUs where it was tested (training/optim.py)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data_root", os.path.expanduser(self.data_root))
 
 
 @dataclass(frozen=True)
@@ -211,6 +225,8 @@ class Pretrain:
     knn: KNN
     mscn: MSCN = MSCN()
     allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
+    folder: Folder = Folder()
+    data: str = ""  # which images, where they are not a published set, verified; filled in (datasets/settle.py)
     run: Execution = Execution()
 
 
@@ -229,6 +245,8 @@ class KNNEval:
     knn: KNN
     checkpoint: str = ""  # the pre-training run's identity, filled in by eval/knn.py
     allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
+    folder: Folder = Folder()
+    data: str = ""  # which images, where they are not a published set, verified; filled in (datasets/settle.py)
     run: Execution = Execution()
 
 
@@ -246,11 +264,13 @@ class Linear:
     optimizer: Optimizer
     schedule: Schedule
     augment: Augment
-    test_resize: int = within(0)  # shorter side before the centre crop; 0: none
+    test_resize: int = within(-1, default=-1)  # shorter side before the centre crop; 0: none; -1: as for k-NN
     features: Literal["augmented", "cached"] = "augmented"  # of views drawn anew each epoch, or of test views, once
     init: Literal["normal", "uniform"] = "normal"  # N(0, 0.01) and bias 0 (MoCo), or PyTorch's own (htdt, PatrickHua)
     checkpoint: str = ""  # the pre-training run's identity, filled in by eval/linear.py
     allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
+    folder: Folder = Folder()
+    data: str = ""  # which images, where they are not a published set, verified; filled in (datasets/settle.py)
     run: Execution = Execution()
 
 
@@ -270,13 +290,15 @@ class Finetune:
     optimizer: Optimizer  # its lr is the classifier's
     schedule: Schedule  # of both rates
     augment: Augment
-    test_resize: int = within(0)  # shorter side before the centre crop; 0: none
+    test_resize: int = within(-1, default=-1)  # shorter side before the centre crop; 0: none; -1: as for k-NN
     label_list: Literal["balanced", "simclr"] = "balanced"  # which images are labelled (mixmask/labels.py)
     subset_seed: int = within(0, default=0)  # balanced: which subset; the same one for every `seed`
     bn_groups: int = within(1, default=1)  # parts of the batch that have their own BatchNorm statistics
     init: Literal["checkpoint", "random"] = "checkpoint"  # random: the checkpoint gives the architecture alone
     checkpoint: str = ""  # the identity of the weights, filled in by eval/finetune.py
     allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
+    folder: Folder = Folder()
+    data: str = ""  # which images, where they are not a published set, verified; filled in (datasets/settle.py)
     run: Execution = Execution()
 
     def __post_init__(self) -> None:

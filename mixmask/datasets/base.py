@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -49,6 +52,9 @@ class Packed(Protocol):
     def read(self, index: int) -> bytes:
         """The file of image `index`. Raises DataError where it cannot be read."""
 
+    def size(self, index: int) -> int:
+        """Its size in bytes."""
+
     def take(self, indices: Sequence[int]) -> Packed:
         """Those images alone."""
 
@@ -74,6 +80,43 @@ class Files:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+def counts(dataset: Resident | Files) -> dict[str, int]:
+    """How many images and classes it has, for a checkpoint: a run is not continued with others."""
+    return {"images": len(dataset), "classes": len(dataset.classes)}
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a split before any is read: their files, labels int64 (N,), classes; the folder that holds them."""
+
+    paths: Sequence[str]
+    labels: Tensor
+    classes: tuple[str, ...]  # none: nobody has labelled them
+    folder: Path
+    note: str = ""
+    packed: Packed | None = None
+
+    def identity(self) -> str:
+        """How many they are, and eight digits of the SHA-256 of their names and sizes. Raises DataError."""
+        digest = hashlib.sha256()
+        for index, path in enumerate(self.paths):
+            size = file_size(path) if self.packed is None else self.packed.size(index)
+            digest.update(os.fsencode(f"{path.removeprefix(str(self.folder))} {size}\n"))
+        digest.update("\n".join(self.classes).encode(errors="surrogateescape"))
+        return f"{len(self.paths):,} images in {len(self.classes)} classes, {digest.hexdigest()[:8]}"
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def file_size(path: str) -> int:
+    """In bytes. Raises DataError for an image file that is not there."""
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        raise DataError(f"image file {path} is missing or unreadable: {error.strerror}") from None
 
 
 def one_line(error: Exception) -> str:

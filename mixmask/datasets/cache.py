@@ -21,15 +21,15 @@ from mixmask.runs import discard
 log = logging.getLogger(__name__)
 
 
-def decode_all(paths: Sequence[str], side: int) -> Tensor:
-    """Every file as uint8 (N, 3, side, side). Raises DataError for a broken file or one of another size."""
-    images = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
+def decode_all(paths: Sequence[str], shape: tuple[int, int], upright: bool = False) -> Tensor:
+    """Every file as uint8 (N, 3, *shape), shape (H, W). Raises DataError for a broken file or one of another size."""
+    images = torch.empty(len(paths), 3, *shape, dtype=torch.uint8)
 
     def decode(i: int) -> None:
-        image = read_image(paths[i])
+        image = read_image(paths[i], upright)
         if image.shape != images.shape[1:]:
             size = f"{image.shape[2]}x{image.shape[1]}"
-            raise DataError(f"image file {paths[i]} has {size} pixels, expected {side}x{side}")
+            raise DataError(f"image file {paths[i]} has {size} pixels, expected {shape[1]}x{shape[0]}")
         images[i] = image
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -42,6 +42,16 @@ def read_image(path: str | os.PathLike[str], upright: bool = False) -> Tensor:
     return decode(content, os.fspath(path), upright)
 
 
+def read_shape(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(height, width) of an image file, turned upright, of which only the header is read. Raises DataError."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception as error:  # as in `decode`
+        raise _unreadable(os.fspath(path), getattr(error, "strerror", None) or one_line(error)) from None
+
+
 def decode(content: bytes, name: str, upright: bool = False) -> Tensor:
     """The bytes of an image file called `name` as RGB uint8 (3, H, W). Raises DataError where they are none."""
     try:

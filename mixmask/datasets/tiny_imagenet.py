@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixmask.datasets.base import DataError, Expected, Resident
+from mixmask.datasets.base import DataError, Expected, Listing, Resident
 from mixmask.datasets.cache import decode_all, kept
 from mixmask.datasets.tree import (
     check_counts,
@@ -23,15 +23,22 @@ from mixmask.datasets.tree import (
 
 
 def read(root: Path, split: str, expected: Expected, allow_partial: bool) -> Resident:
-    """The order of wnids.txt is that of the classes; the decoded images are kept beside, in mixmask_<split>.pt."""
+    """The images in memory; once decoded they are kept beside, in mixmask_<split>.pt."""
+    files = listing(root, split, expected, allow_partial)
+    paths, cache = files.paths, files.folder / f"mixmask_{split}.pt"
+    images = kept(cache, paths, lambda: decode_all(paths, (expected.side, expected.side)))
+    return Resident(images, files.labels, files.classes, "tiny_imagenet", files.note)
+
+
+def listing(root: Path, split: str, expected: Expected, allow_partial: bool) -> Listing:
+    """The image files; the order of wnids.txt is that of the classes."""
     folder = find_folder(root, ("tiny-imagenet-200",), ("wnids.txt", "train", "val"), "Tiny-ImageNet")
     wnids = tuple(read_text(folder / "wnids.txt").split())
     if len(set(wnids)) != expected.classes:
         raise DataError(f"{folder / 'wnids.txt'}: found {len(set(wnids))} classes, expected {expected.classes}")
     paths, labels = (_train if split == "train" else _val)(folder, wnids)
     note = check_counts("Tiny-ImageNet", split, folder, labels, wnids, expected, allow_partial)
-    images = kept(folder / f"mixmask_{split}.pt", paths, lambda: decode_all(paths, expected.side))
-    return Resident(images, labels, wnids, "tiny_imagenet", note)
+    return Listing(paths, labels, wnids, folder, note)
 
 
 def _train(folder: Path, wnids: Sequence[str]) -> tuple[list[str], Tensor]:

@@ -74,6 +74,19 @@ def files_of(folders: Sequence[Path]) -> tuple[list[str], Tensor]:
     return paths, torch.arange(len(folders)).repeat_interleave(torch.tensor([len(some) for some in names]))
 
 
+def by_class(names: Sequence[str], classes: Sequence[str], where: Path) -> tuple[list[int], Tensor]:
+    """For images <class>/<name> in any order: the order that class folders have, and the labels (N,) in it.
+
+    Raises DataError for a class that is not among `classes`.
+    """
+    index = {name: i for i, name in enumerate(classes)}
+    found = [name.split("/", 1)[0] for name in names]
+    if strangers := sorted(set(found) - set(classes)):
+        raise DataError(f"{where}: images of {some(strangers)}, of which there are none for training")
+    order = sorted(range(len(names)), key=lambda i: (index[found[i]], names[i]))
+    return order, torch.tensor([index[found[i]] for i in order], dtype=torch.long)
+
+
 def check_counts(
     title: str,
     split: str,

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixmask.backbones import Encoder
+from mixmask.backbones import Encoder, compile_backbones
 from mixmask.config import Augment
+from mixmask.paths import compiler
 
 
 class Framework(nn.Module):
@@ -30,6 +31,7 @@ class Framework(nn.Module):
 
     Settings: type  # a frozen dataclass
     encoder: Encoder
+    compiled: tuple[str, ...] = ()  # the methods that `compile_parts` compiles: of tensors alone
 
     def crops(self, augment: Augment) -> list[Augment]:
         """Beside the views, the augmentation of each crop that `targets` takes (multi-crop): here none."""
@@ -46,6 +48,12 @@ class Framework(nn.Module):
     def score(self, embedding: tuple[Tensor, ...], targets: Any, clean: bool) -> Tensor:
         """One loss per row, (N,). `clean`: of x1 itself, in all the framework's directions."""
         raise TypeError(f"{type(self).__name__} defines no score()")
+
+    def compile_parts(self) -> None:
+        """torch.compile of the backbones and of what `compiled` names, in place."""
+        compile_backbones(self)
+        for name in self.compiled:
+            setattr(self, name, torch.compile(getattr(self, name), **compiler()))
 
     def loss(self, embedding: tuple[Tensor, ...], targets: Any, weight: Tensor | float, clean: bool) -> Tensor:
         """An anchor's part of the objective, a scalar: here the mean over the rows of weight times score.

@@ -50,6 +50,7 @@ class MoCo(Framework):
     """The query encoder is `encoder`; `queue` (K, dim) is a ring buffer, `pointer` the next row to be overwritten."""
 
     Settings = Settings
+    compiled = ("with_negatives", "infonce")
 
     def __init__(self, backbone: ResNet, settings: Settings):
         super().__init__()
@@ -76,30 +77,30 @@ class MoCo(Framework):
         clean = [place for place, images in enumerate(views, 1) if images is targets.x1 and self.settings.symmetric]
         for place in clean:
             views.insert(place, targets.x2)
-        embeddings = [self.with_negatives(unit(output)) for output in self.encoder.views(views)]
+        embeddings = [self.with_negatives(output) for output in self.encoder.views(views)]
         for place in clean:
             targets.q2 = embeddings.pop(place)
         return embeddings
 
-    def with_negatives(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (N, dim), and the log-sum-exp (N,) of q.u / T over the queue's keys u: the negatives of Eq. 5."""
+    def with_negatives(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries q (N, dim), and the log-sum-exp (N,) of q.u / T over the queue's keys u: the negatives of Eq. 5."""
+        q = unit(output)
         with torch.autocast(q.device.type, enabled=False):
             return q, torch.logsumexp(q @ self.queue.T / self.settings.temperature, dim=1)
 
     def score(self, embedding: tuple[Tensor, Tensor], targets: Targets, clean: bool) -> Tensor:
         """Eq. 5 (a clean query) or one term of Eq. 6 (a mixture), per row (N,); summed over directions if symmetric."""
+        loss = self.infonce(embedding, targets.k2)
         if clean:
-            targets.positive_similarity = (embedding[0].detach() * targets.k2).sum(dim=1).mean()
-        if not self.settings.symmetric:
-            return self.infonce(embedding, targets.k2)
-        if clean:  # both directions at once: (2, N, dim), (2, N)
-            embedding = tuple(torch.stack(of_both) for of_both in zip(embedding, targets.q2, strict=True))
-        return self.infonce(embedding, torch.stack((targets.k2, targets.k1))).sum(dim=0)
+            targets.positive_similarity = (embedding[0] * targets.k2).sum(dim=1).mean().detach()
+        if self.settings.symmetric:
+            loss = loss + self.infonce(targets.q2 if clean else embedding, targets.k1)
+        return loss
 
     def infonce(self, embedding: tuple[Tensor, Tensor], keys: Tensor) -> Tensor:
-        """-log of exp(q.k / T) over itself plus the sum over the queue of exp(q.u / T) (Eq. 5): (N,), (2, N) of two."""
+        """-log of exp(q.k / T) over itself plus the sum over the queue of exp(q.u / T) (Eq. 5). (N,)"""
         q, negatives = embedding
-        positive = (q * keys).sum(dim=-1) / self.settings.temperature
+        positive = (q * keys).sum(dim=1) / self.settings.temperature
         return torch.logaddexp(positive, negatives) - positive
 
     @torch.no_grad()

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,9 +24,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from mixmask.config import ConfigError, Pretrain, UserError
+from mixmask.numerics import wide
 from mixmask.runs import Run
 from mixmask.training import progress
 
+LATE = 10.0  # seconds of waiting after which every process says that it waits
 ARRIVAL = timedelta(minutes=10)  # for all processes to start
 VARIABLES = "the process group's environment variables"
 PATIENCE = timedelta(hours=1)  # for one that downloads or evaluates; one that ends is noticed at once
@@ -141,13 +145,33 @@ def start(world: World, device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    with _contact(f"{world.size} processes do not find each other at {world.address}"):
+    with _waiting(world), _contact(f"{world.size} processes do not find each other at {world.address}"):
         store, *_ = next(dist.rendezvous(world.address, world.rank, world.size, timeout=ARRIVAL))
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
         barrier()
     yield
     barrier()
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _waiting(world: World, environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """The first process says within a second for whom it waits, and where; another one where that takes long.
+
+    A shell inside a step of several tasks looks like one of them, and would wait for the others without a word.
+    """
+    place = f"{environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}" if world.address == "env://" else world.address
+    step = f" of SLURM step {environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}" if place == world.address else ""
+    others = f"the other {world.size - 1}" if world.size > 2 else "the other one"
+    text = f"note: process {world.rank + 1} of {world.size}{step} waits at {place} for {others}"
+    alone = "; one process alone: srun --ntasks=1" if step else ""
+    timer = threading.Timer(LATE if world.rank else 1, lambda: print(text + alone, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager
@@ -273,7 +297,7 @@ def mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each scalar's mean over the processes, in float64."""
     if size() == 1 or not values:
         return dict(values)
-    total = _sum(torch.stack([value.double() for value in values.values()]))
+    total = _sum(torch.stack([wide(value) for value in values.values()]))
     return dict(zip(values, total.div_(size()).unbind(), strict=True))
 
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from mixmask.config import ConfigError, Optimizer
 
+# GPUs, as PyTorch names them, on which tests/unit/test_gpu.py has passed: benchmarks/gpu.py says whether it has.
+COMPILED: frozenset[str] = frozenset()
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt
 
 
@@ -78,6 +80,20 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise ConfigError(f"run.device: no '{name}' here; expected auto, cpu or a GPU such as cuda") from None
     return torch.device(name)
+
+
+def compiles(setting: bool | str, device: torch.device) -> bool:
+    """Whether `run.compile` says so. `auto`: on the GPUs of COMPILED."""
+    return device_name(device) in COMPILED if setting == "auto" else bool(setting)
+
+
+def arithmetic(precision: str, device: torch.device, compiled: bool) -> str:
+    """For the header of a log: in what a step computes. On a GPU, sets what PyTorch leaves to its defaults."""
+    if device.type != "cuda":
+        return precision + (", compiled" if compiled else "")
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False
+    of_fp32 = "convolutions in TF32, matrix products in fp32" if precision == "fp32" else "the rest in fp32"
+    return f"{precision} ({of_fp32}), {'compiled' if compiled else 'eager'}"
 
 
 def device_name(device: torch.device) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask import checkpoint
+from mixmask.numerics import exact_device, wide
 
 
 @dataclass
@@ -24,6 +25,7 @@ class TrainState:
     step: int = 0  # steps done
     sums: dict[str, Tensor] = field(default_factory=dict)  # of this epoch's values
     losses: list[Tensor] = field(default_factory=list)  # of this epoch's steps, or of those since the run was resumed
+    data: dict[str, int] = field(default_factory=dict)  # how many images and classes
     parts: dict[str, Any] = field(default_factory=dict)  # by name: what else has a state_dict, such as a scheduler
 
     @property
@@ -39,7 +41,7 @@ class TrainState:
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add a step's scalars to the epoch's sums, in float64, and keep its loss; nothing waits for the device."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.double()
+            self.sums[name] = self.sums.get(name, 0) + wide(value)
         self.losses.append(values["loss"])
 
     def means(self) -> dict[str, Tensor]:
@@ -56,6 +58,7 @@ class TrainState:
         return {
             "step": self.step,
             "steps": self.steps,
+            "data": self.data,
             "sums": self.sums,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -69,13 +72,20 @@ class TrainState:
         missing = [name for name in ("model", "optimizer", "step", *self.parts) if name not in saved]
         if missing:
             raise checkpoint.CheckpointError(f"{path} is no checkpoint of this stage: no '{missing[0]}' in it")
+        here = {"steps": self.steps, **self.data}
+        for name, there in {"steps": saved.get("steps"), **saved.get("data", {})}.items():
+            if there is not None and there != here.get(name, there):
+                raise checkpoint.CheckpointError(
+                    f"{path} is of a run of {there:,} {name}, and there are {here[name]:,} now: its data have changed; "
+                    "put them back, or give another --run-dir"
+                )
         checkpoint.load_weights(self.model, saved["model"], path)
         self.optimizer.load_state_dict(saved["optimizer"])
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
         if "random" in saved:
             checkpoint.restore_random_states(saved["random"])
-        device = next(self.model.parameters()).device
+        device = exact_device(next(self.model.parameters()).device)
         self.sums = {name: total.to(device) for name, total in saved.get("sums", {}).items()}
         self.step = saved["step"]
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from markupsafe import Markup
+
+from paper.report.render import render
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 300, 110, 44, 16, 16  # of the picture and of what surrounds its curve
 POINTS = 150  # more are thinned out: no eye tells the difference at this size
 DRAWN = ("loss", "knn_", "test_", "box_AP", "mask_AP")  # how the names of what is drawn begin
 
 
-def curves(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+def curves(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
     """One SVG for the loss, one for each accuracy that has been logged more than once."""
     return [draw(name, sorted(points.items())) for name, points in quantities(lines).items() if len(points) > 1]
 
@@ -32,7 +35,7 @@ def unit(lines: Sequence[Mapping[str, Any]]) -> str:
     return "epoch" if any(line["kind"] == "epoch" for line in lines) else "iteration"
 
 
-def draw(name: str, points: Sequence[tuple[float, float]]) -> str:
+def draw(name: str, points: Sequence[tuple[float, float]]) -> Markup:
     """The curve between its least and its greatest value, which stand at the axis; its name and last value above."""
     thin = list(points[:: max(1, len(points) // POINTS)])
     thin += [] if thin[-1] == points[-1] else [points[-1]]
@@ -47,10 +50,8 @@ def draw(name: str, points: Sequence[tuple[float, float]]) -> str:
         (LEFT, HEIGHT - 3, "start", f"{min(xs):g}"),
         (WIDTH - 4, HEIGHT - 3, "end", f"{max(xs):g}"),
     ]
-    labels = "".join(f'<text x="{x}" y="{y}" text-anchor="{a}">{html.escape(t)}</text>' for x, y, a, t in texts)
-    frame = f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - 4}" class="axis"/>'
-    box = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" class="curve"'
-    return f'<svg {box} aria-label="{html.escape(title)}">{frame}<polyline points="{path}"/>{labels}</svg>'
+    frame = f"M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - 4}"
+    return render("curve.svg", width=WIDTH, height=HEIGHT, title=title, axis=frame, points=path, labels=texts)
 
 
 def _place(value: float, values: Sequence[float], start: float, end: float) -> float:

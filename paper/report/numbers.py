@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import html
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
 
 from paper import comparisons
 from paper.cells import Heading, Table
 from paper.collect import NO_RUN, NOT_IMPLEMENTED, PUBLIC_ONLY, UNREADABLE
 from paper.markup import Footnotes, Sheet
 from paper.presets import presets
-from paper.report.records import Runs, definitions
+from paper.report.records import Runs
+from paper.report.render import render
 
 # What a number can be, in the order in which the summary counts them; colours in style.css.
 STATES = {
@@ -76,56 +77,52 @@ def words(cell: pd.Series) -> str:
 # ------------------------------------------------------------------------------------------------------- tables
 
 
-def table(source: Table, frame: pd.DataFrame, runs: Runs) -> str:
+def table(source: Table, frame: pd.DataFrame, runs: Runs) -> Markup:
     """The paper's layout in a box that scrolls, its footnotes, and what is behind each number."""
     notes, cells = Footnotes(), {(cell["row"], cell["column"]): cell for _, cell in frame.iterrows()}
     rows, group = [], ""
     for row in source.rows:
         if row.group != group:
             group = row.group
-            rows.append(f'<tr class="group"><th colspan="{len(source.columns) + 1}">{html.escape(group)}</th></tr>')
+            rows.append(group)
         rows.append(_row(row, [cells.get((row.label, column.label)) for column in source.columns], notes))
-    head = _head([(column.group, column.name) for column in [Heading(""), *source.columns]])
-    behind = "\n".join(details(cell, runs) for _, cell in frame.iterrows())
-    title = f"Behind each number ({len(frame)})"
-    about = f"<p>{html.escape(scale(source))}</p>" if source.scale else ""
-    below = _footnotes(notes) + _legend(source, frame)
-    return f"{about}{_box(head, rows)}{below}<details><summary>{title}</summary>\n{behind}</details>"
-
-
-def scale(source: Table) -> str:
-    """What a table of another scale than the paper's must say above its numbers."""
-    return f"{source.title}. {source.scale.capitalize()}: {source.about}."
-
-
-def _legend(source: Table, frame: pd.DataFrame) -> str:
-    """What was measured, and what each preset that occurs means."""
-    metrics = ", ".join(f"<code>{html.escape(name)}</code>" for name in dict.fromkeys(frame["metric"]))
-    used = [name for name in presets() if any(frame["preset"].str.split(",").str[0] == name)]
-    texts = [f"Metric: {metrics}.", "Ours: mean ± standard deviation over n seeds." if any(frame["n"] > 1) else ""]
-    texts += map(html.escape, comparisons.legend(source, frame))
-    texts += [f"Preset {name}: {html.escape(presets()[name].about)}." for name in used]
-    return f'<p class="notes">{" ".join(filter(None, texts))}</p>'
-
-
-def _row(row: Heading, cells: Sequence[pd.Series | None], notes: Footnotes) -> str:
-    name = html.escape(row.name + notes.marks(cell["note"] for cell in cells if cell is not None))
-    return f"<tr><th>{name}</th>{''.join(_number(cell, notes) for cell in cells)}</tr>"
-
-
-def _number(cell: pd.Series | None, notes: Footnotes) -> str:
-    if cell is None:
-        return "<td></td>"
-    mark = notes.marks([_origin(cell)])
-    published = f'<span title="published">{cell["published"]:.1f}{mark}</span>' if pd.notna(cell["published"]) else ""
-    own = f'<b title="ours">{ours(cell)}{notes.marks([cell["remark"]])}</b>' if cell["n"] else ""
-    size = f"n = {cell['n']}" + (f", {_epochs(cell)}" if _epochs(cell) else "") if cell["n"] else ""
-    link, text = html.escape(cell["cell"]), html.escape(searchable(cell))
-    return (
-        f'<td class="cell {state(cell)}" data-text="{text}"><a href="#{link}">'
-        f'<span class="pair">{published}{own}</span>'
-        f'<small>{size}</small><span class="badge">{html.escape(words(cell))}</span></a></td>'
+    return render(
+        "table.html",
+        source=source,
+        heads=_heads([(column.group, column.name) for column in [Heading(""), *source.columns]]),
+        width=len(source.columns) + 1,
+        rows=rows,
+        notes=notes,
+        metrics=list(dict.fromkeys(frame["metric"])),
+        legend=_legend(source, frame),
+        behind=[_behind(cell, runs) for _, cell in frame.iterrows()],
     )
+
+
+def _legend(source: Table, frame: pd.DataFrame) -> list[str]:
+    """How the verdicts are reached, and what each preset that occurs means."""
+    used = [name for name in presets() if any(frame["preset"].str.split(",").str[0] == name)]
+    spread = ["Ours: mean ± standard deviation over n seeds."] if any(frame["n"] > 1) else []
+    return [*spread, *comparisons.legend(source, frame), *(f"Preset {name}: {presets()[name].about}." for name in used)]
+
+
+def _row(row: Heading, cells: Sequence[pd.Series | None], notes: Footnotes) -> dict[str, Any]:
+    name = row.name + notes.marks(cell["note"] for cell in cells if cell is not None)
+    return {"name": name, "cells": [None if cell is None else _number(cell, notes) for cell in cells]}
+
+
+def _number(cell: pd.Series, notes: Footnotes) -> dict[str, Any]:
+    mark = notes.marks([_origin(cell)])
+    return {
+        **_shown(cell),
+        "published": f"{cell['published']:.1f}{mark}" if pd.notna(cell["published"]) else "",
+        "ours": ours(cell) + notes.marks([cell["remark"]]) if cell["n"] else "",
+        "size": f"n = {cell['n']}" + (f", {_epochs(cell)}" if _epochs(cell) else "") if cell["n"] else "",
+    }
+
+
+def _shown(cell: pd.Series) -> dict[str, str]:
+    return {"id": cell["cell"], "state": state(cell), "words": words(cell), "searchable": searchable(cell)}
 
 
 def _epochs(cell: pd.Series) -> str:
@@ -144,9 +141,8 @@ def searchable(cell: pd.Series) -> str:
     return " ".join([*place, words(cell), cell["metric"], cell["preset"], cell["runs"]]).lower()
 
 
-def details(cell: pd.Series, runs: Runs) -> str:
+def _behind(cell: pd.Series, runs: Runs) -> dict[str, Any]:
     """A number's provenance: what it is, and the runs that it comes from."""
-    names = list(dict.fromkeys(itertools.chain.from_iterable(map(runs.chain, cell["runs"].split()))))
     facts = {
         "cell": cell["cell"],
         "published": f"{cell['published']:.1f}" if pd.notna(cell["published"]) else "nothing",
@@ -160,50 +156,19 @@ def details(cell: pd.Series, runs: Runs) -> str:
         "note": "; ".join(filter(None, [cell["note"], cell["remark"]])),
         "launch": f"python slurm/launch.py {cell['cell']}" if cell["state"] != NOT_IMPLEMENTED else "",
     }
-    links = "".join(
-        f'<div class="run" data-run="{n}"><a href="#run/{n}">{n}</a></div>' for n in map(html.escape, names)
-    )
-    title = f"{html.escape(cell['row'])} · {html.escape(cell['column'])}"
-    name, badge = html.escape(cell["cell"]), f'<span class="badge">{html.escape(words(cell))}</span>'
-    return (
-        f'<details id="{name}" class="behind {state(cell)}" data-text="{html.escape(searchable(cell))}">'
-        f'<summary>{title} {badge}</summary><p><a href="#{name}">link to this number</a>, '
-        f'<a href="#{cell["cell"].split("/")[0]}">back to the table</a></p>{definitions(facts)}{links}</details>'
-    )
+    names = dict.fromkeys(itertools.chain.from_iterable(map(runs.chain, cell["runs"].split())))
+    shown = {name: value for name, value in facts.items() if value}
+    return {**_shown(cell), "title": f"{cell['row']} · {cell['column']}", "facts": shown, "runs": list(names)}
 
 
-def sheet(source: Sheet) -> str:
-    """A table of settings."""
-    rows = [_settings(line) for line in source.body]
-    legend = "".join(f"<p>{html.escape(text)}</p>" for text in source.legend)
-    return _box(_head(source.columns), rows) + _footnotes(source.footnotes) + legend
+def sheet(source: Sheet) -> Markup:
+    """A table of settings, or of claims."""
+    notes, legend = source.footnotes, source.legend
+    return render("settings.html", heads=_heads(source.columns), body=source.body, notes=notes, legend=legend)
 
 
-def _settings(line: Sequence[str]) -> str:
-    cells = "".join(f"<td>{html.escape(text)}</td>" for text in line)
-    return f'<tr data-text="{html.escape(" ".join(line).lower())}">{cells}</tr>'
-
-
-def _head(columns: Sequence[tuple[str, str]]) -> str:
+def _heads(columns: Sequence[tuple[str, str]]) -> dict[str, list]:
     """The columns' names, under their groups where there are any."""
-    names = "".join(f"<th>{html.escape(name)}</th>" for _, name in columns)
-    if not any(group for group, _ in columns):
-        return f"<tr>{names}</tr>"
-    spans = [(group, len(list(part))) for group, part in itertools.groupby(group for group, _ in columns)]
-    groups = "".join(f'<th colspan="{n}">{html.escape(group)}</th>' for group, n in spans)
-    return f'<tr class="groups">{groups}</tr><tr>{names}</tr>'
-
-
-def _box(head: str, rows: Sequence[str]) -> str:
-    body = "\n".join(rows)
-    return f'<div class="scroll" tabindex="0"><table><thead>{head}</thead>\n<tbody>{body}</tbody></table></div>\n'
-
-
-def _footnotes(notes: Sequence[str]) -> str:
-    texts = "".join(f"<p>[{number}] {linked(text)}</p>" for number, text in enumerate(notes, 1))
-    return f'<div class="notes">{texts}</div>' if texts else ""
-
-
-def linked(text: str) -> str:
-    """The ledger, where it is named, as a link to the ledger."""
-    return re.sub(r"docs/fidelity\.md", '<a href="#fidelity">docs/fidelity.md</a>', html.escape(text))
+    groups = [(group, len(list(part))) for group, part in itertools.groupby(group for group, _ in columns)]
+    named = any(group for group, _ in groups)
+    return {"groups": groups if named else [], "names": [name for _, name in columns]}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from mixmask.config import read_yaml
 from mixmask.runs import read_environments, read_log, read_result
 from paper.report.curve import curves
+from paper.report.render import render
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def _last_epoch(directory: Path) -> str:
     return f"epoch {max(epochs)}" if epochs else "nothing logged yet"
 
 
-def record(name: str, directory: Path) -> str:
+def record(name: str, directory: Path) -> Markup:
     """A run: `<details id="run/NAME">`, its parts in `<div class="record">`."""
     result, environment = read_result(directory) or {}, _environment(directory)
     facts = {
@@ -64,32 +66,22 @@ def record(name: str, directory: Path) -> str:
         "weights of": _checkpoint_of(directory),
         "checkpoint": _sha256(directory),
     }
-    parts = [
-        definitions(facts),
-        "".join(curves(read_log(directory))),
-        _pre("command", _read(directory / "command.txt")),
-        _pre("config", _read(directory / "config.yaml")),
-    ]
-    place = html.escape(f"{directory.parent.name}: {name}")
-    body = "\n".join(part for part in parts if part)
-    title = f"<summary>{place} <small>{html.escape(_last(result))}</small></summary>"
-    return f'<details id="run/{html.escape(name)}">{title}<div class="record">{body}</div></details>'
+    files = {"command": _read(directory / "command.txt"), "config": _read(directory / "config.yaml")}
+    return render(
+        "record.html",
+        name=name,
+        stage=directory.parent.name,
+        last=_last(result),
+        facts={fact: value for fact, value in facts.items() if value not in ("", None)},
+        curves=curves(read_log(directory)),
+        texts={title: text.strip() for title, text in files.items() if text},
+    )
 
 
 def _last(result: Mapping[str, Any]) -> str:
     """The first metric of the last epoch, for a list of runs."""
     metrics = result.get("metrics", {}).items()
     return next((f"{key} {value:.1f}" for key, value in metrics if key.endswith("_last")), "")
-
-
-def definitions(facts: Mapping[str, Any]) -> str:
-    """A list of names and values, without the empty ones."""
-    rows = [f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items() if v not in ("", None)]
-    return f"<dl>{''.join(rows)}</dl>" if rows else ""
-
-
-def _pre(title: str, text: str) -> str:
-    return f'<h5>{title}</h5><pre class="{title}" tabindex="0">{html.escape(text.strip())}</pre>' if text else ""
 
 
 def _read(path: Path) -> str:

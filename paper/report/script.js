@@ -6,7 +6,7 @@ for (const run of document.querySelectorAll("#runs details")) {
   run.dataset.text = [...run.querySelectorAll("summary, dd")].map((part) => part.textContent).join(" ").toLowerCase();
 }
 const searched = [...document.querySelectorAll("[data-text]")];
-const KINDS = { number: "td", setting: "tr", "ledger entry": "#fidelity li", run: "#runs details" };
+const KINDS = { number: "td", claim: "#claims tr", setting: "tr:not(#claims tr)", "ledger entry": "#fidelity li", run: "#runs details" };
 
 function address() {
   const [anchor, query = ""] = location.hash.slice(1).split("?q=");

@@ -1,32 +1,35 @@
-"""One set of versions: pyproject.toml, environment.yml, requirements.lock and the Makefile agree."""
+"""Ranges in pyproject.toml, one version of everything in requirements.lock; environment.yml and the Makefile follow."""
 
 import re
 import tomllib
 from pathlib import Path
 
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-PIN = re.compile(r"([a-z0-9-]+)==([0-9.]+)")
-ENTRY = re.compile(r"[a-z0-9-]+==[0-9.]+( ; [a-z_]+ (<|>=|==) '[a-z0-9.]+')?")
+ENTRY = re.compile(r"([a-z0-9-]+)==([0-9a-z.]+)( ; [a-zA-Z0-9_ =<>!'.()-]+)?")
 HASH = re.compile(r"    --hash=sha256:[0-9a-f]{64}")
 
 
 def read(name: str) -> str:
-    return (ROOT / name).read_text()
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
-def pins(requirements: list[str]) -> dict[str, str]:
-    """Name -> version; an entry that is not an exact pin fails."""
-    return dict(PIN.fullmatch(line).groups() for line in requirements)
+def project() -> dict:
+    return tomllib.loads(read("pyproject.toml"))["project"]
 
 
-def pyproject_pins() -> dict[str, str]:
-    project = tomllib.loads(read("pyproject.toml"))["project"]
-    return pins(project["dependencies"] + project["optional-dependencies"]["dev"])
+def requirements() -> list[Requirement]:
+    """Of the library and of every extra, but for the extras of its own that one names."""
+    lines = [
+        *project()["dependencies"],
+        *(line for extra in project()["optional-dependencies"].values() for line in extra),
+    ]
+    return [found for found in map(Requirement, lines) if found.name != "mixmask"]
 
 
-def lock_entries() -> list[tuple[str, list[str]]]:
+def locked() -> list[tuple[str, list[str]]]:
     """(requirement, its hash lines) of every entry of the lock."""
     entries = []
     for line in read("requirements.lock").splitlines():
@@ -38,23 +41,46 @@ def lock_entries() -> list[tuple[str, list[str]]]:
     return entries
 
 
-def test_environment_yml_and_pyproject_hold_the_same_versions():
-    *conda, pip = yaml.safe_load(read("environment.yml"))["dependencies"]
-    assert pins([line for line in pip["pip"] if line != "--editable ."]) == pyproject_pins()
-    assert conda == ["python=3.11", "pip"]  # the oldest Python that pyproject.toml allows
-    assert tomllib.loads(read("pyproject.toml"))["project"]["requires-python"] == ">=3.11"
+def versions() -> dict[str, set[str]]:
+    found = {}
+    for requirement, _ in locked():
+        name, version, _ = ENTRY.fullmatch(requirement).groups()
+        found.setdefault(name, set()).add(version)
+    return found
 
 
-def test_lock_pins_exactly_the_versions_of_pyproject():
-    locked = {}
-    for requirement, _ in lock_entries():
-        name, version = PIN.match(requirement).groups()
-        locked.setdefault(name, set()).add(version)
-    assert {name: locked.get(name) for name in pyproject_pins()} == {n: {v} for n, v in pyproject_pins().items()}
+def test_every_requirement_is_a_range_with_an_oldest_version():
+    for requirement in requirements():
+        operators = {part.operator for part in requirement.specifier}
+        assert ">=" in operators and not operators & {"==", "===", "~="}, str(requirement)
+
+
+def test_the_lock_has_a_version_of_every_requirement_inside_its_range():
+    found = versions()
+    for requirement in requirements():
+        assert all(version in requirement.specifier for version in found[requirement.name]), str(requirement)
+
+
+def test_the_library_asks_for_what_it_imports_and_for_no_more():
+    """The stages that the wheel holds count as well; scikit-image's photographs are an extra."""
+    files = [path for folder in ("mixmask", "pretrain", "eval") for path in (ROOT / folder).rglob("*.py")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    imported = set(re.findall(r"^\s*(?:import|from) (\w+)", text, re.MULTILINE))
+    names = {"PIL": "pillow", "yaml": "pyyaml"}
+    asked = {Requirement(line).name for line in project()["dependencies"]}
+    outside = {names.get(name, name) for name in imported} & {
+        *asked,
+        "pandas",
+        "scipy",
+        "matplotlib",
+        "submitit",
+        "timm",
+    }
+    assert outside == asked
 
 
 def test_lock_holds_versions_and_hashes_only():
-    for requirement, hashes in lock_entries():
+    for requirement, hashes in locked():
         assert ENTRY.fullmatch(requirement), requirement
         assert hashes, f"{requirement} has no hash"
         assert all(HASH.fullmatch(line) for line in hashes), requirement
@@ -64,9 +90,21 @@ def test_lock_has_no_url_and_no_path():
     assert not set("/@") & set(read("requirements.lock"))
 
 
+def test_environment_yml_takes_the_lock_and_the_oldest_python():
+    *conda, pip = yaml.safe_load(read("environment.yml"))["dependencies"]
+    assert pip == {"pip": ["--requirement requirements.lock"]}
+    assert conda == [f"python={project()['requires-python'].removeprefix('>=')}", "pip"]
+
+
 def test_environment_yml_names_the_detectron2_lines_of_the_makefile():
     makefile, environment = read("Makefile"), read("environment.yml")
     source = re.search(r"^DETECTRON2 := (\S+)$", makefile, re.MULTILINE).group(1)
     assert f"MAX_JOBS=2 pip install --no-build-isolation '{source}'" in environment
     assert "install --quiet 'setuptools<82' wheel ninja" in makefile
     assert "pip install 'setuptools<82' wheel ninja" in environment
+
+
+def test_the_wheel_names_every_package_of_the_library():
+    settings = tomllib.loads(read("pyproject.toml"))["tool"]["setuptools"]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "mixmask").rglob("__init__.py")}
+    assert set(settings["packages"]) == found | {"mixmask.pretrain", "mixmask.eval"}

@@ -77,7 +77,7 @@ def test_what_is_empty_is_not_asked_for(setting, option):
         ('cluster.extra.nice="1\\n#SBATCH --hold"', "expected a word, a number or true"),
         ('cluster.partition="a\\nb"', "cluster.partition: expected one line"),
         ("cluster.account=1.10", "cluster.account: expected a word, found 1.1; quote it"),
-        ("cluster.qos=no", "cluster.qos: expected a word, found False; quote it"),
+        ("cluster.qos=true", "cluster.qos: expected a word, found True; quote it"),
         ("cluster.partitoin=x", "did you mean 'cluster.partition'?"),
         ("linear.cluster.partitoin=x", "did you mean 'cluster.partition'?"),
         ("cluster.hours=1:2:3:4", "cluster.hours: expected a number, found '1:2:3:4'"),
@@ -107,6 +107,14 @@ def test_resources_of_one_stage_alone():
     assert (convert.hours, convert.cpus, convert.gpus) == (2, 1, 0)  # it takes little, whatever all ask for
     assert cluster(chosen, "detection").hours == 10
     assert chosen.replicates  # the numbers of such a launch are those of the published budget
+
+
+def test_detection_asks_for_four_gpus_unless_the_user_says_otherwise():
+    """16 images do not fit one or two GPUs of 40 GB."""
+    asked_for = {(): 4, ("cluster.gpus=8",): 8, ("cluster.gpus=8", "detection.cluster.gpus=2"): 2}
+    for settings, gpus in asked_for.items():
+        assert cluster(budget("paper", settings), "detection").gpus == gpus
+    assert cluster(budget("paper"), "linear").gpus == 1 and cluster(budget("smoke"), "detection").gpus == 0
 
 
 def test_a_profile_lies_between_cluster_yaml_and_the_command_line(tmp_path):

@@ -316,3 +316,37 @@ def test_a_job_of_the_project_s_own_scripts_ends_well_through_the_launcher_s_pip
     (job,) = scripted(tmp_path, guarded + SUCCEED)
     local.launch([job])
     assert job.state == "finished" and b"guarded" in capfdbinary.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------- where it is called
+
+
+@pytest.mark.parametrize("verb", ["status", "cancel"])
+def test_an_option_may_stand_between_the_verb_and_its_target(verb, tmp_path, capsys):
+    launch.main([verb, "--preset", "smoke", "--runs-dir", str(tmp_path), "table4/*/vanilla/200"])
+    shown = capsys.readouterr().out
+    assert "1 cells are complete" in shown if verb == "status" else "0 jobs cancelled" in shown
+
+
+@pytest.mark.parametrize("place", ["slurm", "/"])
+def test_from_any_folder_the_runs_are_those_of_the_repository_and_an_own_place_is_named(place, tmp_path):
+    """A run of the repository that is finished is not launched again from elsewhere."""
+    names = ["table4/*/vanilla/200", "--preset", "smoke"]
+    code = tmp_path / "code"
+    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split():
+        if name.startswith(("mixmask/", "paper/", "slurm/", "pretrain/", "eval/", "detection/")):
+            (code / name).parent.mkdir(parents=True, exist_ok=True)
+            (code / name).write_bytes((ROOT / name).read_bytes())
+    here = {**os.environ, "PYTHONPATH": str(code)}
+
+    def status(cwd, *words):
+        words = [sys.executable, str(code / "slurm" / "launch.py"), "status", *names, *words]
+        done = subprocess.run(words, cwd=cwd, env=here, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for job in graph.jobs(select(names[:1]), budget("smoke"), code / "runs"):
+        finish(job, linear_sgd_last=66.6)
+    elsewhere = code / place if place == "slurm" else Path(place)
+    assert "2 runs in runs: 2 finished" in status(code) and "2 runs in runs: 2 finished" in status(elsewhere)
+    assert f"2 runs in {tmp_path}/own: 2 not started" in status(tmp_path, "--runs-dir", "own")

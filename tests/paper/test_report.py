@@ -58,6 +58,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(make_report, "_drawn", lambda *_: b"<svg/>")
     monkeypatch.setattr(make_report, "tables", lambda: {name: tables()[name] for name in QUICK})
     monkeypatch.setattr(make_report, "FIGURES", ("figure6",))
+    monkeypatch.setattr(make_report, "_whole", lambda *_: ())
 
 
 def made(*folders):
@@ -86,12 +87,12 @@ def test_the_page_is_made_without_torch_needs_nothing_else_and_each_of_its_links
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     cells = {cell.id for cell in select(["all", "reduced*"])}
     names = [*(f"table{n}" for n in range(1, 11)), *(f"figure{n}" for n in range(1, 9))]
-    sections = {*names, "reduced", "reduced_masks", "reduced_frameworks"}
+    sections = {*names, "replication", "claims", "reduced", "reduced_masks", "reduced_frameworks"}
     assert cells | sections <= set(page.ids) and page.ids.most_common(1)[0][1] == 1
     assert all(link.startswith("#") for link in page.links)
     assert {link[1:] for link in page.links if not link.startswith("#?q=")} <= set(page.ids)
     assert page.text.count('<td class="cell') == len(cells)
-    assert len(page.sources) == 9 and all(source.startswith("data:image/") for source in page.sources)
+    assert len(page.sources) == 10 and all(source.startswith("data:image/") for source in page.sources)
     assert not re.search(r"https?://|@import|url\(|<link", re.sub(r'src="[^"]*"', "", page.text))
 
 
@@ -222,20 +223,21 @@ def test_the_table_of_settings_names_each_departure(tmp_path, quick):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a *b* **c `*d*`** e*f*g", "<p>a <em>b</em> <strong>c <code>*d*</code></strong> e*f*g</p>"),
+        ("a *b* **c `*d*`** e* f", "<p>a <em>b</em> <strong>c <code>*d*</code></strong> e* f</p>"),
         ("two\nlines & <", "<p>two\nlines &amp; &lt;</p>"),
-        ("## T\n3. a\n   b\n4. c", '<h2>T</h2>\n<ol start="3">\n<li>a\nb</li>\n<li>c</li>\n</ol>'),
+        ("a <b>c</b>", "<p>a &lt;b&gt;c&lt;/b&gt;</p>"),
+        ("## T\n3. a\n   b\n4. c", '<h3>T</h3>\n<ol start="3">\n<li id="x-3">a\nb</li>\n<li id="x-4">c</li>\n</ol>'),
         ("- a\n- b\n\nc", "<ul>\n<li>a</li>\n<li>b</li>\n</ul>\n<p>c</p>"),
-        ("```\n# <x>\n\ny\n```\nz", "<pre># &lt;x&gt;\n\ny</pre>\n<p>z</p>"),
+        ("```\n# <x>\n\ny\n```\nz", "<pre><code># &lt;x&gt;\n\ny\n</code></pre>\n<p>z</p>"),
         ("[a](b.md) [c](#d)", '<p>a <a href="#d">c</a></p>'),
         (
             "| a | b |\n|---|---|\n| 1 | `2` |",
-            "<table>\n<tr><th>a</th><th>b</th></tr>\n<tr><td>1</td><td><code>2</code>",
+            '<div class="scroll"><table>\n<thead>\n<tr>\n<th>a</th>\n<th>b</th>',
         ),
     ],
 )
 def test_markdown_of_the_documents_becomes_html(text, expected):
-    assert expected in prose.to_html(text)
+    assert expected in prose.to_html(text, item="x", top=2)
 
 
 def test_a_curve_keeps_its_last_point_and_stands_a_constant(tmp_path):

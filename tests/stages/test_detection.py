@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import torch
 import torchvision
 import yaml
 
-from detection import convert, datasets, photos, train, weights
+from detection import annotations, convert, datasets, photos, train, weights
 from mixmask import checkpoint as checkpoints
 from mixmask import config as configs
 from mixmask import formats
@@ -513,6 +514,51 @@ def test_evaluators_give_100_for_perfect_detections_and_0_for_none(task, trees, 
     assert set(evaluation.table7({"detections": 0}, task).values()) == {0.0}
 
 
+@needs_detectron2
+def test_voc_is_read_as_detectron2_reads_it(trees):
+    from detectron2.data.datasets.pascal_voc import CLASS_NAMES, load_voc_instances
+
+    from detection import loading
+
+    assert CLASS_NAMES == annotations.VOC_CLASSES
+    own = loading.voc_images(datasets.Found(trees / "VOC2007", "test"))
+    assert {thing.pop("difficult") for image in own for thing in image["annotations"]} == {False}
+    assert own == load_voc_instances(str(trees / "VOC2007"), "test", CLASS_NAMES)
+
+
+@needs_detectron2
+def test_class_without_test_objects_is_left_out_of_vocs_mean(trees, tmp_path):
+    from detection import evaluation
+
+    shutil.copytree(trees, tmp_path / "data")
+    for path in (tmp_path / "data" / "VOC2007" / "Annotations").glob("test_*.xml"):
+        path.write_text(path.read_text().replace("<name>dog<", "<name>cat<"))
+    job = task_on(tmp_path / "data", "voc", tmp_path)
+    metrics = evaluation.evaluate(Oracle(images_of_test(job)), job, tmp_path)
+    assert job.absent == ["dog"] and metrics["box_AP"] == pytest.approx(100.0)  # Detectron2's mean is 95
+
+
+@needs_detectron2
+@pytest.mark.parametrize("task", ["voc", "coco"])
+def test_predictions_are_on_disk_as_cocos_results(task, trees, tmp_path):
+    from detection import evaluation
+
+    job = task_on(trees, task, tmp_path)
+    evaluation.evaluate(Oracle(images_of_test(job)), job, tmp_path)
+    found = json.loads((tmp_path / "predictions.json").read_text())
+    assert len(found) == photos.IMAGES * photos.OBJECTS and not list(tmp_path.glob(".predictions*"))
+    truth = {}
+    for image in images_of_test(job):
+        things = [(thing["category_id"] + 1, *thing["bbox"]) for thing in image["annotations"]]
+        truth[image["image_id"]] = sorted(things)
+    for image, things in truth.items():
+        own = [(one["category_id"], *one["bbox"]) for one in found if one["image_id"] == image]
+        if task == "voc":  # COCO's boxes are x, y, width, height
+            things = [(label, x0, y0, x1 - x0, y1 - y0) for label, x0, y0, x1, y1 in things]
+        assert sorted(own) == sorted(things)
+    assert all(("segmentation" in one) == (task == "coco") and one["score"] == 1 for one in found)
+
+
 def task_on(root: Path, task: str, directory: Path):
     """The small recipe on the data in `root`."""
     from detection import loading, model
@@ -555,6 +601,34 @@ def test_run_logs_its_losses_and_its_result(whole):
         "r50@"
     )
     assert result["detectron2"]["version"] == "0.6"
+
+
+@needs_detectron2
+def test_eval_only_tests_the_last_checkpoint_again(whole, pkl, tmp_path, monkeypatch, capsys):
+    result, predictions = json.loads((whole / "result.json").read_text()), (whole / "predictions.json").read_text()
+    log = (whole / "log.jsonl").read_text()
+    words = ["--weights", pkl, "--config", RECIPES["voc"], "--set", *SMALL]
+    for more in ([], words):  # the run's directory is enough to name it
+        monkeypatch.setattr(sys, "argv", ["train.py", "--eval-only", "--run-dir", str(whole), *map(str, more)])
+        train.main()
+        tested = json.loads((whole / "evaluation.json").read_text())
+        assert tested["metrics"] == {**result["metrics"], "detections": result["detections"]} and tested["step"] == 2
+        assert (whole / "predictions.json").read_text() == predictions
+        assert f"box_AP {result['metrics']['box_AP']:.4g}" in capsys.readouterr().out
+    assert (whole / "log.jsonl").read_text() == log
+    monkeypatch.setattr(sys, "argv", ["train.py", "--eval-only", "--run-dir", str(tmp_path), *map(str, words)])
+    with pytest.raises(UserError, match=r"checkpoint\.pt: no checkpoint to test"):
+        train.main()
+
+
+def test_eval_only_of_no_run_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--eval-only", "--run-dir", str(tmp_path / "nowhere")])
+    with pytest.raises(ConfigError, match=r"nowhere/config\.yaml"):
+        train.main()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--eval-only"])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "with --eval-only, --run-dir is enough" in capsys.readouterr().err
 
 
 @needs_detectron2

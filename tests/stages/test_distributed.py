@@ -431,3 +431,20 @@ def test_torchrun_trains_on_the_cpu(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/1  loss") == 1 and read_log(tmp_path)[-1]["processes"] == 2
+
+
+def test_a_process_that_waits_for_others_says_at_once_for_whom_and_where():
+    """A shell inside an interactive step of two tasks, of which it is the first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "import torch\nfrom mixmask.training import distributed\nworld = distributed.find()\n"
+    code += "with distributed.start(world, torch.device('cpu')):\n    pass\n"
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
+    step |= {"SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(port)}
+    words, environment = [sys.executable, "-c", code], {**os.environ, **step}
+    with subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        line = process.stderr.readline()
+        process.kill()
+    expected = f"note: process 1 of 2 of SLURM step 7.0 waits at tcp://localhost:{port} for the other one"
+    assert line == f"{expected}; one process alone: srun --ntasks=1\n"

@@ -111,6 +111,14 @@ def test_initialisation_is_torchvisions(arch: str):
             assert torch.equal(ours[name], theirs), name
 
 
+@pytest.mark.parametrize(("init", "std"), [("default", (1 / 27) ** 0.5 / 3**0.5), ("kaiming", (2 / (64 * 9)) ** 0.5)])
+def test_a_small_stem_is_initialised_by_pytorch_or_as_all_other_convolutions(init: str, std: float):
+    """PatrickHua/SimSiam's stem is Kaiming's with the rest; elsewhere conv1 is replaced after the fact."""
+    torch.manual_seed(0)
+    stem = build_backbone(Backbone("resnet18", "cifar", 64, 1, init)).conv1.weight
+    assert stem.std().item() == pytest.approx(std, rel=0.06)
+
+
 @pytest.mark.parametrize(
     "stem, side, first, stages", [("cifar", 32, 32, 32), ("tiny", 64, 64, 32), ("imagenet", 64, 32, 16)]
 )

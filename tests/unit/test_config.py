@@ -1,6 +1,7 @@
 """Recipes: wrong ones are refused with the key and the nearest valid one; the hash follows what decides a number."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def test_every_linear_recipe_loads(path):
         ("mask.switch=1", ["mask.switch", "true or false"]),
         ("augment.order=[crop, crap]", ["augment.order[1]", "'crap'"]),
         ("augment.mean=0.5", ["augment.mean", "a list"]),
-        ("dataset=7", ["dataset", "a word", "7"]),
+        ("dataset=0.5", ["dataset", "a text; quote", "0.5"]),
         ("framework=simclr", ["framework", "simclr"]),
         ("framework=[1]", ["framework", "[1]"]),
         ("epochs", ["--set epochs", "key=value"]),
@@ -135,6 +136,7 @@ def test_hash_ignores_what_changes_no_number(tiny, item):
 
 
 OTHER = {
+    "backbone.stem_init": "kaiming",
     "both.permutation": "reverse",
     "erase.fill": "noise",
     "optimizer.name": "adam",
@@ -237,3 +239,53 @@ def test_numbers_of_a_section_in_another_program_s_words_are_decimal_too():
 )
 def test_decimal_numbers_are_read_as_they_look(text, value):
     assert configs.load(CIFAR, configs.parse_overrides([f"optimizer.lr={text}"])).optimizer.lr == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/x/set #1",
+        "~/data",
+        "no",
+        "Yes",
+        "null",
+        "~",
+        "010",
+        "4:00",
+        "2024-01-01",
+        "1_000",
+        "0x1F",
+        "*x",
+        "&x",
+        "!!int 3",
+        "a: b",
+        "- a",
+        "@here",
+        "%x",
+        "7",
+        "true",
+        "",
+        "a, b",
+        "x=y",
+    ],
+)
+def test_a_text_arrives_as_it_stands(tiny, text):
+    """YAML 1.1 takes each of these for something else, or for nothing."""
+    assert tiny(f"run.data_root={text}").run.data_root == os.path.expanduser(text)
+
+
+@pytest.mark.parametrize("text", ["010", "4:00", "1_000", "0x1F", "1e3", "no", "null", "2024-01-01", "0o7", ""])
+def test_a_whole_number_is_written_in_digits(tiny, text, tmp_path):
+    """On the command line and in a file."""
+    for make in (lambda: tiny(f"seed={text}"), lambda: tiny_from_file(tmp_path, f"seed: {text}")):
+        with pytest.raises(ConfigError, match="seed: expected a whole number"):
+            make()
+
+
+def tiny_from_file(folder: Path, line: str) -> configs.Pretrain:
+    """The tiny recipe of a file that has this line in place of its seed."""
+    from tests.conftest import TINY
+
+    path = folder / "tiny.yaml"
+    path.write_text(TINY.replace("seed: 0", line))
+    return configs.load(path)

@@ -464,3 +464,17 @@ def test_pickle_that_is_no_detectron2_file(content, tmp_path):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(FormatError, match=r"no Detectron2 file|no array of numbers"):
         read_detectron2(tmp_path / "x.pkl")
+
+
+@pytest.mark.parametrize("stage", ["linear", "finetune", "detection", "convert", "knn"])
+def test_recorded_stage_is_believed_before_what_the_config_looks_like(stage, tiny, tmp_path):
+    checkpoint.save(tmp_path / "x.pt", {**run_state(tiny()), "stage": stage})
+    refused(tmp_path / "x.pt", f"it is a checkpoint of a {stage} run")
+    checkpoint.save(tmp_path / "y.pt", {**run_state(tiny()), "stage": "pretrain"})
+    assert read(tmp_path / "y.pt").format == "mixmask"
+
+
+def test_list_of_digests_that_somebody_else_wrote_is_not_taken_for_ours(weights, tmp_path):
+    path = saved(weights, tmp_path / "x.pth")
+    (tmp_path / "x.sha256").write_text(f"{'0' * 64}  another.safetensors\n")
+    assert same(read(path).weights, weights)

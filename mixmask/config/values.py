@@ -1,0 +1,85 @@
+"""Files and command lines as plain values: YAML without what it takes for something else than it says.
+
+In YAML 1.1 010 is 8, 4:00 is 240, 1_000 is 1000, `no` is false, 2024-01-01 is a date, and ` #` begins a comment. Here
+numbers are decimal, `true` and `false` are the only truth values, and all else is text, as it stands.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mixmask.config.errors import ConfigError
+
+
+class Loader(yaml.SafeLoader):
+    """YAML with decimal numbers, true and false, and null; a key that wants a number refuses other spellings."""
+
+
+PLAIN = {
+    "int": (r"[-+]?(0|[1-9][0-9]*)$", "-+0123456789"),
+    "float": (
+        r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
+        "-+.0123456789",
+    ),
+    "bool": (r"(true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    "null": (r"(~|null|Null|NULL|)$", ("~", "n", "N", "")),
+}
+Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] == "merge"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for name, (pattern, letters) in PLAIN.items():
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(pattern), list(letters))
+
+
+def recipe_file(name: str | Path) -> Path:
+    """A path as it is; where there is no such file, a bare name is that of a recipe which came with the code."""
+    path, package = Path(name), Path(__file__).resolve().parents[1]
+    if path.exists() or len(path.parts) > 1:
+        return path
+    homes = (package, package.parent)  # in a wheel the stages lie in the package, in a checkout beside it
+    found = [home / stage / "configs" / f"{path.stem}.yaml" for home in homes for stage in ("pretrain", "eval")]
+    return next((file for file in found if file.exists()), path)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises ConfigError naming the file (and line) when it does not."""
+    try:
+        values = yaml.load(recipe_file(path).read_text(encoding="utf-8"), Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"no such config file: {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}")
+    return values
+
+
+def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
+    """`["mask.grid=4", "method=mixmask"]` -> {"mask.grid": 4, "method": "mixmask"}.
+
+    A value is a number, true or false, a list, a mapping or a quoted text as YAML has them, or else the text as it
+    stands. Raises ConfigError for an item without a key or "=", and for brackets or quotes that do not close.
+    """
+    overrides = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {item}: expected key=value")
+        overrides[key] = _value(text.strip(), item)
+    return overrides
+
+
+def _value(text: str, item: str) -> Any:
+    scalar = any(re.match(PLAIN[name][0], text) for name in ("int", "float", "bool"))
+    if not scalar and not text.startswith(("[", "{", '"', "'")):
+        return text
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {item}: {text!r} is no YAML value; quote it if it is a text") from None
