@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mixmask import config as configs
 from mixmask import datasets, knn, registry
+from mixmask.batchnorm import span_processes
 from mixmask.config import Augment, ConfigError, Pretrain
 from mixmask.datasets.settle import settle
 from mixmask.datasets.verify import verify
@@ -183,6 +184,7 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
         keep_freed_memory()
     seed_globals(config.seed, "init")
     framework = build_framework(distributed.shard_config(config)).to(device).train()
+    span_processes(framework, max(1, distributed.size() // config.backbone.bn_groups))
     if config.run.channels_last:
         framework = framework.to(memory_format=torch.channels_last)
     if compiles(config.run.compile, device):

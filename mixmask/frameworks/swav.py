@@ -106,7 +106,8 @@ class SwAV(Framework):
         if not clean:
             return both / 2
         targets.z[0] = z.detach()
-        targets.metrics = {"positive_similarity": cosine(z.detach(), targets.z[1]).mean(), "output_spread": spread(z)}
+        similarity = cosine(targets.z[0], targets.z[1]).mean()
+        targets.metrics = {"positive_similarity": similarity, "output_spread": spread(gather(targets.z[0]))}
         for crop in targets.crop_scores:
             both = both + self.cross_entropy(crop, code) + self.cross_entropy(crop, targets.code)
         return both / (2 + 2 * len(targets.crop_scores))

@@ -48,8 +48,7 @@ class BatchNorm(nn.BatchNorm1d):
         if not self.training or distributed.size() == 1:
             return super().forward(x)
         var, mean = torch.var_mean(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, dim=0, correction=0)
-        means, variances = gather_with_gradient(torch.stack((mean, var))[None]).unbind(1)  # (processes, C)
-        mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
+        mean, var = distributed.shared_statistics(mean, var, distributed.size())
         with torch.no_grad():
             n = len(x) * distributed.size()
             self.running_mean.lerp_(mean, self.momentum)
