@@ -275,13 +275,12 @@ def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, sta
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a recipe, such as pretrain/configs/cifar100_moco.yaml")
-    parser.add_argument(
-        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="replace keys of the recipe"
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[configs.run_options(Pretrain)],
     )
-    parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/pretrain/<name of the run>")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
+    parser.add_argument("--config", required=True, help="a recipe, such as pretrain/configs/cifar100_moco.yaml")
     parser.add_argument("--verify", action="store_true", help="decode every image once before training")
     args = parser.parse_args()
     config = settle(configs.load(args.config, configs.parse_overrides(args.set)))
