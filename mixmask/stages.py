@@ -1,4 +1,4 @@
-"""The stages a number can need, as data: the script that runs each, its recipes and configs, what it reads and makes."""
+"""The stages of a number, as data: the script that runs each, its recipes and configs, what it reads and makes."""
 
 from __future__ import annotations
 
