@@ -13,7 +13,7 @@ DETECTRON2 := git+https://github.com/facebookresearch/detectron2.git@02b5c4e295e
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint detectron2 lock
+.PHONY: help demo test lint docs notebook wheel matrix detectron2 lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -28,9 +28,32 @@ test: $(READY) ## the tests
 lint: $(READY) ## ruff, rules and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+docs: $(READY) ## the site, into site/: strict, every link checked
+	@$(BIN)/python -m mkdocs build --quiet --strict && echo "written: site/index.html"
+
+notebook: $(READY) ## run examples/mixmask_in_ten_minutes.ipynb and store what it shows
+	@$(BIN)/jupyter execute --inplace examples/mixmask_in_ten_minutes.ipynb
+
+wheel: $(READY) ## dist/mixmask-*.whl: the library, the stages of training and evaluation, their recipes
+	@$(BIN)/python -m build --no-isolation --outdir dist .
+
+matrix: $(READY) ## the library's tests at the oldest and the newest versions allowed, each in an environment of its own
+	@$(PIP) install --quiet uv==0.13.9
+	@for side in lowest-direct highest; do $(try_versions) || exit 1; done
+
+# From outside the checkout the wheel trains the embedded example; then the checkout's tests run.
+define try_versions
+	echo "== $$side" && $(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv/$$side && \
+	$(BIN)/uv pip install --quiet --resolution $$side --python .venv/$$side '.[test]' && \
+	$(BIN)/uv pip list --quiet --python .venv/$$side | grep -E '^(torch|torchvision|numpy|pillow) ' && \
+	(cd .venv && $$side/bin/python -m mixmask.pretrain.train --config cifar100_moco --runs-dir "$$(mktemp -d)" \
+	    --set dataset=photos epochs=1 batch_size=250 backbone.width=4 backbone.bn_groups=1 moco.queue=500 knn.k=20) && \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/$$side/bin/python -m pytest -q tests/unit
+endef
+
 detectron2: .venv/detectron2 ## detectron2, which only detection/ needs (one to three minutes; needs a C++ compiler)
 
-lock: $(READY) ## requirements.lock from pyproject.toml
+lock: $(READY) ## requirements.lock from pyproject.toml; versions stay where they can (UPGRADE=--upgrade: they do not)
 	@$(PIP) install --quiet uv==0.13.9
 	@$(BIN)/uv pip compile --no-config --quiet --universal --generate-hashes --no-header --no-annotate \
 	    --extra dev $(UPGRADE) --output-file requirements.lock pyproject.toml

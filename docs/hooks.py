@@ -45,7 +45,7 @@ SCRIPTS = [
     "paper/publish.py",
     "benchmarks/run.py",
 ]
-FENCED = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.DOTALL | re.MULTILINE)
+FENCED = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 EQUATION = re.compile(r"^\$\$\n(.*?)\n\$\$$", re.DOTALL | re.MULTILINE)
 
@@ -67,7 +67,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {page: (ROOT / name).read_text(encoding="utf-8") for name, page in COPIED.items()}
     pages |= {page_of(name): f"# {name}\n\n::: {name}\n" for name in modules()}
     pages["commands.md"] = commands()
-    pages["report.html"] = report()
+    pages["numbers.html"] = report()  # report.html is the page of docs/report.md
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
     return files

@@ -24,12 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmask import checkpoint, datasets
+from mixmask import checkpoint, datasets, formats
 from mixmask import config as configs
+from mixmask.backbones import Encoder, build_backbone
 from mixmask.config import Augment, ConfigError, Linear, UserError
 from mixmask.datasets.settle import inherit, settle
 from mixmask.datasets.views import check_augment, train_batches
 from mixmask.features import accuracy, extract, resize_of
+from mixmask.formats import Source
 from mixmask.randomness import seed_of
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
@@ -39,9 +41,10 @@ from mixmask.training.progress import say
 from mixmask.training.state import TrainState
 
 
-def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
+def probe(config: Linear, path: Path, directory: Path, foreign: Source | None = None) -> dict[str, Any]:
     """Train and test the classifier on the encoder of the checkpoint at `path`; returns what result.json holds.
 
+    foreign: what was read from it, where it is somebody else's.
     Raises UserError for bad configs, data and checkpoints, and if the encoder did not stay as it was.
     """
     device = pick_device(config.run.device)
@@ -53,9 +56,10 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
             raise ConfigError(f"batch_size: {config.batch_size} exceeds the {len(train_set)} training images")
         if config.features == "augmented":
             check_augment(train_set, config.augment)
-        encoder, recipe, _ = checkpoint.load_encoder(path, device)
+        encoder, mean, std, origin = frozen(path, foreign, device)
         backbone, before = encoder.backbone, fingerprint(encoder)
-        augment = dataclasses.replace(config.augment, mean=recipe.augment.mean, std=recipe.augment.std)
+        mean, std = config.augment.mean or mean, config.augment.std or std
+        augment = dataclasses.replace(config.augment, mean=mean, std=std)
         classifier = build_classifier(backbone.features, len(train_set.classes), config.seed, config.init).to(device)
         optimizer = build_optimizer(config.optimizer, classifier.parameters())
         run.describe()
@@ -64,8 +68,10 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
         rates = functools.partial(learning_rates, config, state.steps_per_epoch)
         loop = Loop(run, config, state, rates, functools.partial(batch_images, config, train_set))
         loop.resume()
-        say(header(run, config, recipe, train_set, state.step / state.steps_per_epoch))
-        test_features = extract(backbone, test_set, augment, resize_of(config, test_set), device, config.run.workers)
+        say(header(run, config, origin, train_set, state.step / state.steps_per_epoch))
+        test_features = extract(
+            backbone, test_set, augment, resize_of(config, test_set), device, config.run.workers, config.run.eval_batch
+        )
         batches_of = training_features(backbone, train_set, augment, config, device)
         measure = functools.partial(test, classifier, test_features, test_set.labels)
 
@@ -77,7 +83,18 @@ def probe(config: Linear, path: Path, directory: Path) -> dict[str, Any]:
                 loop.end_epoch(measure)
         if fingerprint(encoder) != before:
             raise UserError(f"{run.id}: the frozen encoder changed during the probe; the result is not valid")
-        return loop.finish(result_of(run, config, device))
+        return loop.finish(result_of(run, config, foreign.format if foreign else "mixmask", device))
+
+
+def frozen(path: Path, foreign: Source | None, device: torch.device) -> tuple[Encoder, tuple, tuple, str]:
+    """The encoder in evaluation mode without gradients, mean and std of its images, and what it is, in words."""
+    if foreign is None:
+        encoder, recipe, _ = checkpoint.load_encoder(path, device)
+        return encoder, recipe.augment.mean, recipe.augment.std, f"{recipe.framework}, {recipe.method}"
+    backbone = build_backbone(foreign.backbone)
+    checkpoint.load_weights(backbone, foreign.weights, path)
+    encoder = Encoder(backbone, nn.Identity()).requires_grad_(False).eval().to(device)
+    return encoder, foreign.mean, foreign.std, f"{foreign.format}; {foreign.backbone.arch}"
 
 
 def fit(state: TrainState, features: Tensor, labels: Tensor, rate: float) -> dict[str, Tensor]:
@@ -149,25 +166,29 @@ def training_features(
 
     def cached(epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
         for indices in batch_images(config, train_set, epoch)[skip:].to(device):
-            yield bank[indices], labels[indices]
+            yield bank[indices.to(bank.device)].to(device), labels[indices]
 
     if config.features == "augmented":
         return augmented
-    bank = extract(backbone, train_set, augment, resize_of(config, train_set), device, config.run.workers)
+    bank = extract(
+        backbone, train_set, augment, resize_of(config, train_set), device, config.run.workers, config.run.eval_batch
+    )
     return cached
 
 
 @torch.no_grad()
 def test(classifier: nn.Module, features: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 accuracy on the test images' features (N, D), in percent."""
-    return {"test_top1": accuracy(classifier(features).argmax(dim=1), labels)}
+    scores = classifier(features.to(next(classifier.parameters()).device))
+    return {"test_top1": accuracy(scores.argmax(dim=1), labels)}
 
 
-def result_of(run: Run, config: Linear, device: torch.device) -> dict[str, Any]:
-    """Last and best test accuracy, under the protocol's name."""
+def result_of(run: Run, config: Linear, source: str, device: torch.device) -> dict[str, Any]:
+    """Last and best test accuracy, under the protocol's name; `source`: the format of the encoder's file."""
     lines = epoch_lines(run)
     return {
         "checkpoint": config.checkpoint,
+        "format": source,
         "metrics": last_and_best(lines, "test_top1", metric_name(config)),
         "epochs": config.epochs,
         "device": device_name(device),
@@ -180,11 +201,11 @@ def metric_name(config: Linear) -> str:
     return f"linear_{'cached_' if config.features == 'cached' else ''}{config.optimizer.name}"
 
 
-def header(run: Run, config: Linear, recipe: Any, train_set: Any, done: float) -> str:
+def header(run: Run, config: Linear, origin: str, train_set: Any, done: float) -> str:
     notes = cautions(config.schedule, len(train_set) // config.batch_size, config.epochs)
     return (
         f"{run.id}" + (f" (resumed at epoch {done:.2f})" if done else "") + "\n"
-        f"  encoder of {config.checkpoint} ({recipe.framework}, {recipe.method})\n"
+        f"  encoder of {config.checkpoint} ({origin})\n"
         f"  {config.dataset}: {len(train_set)} images, {len(train_set.classes)} classes; "
         f"total batch {config.batch_size}, {config.epochs} epochs; "
         f"{config.features} features; {config.optimizer.name}, lr {config.optimizer.lr:g} (used as it is)"
@@ -193,21 +214,22 @@ def header(run: Run, config: Linear, recipe: Any, train_set: Any, done: float) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a pre-training run's checkpoint.pt")
-    parser.add_argument("--config", required=True, help="a recipe, such as eval/configs/imagenet_linear.yaml")
-    parser.add_argument(
-        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="replace keys of the recipe"
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[formats.reading_options(), configs.run_options(Linear)],
     )
-    parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/linear/<name of the run>")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint.pt of ours, or a public format's")
+    parser.add_argument("--config", required=True, help="a recipe, such as eval/configs/imagenet_linear.yaml")
     args = parser.parse_args()
-    state = checkpoint.load(args.checkpoint)
-    recipe, identity = checkpoint.pretraining(state, args.checkpoint)
-    values = inherit(configs.read_yaml(args.config), configs.to_dict(recipe))
+    source = formats.read(args.checkpoint, **formats.reading(args))
+    foreign = source if source.recipe is None else None
+    values = configs.read_yaml(args.config)
+    if source.recipe is not None:
+        values = inherit(values, configs.to_dict(source.recipe))
     config = configs.resolve(values, configs.parse_overrides(args.set), Linear)
-    config = settle(dataclasses.replace(config, checkpoint=identity))
-    probe(config, args.checkpoint, args.run_dir or run_directory(args.runs_dir, "linear", config))
+    config = settle(dataclasses.replace(config, checkpoint=source.identity))
+    probe(config, args.checkpoint, args.run_dir or run_directory(args.runs_dir, "linear", config), foreign)
 
 
 if __name__ == "__main__":

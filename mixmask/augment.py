@@ -47,6 +47,7 @@ class Parameters:
     grayscale: Tensor
     blur: Tensor
     sigma: Tensor
+    solarize: Tensor
 
     def __getitem__(self, index: int | slice | Tensor) -> "Parameters":
         return Parameters(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
@@ -59,20 +60,26 @@ def sample(
     augment: Augment, n: int, height: int, width: int, generator: torch.Generator, device: torch.device
 ) -> Parameters:
     """Draw the parameters of n samples. Every call takes the same number of draws, whatever they are."""
-    return parameters_of(augment, draw(n, generator, device), height, width)
+    return parameters_of(augment, draw(augment, n, generator, device), height, width)
 
 
-def draw(n: int, generator: torch.Generator, device: torch.device, views: int = 1) -> Tensor:
+def draws_of(augment: Augment) -> list[tuple[int, ...]]:
+    """The shape of what one sample draws for each parameter; that of solarization only where it may come."""
+    return [*DRAWS, *([()] if "solarize" in augment.order else [])]
+
+
+def draw(augment: Augment, n: int, generator: torch.Generator, device: torch.device, views: int = 1) -> Tensor:
     """Uniform numbers for several views of n samples, (views, numbers): each draws what it would draw alone."""
-    return torch.rand(views, n * sum(map(math.prod, DRAWS)), generator=generator, device=device)
+    return torch.rand(views, n * sum(map(math.prod, draws_of(augment))), generator=generator, device=device)
 
 
 def parameters_of(augment: Augment, draws: Tensor, height: int, width: int, rows: slice = slice(None)) -> Parameters:
     """What `draw` decides, for images (height, width): of these `rows` of each view, one view behind the other."""
-    n = draws.shape[1] // sum(map(math.prod, DRAWS))
-    parts = draws.split([n * math.prod(shape) for shape in DRAWS], dim=1)
-    crop, flip, jitter, order, factors, grayscale, blur, sigma = (
-        part.view(len(draws), n, *shape)[:, rows] for part, shape in zip(parts, DRAWS, strict=True)
+    shapes = draws_of(augment)
+    n = draws.shape[1] // sum(map(math.prod, shapes))
+    parts = draws.split([n * math.prod(shape) for shape in shapes], dim=1)
+    crop, flip, jitter, order, factors, grayscale, blur, sigma, *solarize = (
+        part.view(len(draws), n, *shape)[:, rows] for part, shape in zip(parts, shapes, strict=True)
     )
     top, left, crop_height, crop_width = sample_crop(augment, height, width, crop.flatten(0, 1))
     low, high = augment.blur_sigma
@@ -84,6 +91,7 @@ def parameters_of(augment: Augment, draws: Tensor, height: int, width: int, rows
         "grayscale": grayscale < augment.grayscale_prob,
         "blur": blur < augment.blur_prob,
         "sigma": low + (high - low) * sigma,
+        "solarize": solarize[0] < augment.solarize_prob if solarize else torch.zeros_like(flip, dtype=torch.bool),
     }
     box = {"top": top, "left": left, "height": crop_height, "width": crop_width}
     return Parameters(**box, **{name: values.flatten(0, 1) for name, values in decided.items()})
@@ -164,7 +172,7 @@ def augment_views(
     pairs = zip(augments, images, strict=True)
     for (augment, shape), alike in itertools.groupby(pairs, key=lambda pair: (pair[0], pair[1].shape)):
         pixels = [images for _, images in alike]
-        draws = draw(batch_size or shape[0], generator, pixels[0].device, len(pixels))
+        draws = draw(augment, batch_size or shape[0], generator, pixels[0].device, len(pixels))
         together = torch.cat(pixels) if len(pixels) > 1 else pixels[0]
         views += transform(augment, together, draws, rows).chunk(len(pixels))
     return views
@@ -235,6 +243,7 @@ def apply_operations(augment: Augment, images: Tensor, parameters: Parameters) -
         "jitter": lambda x: colour_jitter(x, p.order, p.factors, p.jitter, augment.jitter[HUE] > 0),
         "grayscale": lambda x: grayscale(x, p.grayscale),
         "blur": lambda x: gaussian_blur(x, p.sigma, p.blur, augment.blur_sigma[1]),
+        "solarize": lambda x: solarize(x, p.solarize),
     }
     for name in augment.order:
         images = operations[name](images)
@@ -276,6 +285,11 @@ def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: to
 def flip(images: Tensor, chosen: Tensor) -> Tensor:
     """Mirror the chosen (N,) images left to right."""
     return torch.where(column(chosen), images.flip(-1), images)
+
+
+def solarize(images: Tensor, chosen: Tensor) -> Tensor:
+    """Invert the values from 128 up of the chosen (N,) images, as Pillow's `ImageOps.solarize`."""
+    return torch.where(column(chosen) & (images >= 128), 255 - images, images)
 
 
 def resized_crop(images: Tensor, box, size: int, interpolation: str = "bilinear", flipped: Tensor | None = None):

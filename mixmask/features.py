@@ -9,6 +9,8 @@ from mixmask import datasets
 from mixmask.config import Augment, Finetune, Linear
 from mixmask.datasets.views import test_batches
 
+EVAL_BATCH = 500  # images; `run.eval_batch` of a recipe
+
 
 @torch.no_grad()
 def extract(
@@ -18,14 +20,31 @@ def extract(
     resize: int,
     device: torch.device,
     workers: int = 0,
+    batch_size: int = EVAL_BATCH,
 ) -> Tensor:
-    """Features float32 (N, D) of the images in order, with the test transform, on the device.
+    """Features float32 (N, D) of the images in order, with the test transform.
 
     `model`: an encoder (the head's output) or its backbone (pooled features), in evaluation mode. `resize`: the
-    shorter side before the centre crop, 0 for none.
+    shorter side before the centre crop, 0 for none. They lie on the device, or in the host's memory where they would
+    take more than half of what the device has left.
     """
-    batches = test_batches(dataset, augment, resize, device, workers=workers)
-    return torch.cat([model(images).float() for images in batches])
+    features, start = None, 0
+    for images in test_batches(dataset, augment, resize, device, batch_size, workers):
+        batch = model(images).float()
+        if features is None:
+            features = torch.empty(
+                len(dataset), *batch.shape[1:], device=_storage(len(dataset) * batch[0].nbytes, device)
+            )
+        features[start : start + len(batch)] = batch
+        start += len(batch)
+    return features
+
+
+def _storage(size: int, device: torch.device) -> torch.device:
+    """Where so many bytes go."""
+    if device.type == "cuda" and 2 * size > torch.cuda.mem_get_info(device)[0]:
+        return torch.device("cpu")
+    return device
 
 
 def shorter_side(augment: Augment, dataset: datasets.Resident | datasets.Files) -> int:

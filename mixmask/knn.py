@@ -6,8 +6,6 @@ PatrickHua/SimSiam. Majority: the nearest by Euclidean distance, one vote each, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,50 +13,61 @@ from torch.nn import functional as F
 from mixmask import datasets
 from mixmask.backbones import Encoder
 from mixmask.config import KNN, Augment, ConfigError
-from mixmask.features import accuracy, extract, shorter_side
+from mixmask.features import EVAL_BATCH, accuracy, extract, shorter_side
 from mixmask.metrics import knn_metric
+from mixmask.numerics import wide
+
+BLOCK = 2**27  # numbers of the bank that are compared with queries at a time: half a GiB in float32
 
 
 @torch.no_grad()
 def predict(knn: KNN, bank: Tensor, labels: Tensor, queries: Tensor, classes: int, chunk: int = 512) -> Tensor:
     """Classes (M,) of `queries` (M, D) by their k nearest of `bank` (N, D) with labels (N,); ties: the lowest class.
 
-    Raises ConfigError for k larger than the bank.
+    The bank is gone through in blocks, on the queries' device: it may lie in the host's memory, and is never copied
+    whole. Raises ConfigError for k larger than the bank.
     """
     if knn.k > len(bank):
         raise ConfigError(f"knn.k: {knn.k} neighbours, but there are only {len(bank)} training images")
-    similarities = cosine(bank) if knn.distance == "cosine" else minus_euclidean(bank)
     predictions = []
     for part in queries.split(chunk):
-        similarity, index = similarities(part).topk(knn.k, dim=1)  # (chunk, k), the nearest first
+        similarity, index = nearest(knn, bank, part)  # (chunk, k), the nearest first
         weights = torch.ones_like(similarity)
         if knn.vote == "weighted":
             weights = ((similarity - similarity[:, :1]) / knn.temperature).exp()
-        votes = weights.new_zeros(len(part), classes).scatter_add_(1, labels[index], weights)
-        predictions.append(votes.argmax(dim=1))
+        votes = weights.new_zeros(len(part), classes)
+        predictions.append(votes.scatter_add_(1, labels.to(index.device)[index], weights).argmax(dim=1))
     return torch.cat(predictions)
 
 
-def cosine(bank: Tensor) -> Callable[[Tensor], Tensor]:
-    """Queries (M, D) -> their cosine with each entry of the bank, (M, N)."""
-    bank = F.normalize(bank, dim=1)
-    return lambda queries: F.normalize(queries, dim=1) @ bank.T
+def nearest(knn: KNN, bank: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Similarity to, and index of, the k nearest entries of the bank (N, D) for each query: (M, k), (M, k)."""
+    similarity = cosine if knn.distance == "cosine" else minus_euclidean
+    best, index, start = None, None, 0
+    for block in bank.split(max(knn.k, BLOCK // bank.shape[1])):
+        values, places = similarity(queries, block.to(queries.device)).topk(min(knn.k, len(block)), dim=1)
+        places += start
+        if best is not None:
+            values, places = torch.cat([best, values], dim=1), torch.cat([index, places], dim=1)
+            values, order = values.topk(knn.k, dim=1)
+            places = places.gather(1, order)
+        best, index, start = values, places, start + len(block)
+    return best, index
 
 
-def minus_euclidean(bank: Tensor) -> Callable[[Tensor], Tensor]:
-    """Queries (M, D) -> minus their distance to each entry of the bank, (M, N).
+def cosine(queries: Tensor, bank: Tensor) -> Tensor:
+    """The cosine of each query (M, D) with each entry of the bank (N, D): (M, N)."""
+    return F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
+
+
+def minus_euclidean(queries: Tensor, bank: Tensor) -> Tensor:
+    """Minus the distance of each query (M, D) to each entry of the bank (N, D): (M, N).
 
     From products, in float64: in float32 the differences of large products would misplace near neighbours.
     """
-    bank = bank.double()
-    squares = (bank * bank).sum(dim=1)  # (N,)
-
-    def similarities(queries: Tensor) -> Tensor:
-        queries = queries.double()
-        squared = torch.addmm(squares, queries, bank.T, alpha=-2).add_((queries * queries).sum(dim=1, keepdim=True))
-        return squared.clamp_(min=0).sqrt_().neg_()
-
-    return similarities
+    queries, bank = wide(queries), wide(bank)
+    squared = torch.addmm((bank * bank).sum(dim=1), queries, bank.T, alpha=-2)
+    return squared.add_((queries * queries).sum(dim=1, keepdim=True)).clamp_(min=0).sqrt_().neg_()
 
 
 def evaluate(
@@ -69,12 +78,16 @@ def evaluate(
     knn: KNN,
     device: torch.device,
     workers: int = 0,
+    batch_size: int = EVAL_BATCH,
 ) -> dict[str, float]:
     """Top-1 accuracy in percent under its full name, {metric: percent}. Leaves the encoder in its mode."""
     training = encoder.training
     encoder.eval()
     model = encoder if knn.features == "output" else encoder.backbone
-    bank, queries = (extract(model, d, augment, shorter_side(augment, d), device, workers) for d in (train, test))
+    bank, queries = (
+        extract(model, each, augment, shorter_side(augment, each), device, workers, batch_size)
+        for each in (train, test)
+    )
     encoder.train(training)
-    predictions = predict(knn, bank, train.labels.to(device), queries, len(train.classes))
+    predictions = predict(knn, bank, train.labels, queries.to(device), len(train.classes))
     return {knn_metric(knn, bank.shape[1]): accuracy(predictions, test.labels)}

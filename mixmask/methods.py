@@ -88,7 +88,7 @@ def mscn_view(x: Tensor, settings: MSCN, rngs: Rngs) -> Tensor:
 
 def extra_crops(recipe: Pretrain) -> list[Augment]:
     """The augmentation of each extra crop that the method takes: the views', but for size and share of the image."""
-    crop = replace(recipe.augment, size=recipe.mscn.crop_size, crop_scale=recipe.mscn.crop_scale)
+    crop = replace(recipe.augment.of_view(0), size=recipe.mscn.crop_size, crop_scale=recipe.mscn.crop_scale)
     return [crop] * recipe.mscn.crops if registry.METHODS[recipe.method].crops else []
 
 

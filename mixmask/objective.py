@@ -2,7 +2,8 @@
 
     L = sum over anchors a of  weight_a * score(embedding of images_a [rows in order_a])          (Eq. 4 and 6)
 
-A method says what the anchors are, a framework how an image is embedded and what its embedding is scored against.
+A method says what the anchors are, a framework how an image is embedded and what its embedding is scored against. Where
+the score is one of the whole batch, the framework says what the weights of its rows mean.
 """
 
 from __future__ import annotations
@@ -17,20 +18,25 @@ from mixmask.methods import Anchor
 
 
 def objective(
-    framework: Any, x1: Tensor, x2: Tensor, anchors: Sequence[Anchor], generator: torch.Generator | None = None
+    framework: Any,
+    x1: Tensor,
+    x2: Tensor,
+    anchors: Sequence[Anchor],
+    generator: torch.Generator | None = None,
+    crops: Sequence[Tensor] = (),
 ) -> tuple[Tensor, dict[str, Tensor], Any]:
     """The loss (a scalar), its parts by anchor (detached, weighted), and the targets for `framework.after_step`.
 
-    x1, x2: the two views, (N, C, H, W). Each distinct batch of images is embedded once, all in one pass where they can.
+    x1, x2: the two views, (N, C, H, W); crops: those of `framework.crops`, (N, C, S, S) each. Each distinct batch of
+    images is embedded once, all in one pass where they can.
     """
-    targets = framework.targets(x1, x2, generator)
+    targets = framework.targets(x1, x2, generator, *crops)
     batches = list({id(anchor.images): anchor.images for anchor in anchors}.values())
     embeddings = dict(zip(map(id, batches), framework.embed(batches, targets), strict=True))
     parts: dict[str, Tensor] = {}
     for anchor in anchors:
         embedding = rows(embeddings[id(anchor.images)], anchor.order)
-        scores = framework.score(embedding, targets, clean=anchor.clean)  # (N,)
-        parts[anchor.name] = (anchor.weight * scores).mean()
+        parts[anchor.name] = framework.loss(embedding, targets, anchor.weight, clean=anchor.clean)
     loss = torch.stack(list(parts.values())).sum()
     return loss, {name: part.detach() for name, part in parts.items()}, targets
 

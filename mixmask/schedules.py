@@ -12,14 +12,18 @@ def learning_rate(schedule: Schedule, base: float, step: int, steps_per_epoch: i
     epoch = step // steps_per_epoch
     warmup = warmup_steps(schedule, steps_per_epoch)
     if step < warmup:
-        return base * warmup_factor(schedule, step, warmup)
+        first = schedule.first_lr
+        return first + (base - first) * warmup_factor(schedule, step, warmup)
     if schedule.kind == "step":
         return base * step_factor(schedule, epoch, epochs)
     if schedule.kind == "exponential":
         return exponential(base, schedule.last_lr, epoch / epochs)
+    last = schedule.last_lr
     if schedule.unit == "epoch":
-        return base * cosine(epoch + schedule.first_epoch - schedule.warmup_epochs, epochs - schedule.warmup_epochs)
-    return base * cosine(step - warmup, steps_per_epoch * epochs - warmup)
+        position, total = epoch + schedule.first_epoch - schedule.warmup_epochs, epochs - schedule.warmup_epochs
+    else:
+        position, total = step - warmup, steps_per_epoch * epochs - warmup
+    return last + (base - last) * cosine(position, total)
 
 
 def cosine(position: float, total: float) -> float:

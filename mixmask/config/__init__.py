@@ -3,9 +3,7 @@
 errors.py <- fields.py <- schema.py, values.py <- recipe.py, cli.py
 """
 
-from mixmask.config.cli import (
-    main_guard,
-)
+from mixmask.config.cli import main_guard, run_options
 from mixmask.config.errors import (
     ConfigError,
     UserError,
@@ -87,6 +85,7 @@ __all__ = [
     "read_yaml",
     "recipe_file",
     "resolve",
+    "run_options",
     "to_dict",
     "within",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from mixmask.config.errors import ConfigError
@@ -93,10 +93,14 @@ class MSCN:
 class Optimizer:
     """Tables 8, 9. `lr` is the rate that is used: nothing scales it by batch size or number of processes."""
 
-    name: Literal["sgd", "adam"]
+    name: Literal["sgd", "adam", "lars"]
     lr: float = within(0)
     weight_decay: float = within(0)
-    momentum: float = within(0, 1, default=0.0)  # of SGD; Adam takes none
+    momentum: float = within(0, 1, default=0.0)  # of SGD and LARS; Adam takes none
+    trust: float = within(0, default=0.001)  # LARS: norm of an update over that of its weights, at rate 1
+    trust_clip: bool = False  # LARS: no weight has a rate above lr (LARC, solo-learn)
+    adapt_all: bool = False  # LARS: biases and norms too are adapted and decayed (SwAV); false: neither
+    bias_lr: float = within(0, default=0.0)  # LARS: the rate of biases and norms, where they are not adapted; 0: lr
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,12 @@ class Schedule:
     kind: Literal["cosine", "step", "exponential"]
     unit: Literal["epoch", "iteration"] = "epoch"  # how often the rate changes
     first_epoch: int = within(0, 1, default=0)  # cosine by epoch: 0 ... E-1, or 1 ... E (Un-Mix's CIFAR script)
-    warmup_epochs: int = within(0, default=0)  # linear, from 0
+    warmup_epochs: int = within(0, default=0)  # linear, from first_lr
     warmup_iterations: int = within(0, default=0)  # linear, from lr / warmup_iterations
     milestones: tuple[int, ...] = ()  # step: epochs at which the rate is multiplied; negative ones count from the end
     gamma: float = within(0, 1, default=0.1)
-    last_lr: float = within(0, default=0.0)  # exponential: falls by one ratio every epoch, to this after the last one
+    last_lr: float = within(0, default=0.0)  # after the last epoch; exponential: falls by one ratio every epoch to it
+    first_lr: float = within(0, default=0.0)  # where warmup_epochs begin
 
     def __post_init__(self) -> None:
         if self.kind == "exponential" and not self.last_lr:
@@ -121,7 +126,7 @@ class Schedule:
 class Augment:
     """One view's augmentation: the operations, in the order in which they are applied, and their parameters."""
 
-    order: tuple[Literal["crop", "flip", "jitter", "grayscale", "blur"], ...]
+    order: tuple[Literal["crop", "flip", "jitter", "grayscale", "blur", "solarize"], ...]
     size: int = within(0)  # side of a view, pixels; 0, in a probe: that of the pre-training
     crop_scale: tuple[float, float] = within(1e-3, 1, default=(1.0, 1.0), interval=True)
     crop_ratio: tuple[float, float] = within(1e-3, default=(0.75, 4 / 3), interval=True)
@@ -130,8 +135,9 @@ class Augment:
     jitter: tuple[float, float, float, float] = within(0, default=(0.0, 0.0, 0.0, 0.0))  # b, c, s, hue
     jitter_prob: float = within(0, 1, default=0.0)
     grayscale_prob: float = within(0, 1, default=0.0)
-    blur_prob: float = within(0, 1, default=0.0)
+    blur_prob: float | tuple[float, float] = within(0, 1, default=0.0)  # [a, b]: of the first view and of the second
     blur_sigma: tuple[float, float] = within(0, default=(0.1, 2.0), interval=True)  # pixels
+    solarize_prob: float | tuple[float, float] = within(0, 1, default=0.0)  # values from 128 up turn into 255 - value
     mean: tuple[float, ...] = ()  # per channel, of pixels in [0, 1]; empty: those of the checkpoint that is evaluated
     std: tuple[float, ...] = within(1e-6, default=())
 
@@ -140,6 +146,12 @@ class Augment:
             raise ConfigError(f"augment.order: expected each operation once, found {list(self.order)}")
         if self.jitter[3] > 0.5:
             raise ConfigError(f"augment.jitter: expected a hue of at most 0.5 (half a turn), found {self.jitter[3]:g}")
+
+    def of_view(self, view: int) -> Augment:
+        """The augmentation of view 0 or 1, where the two differ in a probability."""
+        pairs = {name: getattr(self, name) for name in ("blur_prob", "solarize_prob")}
+        own = {name: pair[view] for name, pair in pairs.items() if isinstance(pair, tuple)}
+        return replace(self, **own) if own else self
 
 
 @dataclass(frozen=True)
@@ -174,6 +186,7 @@ class Execution:
     download: bool = True  # fetch CIFAR-100 where it is missing
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     workers: int = within(0, default=8)  # processes that decode images (ImageNet)
+    eval_batch: int = within(1, default=500)  # images at a time where features are taken: less memory with fewer
     log_every: int = within(1, default=10)  # iterations between log lines
     checkpoint_every: int = within(1, default=1)  # epochs between checkpoints
     checkpoint_minutes: float = within(0, default=15.0)  # and within a long epoch: minutes between checkpoints

@@ -14,6 +14,7 @@ from mixmask.config import Augment, ConfigError
 from mixmask.datasets import loading
 from mixmask.datasets.base import Files, Resident
 from mixmask.datasets.sampling import batch_indices
+from mixmask.numerics import exact_device
 from mixmask.randomness import torch_generator
 
 
@@ -38,11 +39,11 @@ def train_batches(
     `rows`: those of each batch that this process holds; only they are read and augmented. `compiled`: in one graph.
     Raises ConfigError as `check_augment` does.
     """
-    augments = [augment] * views + list(crops)
+    augments = [augment.of_view(view) for view in range(views)] + list(crops)
     for each in augments:
         check_augment(dataset, each)
     batches = batch_indices(len(dataset), batch_size, seed, epoch)
-    start = epoch * len(batches)
+    start, place = epoch * len(batches), exact_device(device)
     here = batches[skip:, rows]
     if isinstance(dataset, Resident):  # the same uint8 images for each view: all happens on the device
         here = here.to(dataset.images.device)
@@ -51,9 +52,10 @@ def train_batches(
         stream = loading.loader(dataset, here, seed, epoch, augments, workers, pin_memory=device.type == "cuda")
         augments = [without_crop(augment) for augment in augments]
     for position, (images, indices) in enumerate(stream, start + skip):
-        generator = torch_generator(device, seed, "augment", position)
-        pixels = [view.to(device, non_blocking=True) for view in images]  # uint8 (N, 3, H, W) each
-        yield augment_views(augments, pixels, generator, batch_size, rows, compiled), indices
+        generator = torch_generator(place, seed, "augment", position)
+        pixels = [view.to(place, non_blocking=True) for view in images]  # uint8 (N, 3, H, W) each
+        augmented = augment_views(augments, pixels, generator, batch_size, rows, compiled)
+        yield [view.to(device) for view in augmented], indices
 
 
 def check_augment(dataset: Resident | Files, augment: Augment) -> None:
@@ -85,15 +87,17 @@ def test_batches(
     first: int | None = None,
 ) -> Iterator[Tensor]:
     """The test images float (N, 3, S, S) in order: shorter side to `resize` (0: kept), centre crop, normalised."""
+    place = exact_device(device)
     if isinstance(dataset, Files):
         sizes = (batch_size, resize, augment.size)
         stream = loading.centre_loader(dataset, *sizes, augment.interpolation, workers, device.type == "cuda")
-        pixels = (images.to(device, non_blocking=True) for images, _ in stream)
+        pixels = (images.to(place, non_blocking=True) for images, _ in stream)
         resize = 0
     else:
-        pixels = (images.to(device) for images in dataset.images.split(batch_size))
+        pixels = (images.to(place) for images in dataset.images.split(batch_size))
     for images in islice(pixels, first):
-        yield test_view(images, augment.size, resize or None, augment.mean, augment.std, augment.interpolation)
+        view = test_view(images, augment.size, resize or None, augment.mean, augment.std, augment.interpolation)
+        yield view.to(device)
 
 
 test_batches.__test__ = False  # not a test, whatever its name says to pytest

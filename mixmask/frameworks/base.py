@@ -6,6 +6,10 @@ A framework has a class `Settings` (its section of a recipe), an `encoder` (back
     embed(batches, targets)                what the gradient flows through: of each batch a tuple of (N, ...)
     score(embedding, targets, clean)       one loss per row, (N,)
 
+or, where the loss is one of the whole batch, in place of `score`
+
+    loss(embedding, targets, weight, clean)       the anchor's part of the objective, a scalar
+
 The other hooks have defaults.
 """
 
@@ -18,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask.backbones import Encoder, compile_backbones
+from mixmask.config import Augment
 from mixmask.paths import compiler
 
 
@@ -27,6 +32,10 @@ class Framework(nn.Module):
     Settings: type  # a frozen dataclass
     encoder: Encoder
     compiled: tuple[str, ...] = ()  # the methods that `compile_parts` compiles: of tensors alone
+
+    def crops(self, augment: Augment) -> list[Augment]:
+        """Beside the views, the augmentation of each crop that `targets` takes (multi-crop): here none."""
+        return []
 
     def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Any:
         """What the images are scored against, of the two views (N, C, H, W); once in every iteration."""
@@ -45,6 +54,16 @@ class Framework(nn.Module):
         compile_backbones(self)
         for name in self.compiled:
             setattr(self, name, torch.compile(getattr(self, name), **compiler()))
+
+    def loss(self, embedding: tuple[Tensor, ...], targets: Any, weight: Tensor | float, clean: bool) -> Tensor:
+        """An anchor's part of the objective, a scalar: here the mean over the rows of weight times score.
+
+        weight: one for all rows, or one for each (N,); of the rows in the order of `embedding`.
+        """
+        return (weight * self.score(embedding, targets, clean)).mean()
+
+    def before_step(self, step: int) -> None:
+        """Before anything is embedded in iteration `step`, counted from 0: here nothing depends on it."""
 
     def after_step(self, targets: Any, step: int, steps: int) -> None:
         """After the optimiser's step number `step` of `steps`: here nothing moves but by gradient."""

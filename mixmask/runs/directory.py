@@ -14,7 +14,6 @@ runs/<stage>/<name>-<hash8>-s<seed>/
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -25,7 +24,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -34,6 +33,11 @@ from mixmask.config import ConfigError, UserError
 from mixmask.runs.files import discard, write_atomically
 from mixmask.runs.provenance import CODE, CONTINUATION, ORDER, environment, short
 from mixmask.runs.records import read_environments, read_log, read_result
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 LOCK_TRIES = 5  # a quarter of a second: `is_busy` holds the lock for a moment
 
@@ -69,11 +73,20 @@ def previous_checkpoint(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
+def take_lock(file: IO, exclusive: bool) -> None:
+    """Lock an open file, at once. Raises BlockingIOError where another process holds it, OSError where locks are none.
+
+    Windows has none of these: there nothing is locked.
+    """
+    if fcntl is not None:
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+
+
 def is_busy(directory: str | Path) -> bool:
     """Whether a process is working on the run: its lock is tried, and given back at once."""
     try:
         with open(Path(directory) / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            take_lock(lock, exclusive=False)
     except FileNotFoundError:
         return False
     except BlockingIOError:
@@ -107,7 +120,7 @@ class Run:
     def _take_lock(self) -> None:
         for _ in range(LOCK_TRIES):
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                take_lock(self._lock, exclusive=True)
                 return
             except BlockingIOError:
                 time.sleep(0.05)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from mixmask.config import ConfigError, Pretrain, UserError
+from mixmask.numerics import wide
 from mixmask.runs import Run
 from mixmask.training import progress
 
@@ -206,7 +207,7 @@ def local_slice(n: int) -> slice:
 
 def shard_config(recipe: Pretrain) -> Pretrain:
     """The recipe for the rows that this process holds: its share of the batch and of the groups."""
-    backbone = replace(recipe.backbone, bn_groups=recipe.backbone.bn_groups // size())
+    backbone = replace(recipe.backbone, bn_groups=max(1, recipe.backbone.bn_groups // size()))
     part = {"batch_size": recipe.batch_size // size(), "mix_groups": recipe.mix_groups // size()}
     return replace(recipe, backbone=backbone, **part)
 
@@ -250,6 +251,34 @@ def gather(x: Tensor) -> Tensor:
     return rows.contiguous(memory_format=torch.channels_last) if channels_last else rows
 
 
+class _Gather(torch.autograd.Function):
+    """`gather`, and its adjoint: what the losses of all processes say of this one's rows, summed."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        """(n, ...) -> (size * n, ...)."""
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        """(size * n, ...) -> (n, ...)."""
+        return _sum(gradient.clone(memory_format=torch.contiguous_format))[local_slice(len(gradient))]
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """The rows (n, ...) of all processes, (size * n, ...), through which the gradient flows back to each of them."""
+    return x if size() == 1 else _Gather.apply(x)
+
+
+def shared_statistics(mean: Tensor, var: Tensor, members: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, of any one shape, of all rows that `members` neighbouring processes hold, out of those
+    of each one's own; with gradient. They hold equally many, and `members` divides the number of processes."""
+    everyones = gather_with_gradient(torch.stack((mean, var))[None])  # (size, 2, ...)
+    first = rank() // members * members
+    means, variances = everyones[first : first + members].unbind(1)
+    return means.mean(0), variances.mean(0) + means.var(0, correction=0)
+
+
 @torch.no_grad()
 def average(model: nn.Module) -> None:
     """Gradients and BatchNorm's running statistics become their means over the processes, in one exchange.
@@ -277,7 +306,7 @@ def mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each scalar's mean over the processes, in float64."""
     if size() == 1 or not values:
         return dict(values)
-    total = _sum(torch.stack([value.double() for value in values.values()]))
+    total = _sum(torch.stack([wide(value) for value in values.values()]))
     return dict(zip(values, total.div_(size()).unbind(), strict=True))
 
 

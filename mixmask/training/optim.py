@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,15 +20,18 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt
 def build_optimizer(
     optimizer: Optimizer, parameters: Iterable[nn.Parameter], fixed_lr_parameters: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """SGD or Adam, over the parameters that take gradients; those of `fixed_lr_parameters` stay at the base rate.
+    """SGD, Adam or LARS, over the parameters that take gradients; those of `fixed_lr_parameters` stay at the base rate.
 
-    Each of their few operations is on all parameters at once (`foreach`).
+    Each of their few operations is on all parameters at once (`foreach`). Raises ConfigError where LARS's library is
+    missing.
     """
     constant = list(fixed_lr_parameters)
     apart = {id(p) for p in constant}
     groups = [{"params": [p for p in parameters if p.requires_grad and id(p) not in apart]}]
     if constant:
         groups.append({"params": constant, "constant_rate": True})
+    if optimizer.name == "lars":
+        return _lars(optimizer, groups)
     if optimizer.name == "sgd":
         return torch.optim.SGD(
             groups, lr=optimizer.lr, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay, foreach=True
@@ -35,11 +39,36 @@ def build_optimizer(
     return torch.optim.Adam(groups, lr=optimizer.lr, weight_decay=optimizer.weight_decay, foreach=True)
 
 
+def _lars(optimizer: Optimizer, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+    """timm's LARS (You, Gitman, Ginsburg 2017). Biases and norms take plain steps without decay, unless `adapt_all`."""
+    try:
+        from timm.optim import Lars
+    except ImportError:
+        raise ConfigError("optimizer.name: lars is timm's, which is not installed; pip install timm") from None
+    plain = {"weight_decay": 0.0, "always_adapt": False}
+    if optimizer.bias_lr:
+        plain["lr_scale"] = optimizer.bias_lr / optimizer.lr
+    split = []
+    for group in groups:
+        vectors = [] if optimizer.adapt_all else [p for p in group["params"] if p.ndim <= 1]
+        apart = {id(p) for p in vectors}
+        split.append({**group, "params": [p for p in group["params"] if id(p) not in apart]})
+        split.append({**group, "params": vectors, **plain})
+    trust = {"trust_coeff": optimizer.trust, "trust_clip": optimizer.trust_clip, "always_adapt": True}
+    return Lars(
+        [group for group in split if group["params"]],
+        lr=optimizer.lr,
+        momentum=optimizer.momentum,
+        weight_decay=optimizer.weight_decay,
+        **trust,
+    )
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The same rate for every parameter group but that of constant rate."""
+    """The same rate, times the group's `lr_scale`, for every parameter group but that of constant rate."""
     for group in optimizer.param_groups:
         if not group.get("constant_rate"):
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1)
 
 
 def pick_device(name: str) -> torch.device:

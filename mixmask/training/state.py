@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask import checkpoint
+from mixmask.numerics import exact_device, wide
 
 
 @dataclass
@@ -40,7 +41,7 @@ class TrainState:
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add a step's scalars to the epoch's sums, in float64, and keep its loss; nothing waits for the device."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.double()
+            self.sums[name] = self.sums.get(name, 0) + wide(value)
         self.losses.append(values["loss"])
 
     def means(self) -> dict[str, Tensor]:
@@ -84,7 +85,7 @@ class TrainState:
             part.load_state_dict(saved[name])
         if "random" in saved:
             checkpoint.restore_random_states(saved["random"])
-        device = next(self.model.parameters()).device
+        device = exact_device(next(self.model.parameters()).device)
         self.sums = {name: total.to(device) for name, total in saved.get("sums", {}).items()}
         self.step = saved["step"]
 

@@ -160,9 +160,10 @@ def test_the_citation_is_the_papers():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     paper = citation["preferred-citation"]
     assert [author["family-names"] for author in paper["authors"]] == ["Vishniakov", "Xing", "Shen"]
-    assert (
-        paper["title"] == "MixMask: Revisiting Masking Strategy for Siamese ConvNets" and "2210.11456" in paper["url"]
-    )
+    assert paper["title"] == "MixMask: Revisiting Masking Strategy for Siamese ConvNets"
+    assert paper["year"] == 2024 and "BMVC 2024" in paper["collection-title"] and "bmvc2024.org" in paper["url"]
+    assert "2210.11456" in paper["identifiers"][0]["value"]
+    assert f"## {citation['version']}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert citation["license"] == "MIT" and citation["version"] == mixmask.__version__
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixmask import formats
+from mixmask.backbones import ResNet
 from mixmask.config import ConfigError, flatten, read_yaml
 from mixmask.frameworks import FRAMEWORKS
 from mixmask.methods import METHODS
@@ -15,7 +17,8 @@ from mixmask.randomness import numpy_generator, torch_generator
 from mixmask.runs import file_sha256
 from paper import cells as cells_module
 from paper.cells import ROOT, select, tables
-from paper.presets import STAGES, budget, chains, label, metric, missing_file, steps
+from paper.checkpoints import public_checkpoints
+from paper.presets import STAGES, budget, chains, label, metric, missing_file, remark, steps
 from pretrain.train import build
 from slurm import graph
 
@@ -189,6 +192,43 @@ def test_a_public_checkpoint_takes_the_place_of_the_pretraining_and_its_number_s
     ((convert, detect),) = chains(cell, given)
     assert (convert.stage, convert.source, detect.stage, detect.source) == ("convert", str(file), "detection", "")
     assert convert.config.checkpoint == detect.config.checkpoint == f"swav_800ep_pretrain.pth@{file_sha256(file)[:8]}"
+
+
+def test_the_authors_two_checkpoints_cost_a_probe_in_place_of_a_pretraining(tmp_path):
+    file = tmp_path / "200.pth.tar"
+    file.write_bytes(b"weights")
+    given = budget("paper", [f"checkpoints.mixmask_200={file}", f"checkpoints.both_200={file}"])
+    measured = {cell.id for cell in select(["all"]) if cell.checkpoint in ("mixmask_200", "both_200")}
+    numbers = {"table4/imagenet/moco/mixmask/200", "table3/imagenet/moco/both/p0.5", "table5/imagenet/moco/both"}
+    assert numbers | {"table1/imagenet/switch/yes", "table7/mixmask-200/voc/box_AP"} <= measured
+    for cell in select(sorted(measured)):
+        chain = steps(cell, 0, given)
+        assert [step.stage for step in chain] == [
+            step.stage for step in steps(cell, 0, given) if step.stage != "pretrain"
+        ]
+        assert chain[0].source == str(file) and "re-measured from the MixMask authors'" in remark(cell, given)
+    assert [step.stage for step in steps(select(["table4/imagenet/moco/mixmask/200"])[0], 0, given)] == ["linear"]
+    assert steps(select(["table4/imagenet/moco/mixmask/800"])[0], 0, given)[0].stage == "pretrain"
+
+
+def test_a_checkpoint_as_the_released_code_saves_it_is_read_as_its_rows_expect(tmp_path):
+    """kirill-vish/MixMask, main_moco_mixmask.py: DDP's names, MoCo's two encoders with MLP heads, its queue."""
+    weights = ResNet("resnet50", "imagenet", 8).state_dict()
+    weights = {
+        key: torch.rand_like(value) if value.is_floating_point() else value + 1 for key, value in weights.items()
+    }
+    head = {
+        f"fc.{layer}.{kind}": torch.rand(4, 4)[0 if kind == "bias" else ...]
+        for layer in (0, 2)
+        for kind in ("weight", "bias")
+    }
+    encoder = {**weights, **head}
+    state = {f"module.encoder_{which}.{key}": value for which in "qk" for key, value in encoder.items()}
+    state |= {"module.queue": torch.rand(4, 8), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
+    torch.save({"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {}}, tmp_path / "200.pth.tar")
+    source = formats.read(tmp_path / "200.pth.tar")
+    assert source.format == public_checkpoints()["mixmask_200"].format == public_checkpoints()["both_200"].format
+    assert all(torch.equal(source.weights[key], value) for key, value in weights.items())
 
 
 def test_the_public_moco_v2_replaces_only_the_row_that_names_it(tmp_path):

@@ -12,9 +12,10 @@ from PIL import Image
 from mixmask import registry
 from paper import make_figures
 from paper.cells import select
-from paper.figures import figure4, figure5, figure6, figure7, style
+from paper.figures import figure4, figure5, figure6, figure7, replication, style
 from paper.figures.photographs import GRID, batch, masked_pair, photograph, recipe
 from paper.presets import budget, directory, presets, steps
+from tests.paper.test_tables import finish
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = [budget(name) for name in presets()]
@@ -150,6 +151,27 @@ def test_smoke_is_marked_and_gives_way_to_the_papers_budget(tmp_path):
     figure = figure7.draw(ALL, [tmp_path])
     assert not curves(figure.axes[0]) and curves(figure.axes[3]) == {"vanilla": [[1000, -0.9]]}
     assert "smoke" not in notes(figure) and not figure.legends[0].get_title().get_text()
+
+
+def test_the_replication_has_a_mark_for_each_of_the_142_numbers_hollow_where_none_was_run(tmp_path):
+    figure = replication.draw([budget("paper")], [tmp_path])
+    marks = [line for axes in figure.axes for line in axes.get_lines()]
+    assert len(marks) == 142 and all(line.get_markerfacecolor() == "white" for line in marks)
+    assert all(line.get_xdata()[0] == 0 for line in marks)
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["agrees: 0", "differs: 0", "undecided: 0", "not run: 142"]
+
+
+def test_the_replication_draws_a_difference_with_its_interval_and_names_what_is_off_the_page(tmp_path):
+    for seed in range(3):
+        finish(tmp_path, "table5/cifar100/moco/mixmask", 67.5 + seed / 10, seed=seed)  # published: 68.4
+        finish(tmp_path, "table5/cifar100/byol/mixmask", 40.0 + seed / 10, seed=seed)  # 71.9
+    figure = replication.draw([budget("paper")], [tmp_path])
+    axes = figure.axes[1]
+    drawn = {round(line.get_xdata()[0], 1): line.get_marker() for line in axes.get_lines() if line.get_xdata()[0]}
+    assert drawn == {-0.8: "D", -10: "D"} and "← -31.8" in [text.get_text() for text in axes.texts]
+    (short,) = [lines for lines in axes.collections if abs(lines.get_segments()[0][0][0] + 0.8 + 0.497) < 0.01]
+    assert short.get_segments()[0][1][0] == pytest.approx(-0.8 + 0.497, abs=0.01)  # 4.303 * 0.1 * sqrt(1 / 3 + 1)
 
 
 def test_no_two_methods_share_a_colour_a_marker_or_both_grey_and_dash():

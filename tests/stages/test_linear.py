@@ -176,6 +176,9 @@ def test_normalisation_is_that_of_the_pretraining(tiny_linear, pretrained, tmp_p
     monkeypatch.setattr(script, "extract", lambda m, d, augment, *a: used.append(augment) or extract(m, d, augment, *a))
     probe(tiny_linear(*items, "epochs=1"), pretrained, tmp_path)
     assert [(a.mean, a.std) for a in used] == [((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))] * uses
+    used.clear()
+    probe(tiny_linear(*items, "epochs=1", "augment.mean=[0.1,0.2,0.3]"), pretrained, tmp_path / "own")
+    assert [(a.mean, a.std) for a in used] == [((0.1, 0.2, 0.3), (0.2, 0.3, 0.4))] * uses  # a key that is given counts
 
 
 @pytest.mark.parametrize(

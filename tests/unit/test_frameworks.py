@@ -1,4 +1,4 @@
-"""SimCLR, BYOL, SimSiam: each method's loss and gradients against loops in float64, and what only training shows."""
+"""Every framework but MoCo: each method's loss and gradients against loops in float64, and what only training shows."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ SMALL = {
     "simclr": {"dim": 5, "hidden": 7, "temperature": 0.4},
     "byol": {"dim": 5, "hidden": 7, "momentum": 0.9},
     "simsiam": {"dim": 5, "hidden": 7, "predictor_hidden": 4},
+    "barlow_twins": {"dim": 5, "hidden": 7, "off_diagonal": 0.2, "scale": 0.5},
+    "swav": {
+        **{"dim": 5, "hidden": 7, "prototypes": 4, "temperature": 0.2, "epsilon": 0.3, "sinkhorn": 3},
+        **{"frozen": 0, "queue": 0, "mixture_codes": True},
+    },
+    "vicreg": {"dim": 5, "hidden": 7, "invariance": 1, "variance": 0.5, "covariance": 0.04},
 }
 CASES = {  # name: (method, settings)
     "vanilla": ("vanilla", {}),
@@ -56,6 +62,8 @@ def small(name: str, seed: int = 0, **settings) -> nn.Module:
     with torch.no_grad():
         for parameter in framework.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        if name == "swav":  # as `targets` leaves them
+            framework.prototypes.weight.copy_(unit(framework.prototypes.weight))
     return framework
 
 
@@ -135,7 +143,55 @@ def simsiam_pair(framework: nn.Module, a: Tensor, b: Tensor) -> list[Tensor]:
     return [-(pa[i] * zb[i]).sum() / 2 - (pb[i] * za[i]).sum() / 2 for i in range(len(a))]
 
 
-PAIRS = {"simclr": simclr_pair, "byol": byol_pair, "simsiam": simsiam_pair}
+def barlow_pair(framework: nn.Module, a: Tensor, b: Tensor) -> list[Tensor]:
+    """Zbontar et al. Eq. 1 and 2, the batch's loss for each of its rows."""
+    n, s = len(a), framework.settings
+    za, zb = ((z - z.mean(0)) / torch.sqrt(z.var(0, correction=0) + 1e-5) for z in map(framework.encoder, (a, b)))
+    loss = 0
+    for i in range(s.dim):
+        for j in range(s.dim):
+            c = sum(za[k, i] * zb[k, j] for k in range(n)) / n
+            loss = loss + ((1 - c) ** 2 if i == j else s.off_diagonal * c**2)
+    return [s.scale * loss] * n
+
+
+def swav_pair(framework: nn.Module, a: Tensor, b: Tensor) -> list[Tensor]:
+    """Caron et al. Eq. 1 to 5: each view's softmax over the prototypes against the other's code."""
+    s, n, w = framework.settings, len(a), framework.prototypes.weight
+    scores = [unit(framework.encoder(x)) @ w.T for x in (a, b)]
+    codes = [reference.sinkhorn(score.detach(), s.epsilon, s.sinkhorn) for score in scores]
+
+    def entropy(score: Tensor, code: Tensor) -> Tensor:
+        return -sum(code[k] * torch.log(torch.exp(score[k] / s.temperature) / total(score)) for k in range(len(w)))
+
+    def total(score: Tensor) -> Tensor:
+        return sum(torch.exp(score[k] / s.temperature) for k in range(len(w)))
+
+    return [(entropy(scores[0][i], codes[1][i]) + entropy(scores[1][i], codes[0][i])) / 2 for i in range(n)]
+
+
+def vicreg_pair(framework: nn.Module, a: Tensor, b: Tensor) -> list[Tensor]:
+    """Bardes et al. Eq. 1 to 6, the batch's loss for each of its rows."""
+    n, s = len(a), framework.settings
+    za, zb = framework.encoder(a), framework.encoder(b)
+    loss = s.invariance * sum((za[k, i] - zb[k, i]) ** 2 for k in range(n) for i in range(s.dim)) / (n * s.dim)
+    for z in (za, zb):
+        z = z - z.mean(0)
+        for i in range(s.dim):
+            c = [sum(z[k, i] * z[k, j] for k in range(n)) / (n - 1) for j in range(s.dim)]
+            loss = loss + s.variance * torch.clamp(1 - torch.sqrt(c[i] + 1e-4), min=0) / s.dim
+            loss = loss + s.covariance * sum(c[j] ** 2 for j in range(s.dim) if j != i) / s.dim
+    return [loss] * n
+
+
+PAIRS = {
+    "simclr": simclr_pair,
+    "byol": byol_pair,
+    "simsiam": simsiam_pair,
+    "barlow_twins": barlow_pair,
+    "swav": swav_pair,
+    "vicreg": vicreg_pair,
+}
 
 
 def naive_loss(name: str, framework: nn.Module, case: str, x1: Tensor, x2: Tensor, seed: int) -> Tensor:
@@ -438,6 +494,9 @@ CURVES = {  # of the losses that the loops above confirm
     "simclr": [6.225147312, 5.552808376, 5.486644298, 6.11070105, 5.666856444],
     "byol": [16.90859103, 9.822029385, 4.587640162, 2.683118613, 2.451937277],
     "simsiam": [0.313236296, 0.01682429126, -0.4236654398, -0.5822803539, -1.120652564],
+    "barlow_twins": [6.6511016, 2.786834179, 4.07812631, 3.440528894, 5.41706438],
+    "swav": [6.711812879, 5.200729467, 8.895742221, 7.276644115, 6.781433706],
+    "vicreg": [2.443717821, 1.961290531, 1.979474152, 1.706140795, 1.96587536],
 }
 
 

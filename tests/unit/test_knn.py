@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmask import knn
 from mixmask.config import KNN, ConfigError
@@ -130,3 +131,27 @@ def test_metric_names_the_whole_protocol():
     assert knn_metric(weighted(20, distance="euclidean"), 512) == "knn_k20_t0.1_euclidean_backbone512"
     assert knn_metric(majority(), 512) == "knn_k5_euclidean_backbone512"
     assert knn_metric(majority(distance="cosine"), 512) == "knn_k5_cosine_backbone512"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_blocks_of_the_bank_give_what_the_whole_gives(protocol, monkeypatch):
+    """And no tensor is as large as a copy of the bank, or as all similarities."""
+    torch.manual_seed(0)
+    bank, queries, labels = torch.randn(1000, 8), torch.randn(37, 8), torch.randint(5, (1000,))
+    whole = knn.predict(protocol, bank, labels, queries, 5)
+    monkeypatch.setattr(knn, "BLOCK", 8 * 64)
+    with Largest() as seen:
+        assert torch.equal(knn.predict(protocol, bank, labels, queries, 5, chunk=10), whole)
+    assert seen.numbers <= 10 * 128
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest new tensor inside has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        result = operation(*arguments, **(keywords or {}))
+        if isinstance(result, torch.Tensor) and not result._is_view():
+            self.numbers = max(self.numbers, result.numel())
+        return result

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mixmask.frameworks.base import Framework
 from mixmask.frameworks.moco import MoCo, Settings
 from mixmask.masks import sample_mask
 from mixmask.methods import METHODS, Anchor, unmix_map
@@ -138,7 +139,7 @@ def test_reverse_order_costs_no_forward_pass(method: str, passes: int, symmetric
 # --------------------------------------------------------------------------- the sum, for any framework
 
 
-class Squares(nn.Module):
+class Squares(Framework):
     """A framework with nothing to it: row i scores (embedding_i - target_i)^2, and clean rows a constant more."""
 
     def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -1,0 +1,18 @@
+"""Where float64 is to be had: on the device itself, or on the CPU beside a Mac's GPU (mps), which has none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WITHOUT_FLOAT64 = ("mps",)
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """The nearest device that computes in float64."""
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float64."""
+    return x.to(exact_device(x.device)).double()
