@@ -131,9 +131,8 @@ def move_running_statistics(moves: Iterable[Move]) -> None:
     for (groups, rates), together in alike.items():
         running = [s for norm, _, _ in together for s in (norm.running_mean, norm.running_var)]
         batch = torch.cat([s for _, mean, var in together for s in (mean, var)], dim=1).to(running[0].dtype)
-        of_views = batch.unflatten(0, (len(rates), groups)).mean(dim=1)  # (views, channels)
-        for of_view, rate in zip(of_views, rates, strict=True):
-            torch._foreach_lerp_(running, of_view.split([len(s) for s in running]), rate)
+        for of_view, rate in zip(batch.split(groups), rates, strict=True):  # (groups, channels)
+            torch._foreach_lerp_(running, of_view.mean(dim=0).split([len(s) for s in running]), rate)
         torch._foreach_add_([norm.num_batches_tracked for norm, _, _ in together], len(rates))
 
 

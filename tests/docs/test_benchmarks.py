@@ -1,5 +1,6 @@
 """The benchmarks: the plain reference computes what the project computes, and every case yields its numbers."""
 
+import contextlib
 import copy
 import json
 import math
@@ -15,7 +16,9 @@ from benchmarks import launcher, measure, neighbours, pipelines, plain, profilin
 from mixmask.frameworks import build_framework
 from mixmask.methods import METHODS
 from mixmask.objective import objective
+from mixmask.paths import as_on_a_gpu
 from mixmask.randomness import numpy_generator
+from pretrain import train
 from tests.reference import recipe
 
 CPU = torch.device("cpu")
@@ -188,6 +191,72 @@ def test_a_profile_accounts_for_the_whole_step(few_images):
     found = profiling.numbers(profiling.Marked(config, CPU), 1)
     assert {"convolution", "BatchNorm", "matmul", "optimiser", "elementwise", "augmentation"} <= set(found)
     assert math.isclose(sum(row["share"] for row in found.values()), 1)
+
+
+# -------------------------------------------------------------------------------------------------- launches
+
+LAUNCHES = {  # at most, of one step of the published CIFAR-100 recipe
+    ("moco", "vanilla"): 725,
+    ("moco", "unmix"): 860,
+    ("moco", "mixmask"): 860,
+    ("moco", "both"): 1000,
+    ("simclr", "mixmask"): 900,
+    ("byol", "mixmask"): 900,
+    ("simsiam", "mixmask"): 900,
+}
+
+
+@pytest.mark.parametrize(("framework", "method"), LAUNCHES)
+def test_a_step_is_few_launches(framework, method):
+    counted = steps.launches(steps.recipe("cifar100", framework, method, CPU, {}), CPU)
+    assert 300 < counted <= LAUNCHES[framework, method]
+
+
+def test_a_compiled_step_is_few_graphs_and_little_outside():
+    assert 20 < steps.launches(steps.recipe("cifar100", "moco", "mixmask", CPU, {}), CPU, compiled=True) <= 150
+
+
+def test_launches_count_kernels_and_neither_views_nor_allocations():
+    x = torch.ones(4, 6)
+    with measure.Launches() as counter:
+        x.view(2, 12).T[1:].unflatten(0, (1, -1))  # views
+        torch.empty_like(x), x.new_empty(3), x.detach()
+        (x + 1).mul_(2)
+        torch._foreach_add_([x, x.clone()], 1)
+    assert counter.operations == {"add": 1, "mul_": 1, "clone": 1, "_foreach_add_": 1} and counter.total == 4
+
+
+def losses_and_state(framework, *context, compiled=False):
+    """Three steps in float64 on given batches, inside the contexts."""
+    own = {"moco.queue": 32, "moco.shuffle_bn": True} if framework == "moco" else {}
+    small = {"batch_size": 16, "backbone.width": 4, "run.compile": compiled, **own}
+    config = steps.recipe("cifar100", framework, "both", CPU, small)
+    with contextlib.ExitStack() as stack:
+        for each in context:
+            stack.enter_context(each)
+        training = steps.Ours(config, CPU, number=64)
+        training.state.model.double()
+        batches = [[x.double() for x in next(training.batches)] for _ in range(3)]
+        losses = [train.iterate(config, training.state, batch)[0]["loss"].item() for batch in batches]
+    return losses, training.state.model.state_dict()
+
+
+@pytest.mark.parametrize("framework", steps.FRAMEWORKS)
+def test_steps_of_few_launches_are_the_cpus(framework):
+    (losses, state), (fewer, same) = losses_and_state(framework), losses_and_state(framework, as_on_a_gpu())
+    assert fewer == pytest.approx(losses, rel=1e-12)
+    for name, value in state.items():
+        torch.testing.assert_close(same[name], value, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_compiled_steps_are_the_eager_ones():
+    (losses, state), (fewer, same) = (
+        losses_and_state("moco"),
+        losses_and_state("moco", as_on_a_gpu("aot_eager"), compiled=True),
+    )
+    assert fewer == pytest.approx(losses, rel=1e-10)
+    for name, value in state.items():
+        torch.testing.assert_close(same[name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 
 # ------------------------------------------------------------------------------------- the launcher and the tables

@@ -328,14 +328,17 @@ def test_the_path_of_gpus_and_compiled_graphs_equals_the_cpus(recipe: str) -> No
 
 
 GRAPH = """
-import dataclasses, sys, torch
+import sys, torch
 from mixmask import augment as aug, config
+from mixmask.paths import as_on_a_gpu
 augment = config.load(sys.argv[1]).augment
 images = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-p = aug.sample(augment, 16, 32, 32, torch.Generator().manual_seed(1), "cpu")
-columns = [getattr(p, field.name) for field in dataclasses.fields(p)]
-view = torch.compile(lambda x, *p: aug.apply(augment, x, aug.Parameters(*p)), backend="eager", fullgraph=True)
-print(torch.equal(view(images, *columns), aug.apply(augment, images, p)))
+def draw(compiled):
+    generator = torch.Generator().manual_seed(1)
+    return aug.augment_views([augment] * 2, [images] * 2, generator, 32, slice(16, 32), compiled)
+expected = draw(False)
+with as_on_a_gpu("eager"):
+    print(all(map(torch.equal, draw(True), expected)))
 """
 
 
@@ -385,6 +388,15 @@ def test_equal_generators_give_equal_views() -> None:
     images = photographs(32, 32, 16)
     views = [aug.augment_view(MOCO_V2, images, generator(seed)) for seed in (0, 0, 1)]
     assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
+
+
+def test_views_in_one_pass_are_the_views_one_by_one() -> None:
+    images, small = photographs(32, 32, 12), dataclasses.replace(MOCO_V1, size=16)
+    augments, together, alone = [MOCO_V1, MOCO_V1, small], generator(3), generator(3)
+    views = aug.augment_views(augments, [images, images.flip(0), images], together)
+    for augment, pixels, view in zip(augments, (images, images.flip(0), images), views, strict=True):
+        assert torch.equal(view, aug.augment_view(augment, pixels, alone))
+    assert torch.equal(torch.rand(3, generator=together), torch.rand(3, generator=alone))
 
 
 def test_global_random_state_is_neither_used_nor_changed() -> None:

@@ -1,5 +1,6 @@
 """Backbones: split BatchNorm is several BatchNorms, and the ResNets are torchvision's but for the stem."""
 
+import contextlib
 import copy
 
 import pytest
@@ -8,8 +9,9 @@ import torchvision
 from torch import nn
 
 from mixmask.backbones import Encoder, ResNet, build_backbone, views
-from mixmask.batchnorm import SplitBatchNorm, SplitBatchNorm2d, split_batch_norm
+from mixmask.batchnorm import GroupsAsChannels, SplitBatchNorm, SplitBatchNorm2d, Tile, split_batch_norm
 from mixmask.config import Backbone
+from mixmask.paths import as_on_a_gpu
 
 
 def split_and_separate(groups: int, channels: int = 5) -> tuple[SplitBatchNorm2d, list[nn.BatchNorm2d]]:
@@ -51,6 +53,32 @@ def test_split_batchnorm_is_separate_batchnorms(groups: int, layout: torch.memor
     assert int(split.num_batches_tracked) == 2
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_groups_as_channels_is_a_kernel_for_each_part(parts: int, layout: torch.memory_format):
+    torch.manual_seed(parts)
+    x = (3 * torch.randn(12, 5, 4, 3, dtype=torch.float64) + 1).contiguous(memory_format=layout).requires_grad_()
+    weight, bias = (torch.randn(5, dtype=torch.float64).requires_grad_() for _ in range(2))
+    tiles = [*Tile.apply(parts, weight, bias), *torch.zeros(2, 5 * parts, dtype=torch.float64)]
+    results = []
+    for y, mean, var in (
+        SplitBatchNorm.apply(x, weight, bias, parts, 1e-5),
+        GroupsAsChannels.apply(x, *tiles, parts, 1e-5),
+    ):
+        assert y.is_contiguous(memory_format=layout)
+        results.append((y, mean, var, *torch.autograd.grad((y**3).sum(), (x, weight, bias))))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_tiles_repeat_and_their_gradients_add_up():
+    a, b = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0], requires_grad=True)
+    tiles = Tile.apply(3, a, b)
+    assert [tile.tolist() for tile in tiles] == [[1.0, 2.0] * 3, [3.0] * 3]
+    (tiles[0] * torch.arange(6)).sum().backward()  # nothing flows into the other
+    assert a.grad.tolist() == [0 + 2 + 4, 1 + 3 + 5] and b.grad.tolist() == [0]
+
+
 def test_split_batchnorm_is_plain_batchnorm_in_evaluation():
     split, (plain, *_) = split_and_separate(4)
     split.eval(), plain.eval()
@@ -80,6 +108,28 @@ def test_update_bn_averages_over_all_passes_as_with_plain_batchnorm():
 def test_split_batchnorm_refuses_a_batch_that_its_groups_do_not_divide():
     with pytest.raises(ValueError, match="10 images cannot be split into 4"):
         SplitBatchNorm2d(5, 4)(torch.randn(10, 5, 2, 2))
+
+
+@pytest.mark.parametrize("as_gpu", [False, True])
+@pytest.mark.parametrize("shape, groups", [((1, 5, 1, 1), 1), ((8, 5, 1, 1), 8), ((8, 5, 1, 1), 4)])
+def test_a_group_with_one_value_of_a_channel_is_refused_as_torch_does(shape, groups: int, as_gpu: bool):
+    split, plain = SplitBatchNorm2d(5, groups), nn.BatchNorm2d(5)
+    x = torch.randn(shape)
+    with as_on_a_gpu() if as_gpu else contextlib.nullcontext():
+        if groups == 4:
+            assert split(x).isfinite().all()
+        else:
+            for norm, batch in ((split, x), (plain, x[:1])):
+                with pytest.raises(ValueError, match="more than 1 value per channel when training"):
+                    norm(batch)
+    assert all(value.isfinite().all() for value in split.state_dict().values())
+
+
+def test_a_pass_that_fails_leaves_the_batchnorms_ready_for_the_next():
+    net = build_backbone(Backbone("resnet18", "cifar", 4, 4))
+    with pytest.raises(ValueError, match="cannot be split"):
+        views(net, [torch.randn(6, 3, 8, 8)] * 3)
+    assert net(torch.randn(4, 3, 16, 16)).shape == (4, 32) and int(net.bn1.num_batches_tracked) == 1
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
@@ -162,13 +212,16 @@ def net_and_views(groups: int, sides: tuple[int, ...] = (16, 16, 16)) -> tuple[n
     return net, [torch.randn(8, 3, side, side, dtype=torch.float64).requires_grad_() for side in sides]
 
 
+@pytest.mark.parametrize("as_gpu", [False, True])
 @pytest.mark.parametrize("sides", [(16, 16, 16), (16, 8, 8), (16, 8, 16)])
 @pytest.mark.parametrize("groups", [1, 4])
-def test_views_in_one_pass_equal_separate_passes(groups: int, sides: tuple[int, ...]):
+def test_views_in_one_pass_equal_separate_passes(groups: int, sides: tuple[int, ...], as_gpu: bool):
     net, batches = net_and_views(groups, sides)
     separate, passes = copy.deepcopy(net), []
     net.register_forward_hook(lambda m, inputs, out: passes.append(len(out)))
-    found, expected = views(net, batches), [separate(images) for images in batches]
+    expected = [separate(images) for images in batches]
+    with as_on_a_gpu() if as_gpu else contextlib.nullcontext():
+        found = views(net, batches)
     weights = [torch.randn_like(features) for features in expected]
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)

@@ -68,7 +68,7 @@ def test_the_cifar_recipe_needs_less_than_8_gib():
     assert torch.cuda.max_memory_allocated() < 8 * 2**30
 
 
-def test_a_compiled_backbone_keeps_the_loss():
+def test_what_is_compiled_keeps_the_loss():
     options = {"method": "mixmask", "batch_size": 64}
     eager, compiled = (iterations(*started_with_seed("moco", **options, **{"run.compile": c})) for c in (False, True))
     assert compiled == pytest.approx(eager, rel=1e-3)

@@ -7,6 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
+
+from mixmask.config import Optimizer
+from mixmask.training import optim
+from mixmask.training.optim import arithmetic, build_optimizer, compiles
 
 FAULTS = """
 import resource, torch
@@ -30,3 +36,41 @@ def test_freed_memory_is_kept():
         )
         found[keep] = int(run.stdout)
     assert found[True] <= found[False] / 10
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_optimisers_on_all_parameters_at_once_compute_what_they_compute_one_by_one(name: str):
+    settings = Optimizer(name, 0.1, 0.9, 1e-3)
+    results = []
+    for foreach in (True, False):
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(7))]
+        optimizer = build_optimizer(settings, weights)
+        assert [group["foreach"] for group in optimizer.param_groups] == [True]
+        optimizer.param_groups[0]["foreach"] = foreach
+        for _ in range(3):
+            sum((w**3).sum() for w in weights).backward()
+            optimizer.step()
+        results.append(weights)
+    assert all(map(torch.equal, *results))
+
+
+def test_compile_auto_is_for_gpus_on_which_it_was_tested(monkeypatch: pytest.MonkeyPatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(optim, "device_name", lambda device: "cpu" if device.type == "cpu" else "NVIDIA Thing")
+    assert [compiles(setting, device) for setting in (True, False, "auto") for device in (cpu, gpu)] == [
+        *(True, True, False, False, False, False)
+    ]
+    monkeypatch.setattr(optim, "COMPILED", frozenset({"NVIDIA Thing"}))
+    assert compiles("auto", gpu) and not compiles("auto", cpu)
+
+
+def test_the_header_says_in_what_a_step_computes():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert arithmetic("fp32", cpu, False) == "fp32" and arithmetic("bf16", cpu, True) == "bf16, compiled"
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        assert arithmetic("fp32", gpu, True) == "fp32 (convolutions in TF32, matrix products in fp32), compiled"
+        assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
