@@ -15,10 +15,11 @@ from mixmask.methods import METHODS
 from mixmask.objective import objective
 from mixmask.randomness import numpy_generator, torch_generator
 from mixmask.runs import file_sha256
+from mixmask.stages import STAGES
 from paper import cells as cells_module
 from paper.cells import ROOT, select, tables
 from paper.checkpoints import public_checkpoints
-from paper.presets import STAGES, budget, chains, label, metric, missing_file, remark, steps
+from paper.presets import budget, chains, label, metric, missing_file, remark, steps
 from pretrain.train import build
 from slurm import graph
 
