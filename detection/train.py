@@ -247,14 +247,13 @@ def header(run: Run, task: Any, backbone: weights.Weights, norm: str, notes: lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[configs.run_options(Detection)],
+    )
     parser.add_argument("--config", help="detection/configs/voc.yaml or coco.yaml")
     parser.add_argument("--weights", type=Path, help="a .pkl that detection/convert.py wrote")
-    parser.add_argument(
-        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="replace keys of the recipe"
-    )
-    parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/detection/<name of the run>")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
     parser.add_argument(
         "--eval-only", action="store_true", help="test the run's last checkpoint again; --run-dir is enough to name it"
     )

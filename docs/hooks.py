@@ -42,6 +42,7 @@ SCRIPTS = [
     "paper/make_report.py",
     "paper/compare.py",
     "paper/keep.py",
+    "paper/publish.py",
     "benchmarks/run.py",
 ]
 FENCED = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)

@@ -242,17 +242,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[formats.reading_options()],
+        parents=[formats.reading_options(), configs.run_options(Finetune)],
     )
     parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint.pt of ours, or a public format's")
     parser.add_argument(
         "--config", required=True, help="a recipe, such as eval/configs/imagenet_finetune_1percent.yaml"
     )
-    parser.add_argument(
-        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="replace keys of the recipe"
-    )
-    parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/finetune/<name of the run>")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
     args = parser.parse_args()
     source = formats.read(args.checkpoint, **formats.reading(args))
     config, note = labels.settle(resolve(args.config, args.set, source))

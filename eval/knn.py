@@ -42,14 +42,13 @@ def evaluate(config: KNNEval, path: Path, directory: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[configs.run_options(KNNEval)],
+    )
     parser.add_argument("--checkpoint", required=True, type=Path, help="a pre-training run's checkpoint.pt")
     parser.add_argument("--config", help="another protocol, such as eval/configs/knn.yaml")
-    parser.add_argument(
-        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="replace keys of the recipe"
-    )
-    parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/knn/<name of the run>")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
     args = parser.parse_args()
     state = checkpoint.load(args.checkpoint)
     recipe, identity = checkpoint.pretraining(state, args.checkpoint)

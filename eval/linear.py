@@ -217,15 +217,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[formats.reading_options()],
+        parents=[formats.reading_options(), configs.run_options(Linear)],
     )
     parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint.pt of ours, or a public format's")
     parser.add_argument("--config", required=True, help="a recipe, such as eval/configs/imagenet_linear.yaml")
-    parser.add_argument(
-        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="replace keys of the recipe"
-    )
-    parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/linear/<name of the run>")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
     args = parser.parse_args()
     source = formats.read(args.checkpoint, **formats.reading(args))
     foreign = source if source.recipe is None else None

@@ -13,21 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from mixmask.paths import few_operations
+from mixmask.training.distributed import shared_statistics
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm whose statistics are those of `groups` equal, contiguous parts of the batch: `groups` GPUs in one.
 
     Running statistics move to the mean over the groups (as Un-Mix's and MoCo's CIFAR code have it). A batch may hold
-    several views, each with its own groups, one behind the other (`backbones.views`). In evaluation it is plain
-    BatchNorm. Raises ValueError for a training batch that the groups do not divide, or that leaves a group one value
-    of each channel.
+    several views, each with its own groups, one behind the other (`backbones.views`). With `span` above 1 a group is
+    that of so many processes, of which each holds a part. In evaluation it is plain BatchNorm. Raises ValueError for a
+    training batch that the groups do not divide, or that leaves a group one value of each channel.
     """
 
     def __init__(self, channels: int, groups: int = 1):
         super().__init__(channels)
         self.groups = groups
         self.views = 1
+        self.span = 1
         self.together: Together | None = None  # with the other BatchNorms of a pass, if somebody leads it
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,8 +42,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         if x.numel() == parts * x.shape[1]:
             found = f"{tuple(x.shape)} in {parts} BatchNorm group(s)"
             raise ValueError(f"expected more than 1 value per channel when training, found {found}")
-        if torch.compiler.is_compiling():
-            y, mean, var = split_batch_norm(x, self.weight, self.bias, parts, self.eps)
+        if torch.compiler.is_compiling() or self.span > 1:
+            y, mean, var = split_batch_norm(x, self.weight, self.bias, parts, self.eps, self.span)
         elif few_operations(x):
             together = self.together or Together([self])
             y, mean, var = GroupsAsChannels.apply(x, *together.tiles(self), parts, self.eps)
@@ -61,6 +63,13 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         if self.momentum is not None:
             return (self.momentum,) * self.views
         return tuple(1 / (int(self.num_batches_tracked) + view) for view in range(1, self.views + 1))
+
+
+def span_processes(network: nn.Module, processes: int) -> None:
+    """Every SplitBatchNorm2d inside shares its groups with so many neighbouring processes, in place."""
+    for norm in network.modules():
+        if isinstance(norm, SplitBatchNorm2d):
+            norm.span = processes
 
 
 # --------------------------------------------------------------------------------------- what layers share in a pass
@@ -225,15 +234,22 @@ def channels_to_groups(x: Tensor, parts: int) -> Tensor:
     return moved
 
 
-def split_batch_norm(x: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What SplitBatchNorm computes, as a formula that a compiler fuses with what stands around it."""
+def split_batch_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float, span: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What SplitBatchNorm computes, as a formula that a compiler fuses with what stands around it.
+
+    Each part is one of those that `span` processes hold together.
+    """
     grouped = x.unflatten(0, (parts, -1))  # (parts, N / parts, C, H, W)
     wide = grouped.to(_wide(x))
     var, mean = torch.var_mean(wide, dim=(1, 3, 4), correction=0)  # (parts, C)
+    if span > 1:
+        mean, var = shared_statistics(mean, var, span)
     scale = weight * torch.rsqrt(var + eps)
     shift = bias - mean * scale
     y = wide * scale[:, None, :, None, None] + shift[:, None, :, None, None]
-    pixels = x.numel() // (parts * x.shape[1])
+    pixels = span * x.numel() // (parts * x.shape[1])
     return y.to(x.dtype).flatten(0, 1), mean.detach(), var.detach() * (pixels / (pixels - 1))
 
 

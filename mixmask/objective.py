@@ -18,13 +18,19 @@ from mixmask.methods import Anchor
 
 
 def objective(
-    framework: Any, x1: Tensor, x2: Tensor, anchors: Sequence[Anchor], generator: torch.Generator | None = None
+    framework: Any,
+    x1: Tensor,
+    x2: Tensor,
+    anchors: Sequence[Anchor],
+    generator: torch.Generator | None = None,
+    crops: Sequence[Tensor] = (),
 ) -> tuple[Tensor, dict[str, Tensor], Any]:
     """The loss (a scalar), its parts by anchor (detached, weighted), and the targets for `framework.after_step`.
 
-    x1, x2: the two views, (N, C, H, W). Each distinct batch of images is embedded once, all in one pass where they can.
+    x1, x2: the two views, (N, C, H, W); crops: those of `framework.crops`, (N, C, S, S) each. Each distinct batch of
+    images is embedded once, all in one pass where they can.
     """
-    targets = framework.targets(x1, x2, generator)
+    targets = framework.targets(x1, x2, generator, *crops)
     batches = list({id(anchor.images): anchor.images for anchor in anchors}.values())
     embeddings = dict(zip(map(id, batches), framework.embed(batches, targets), strict=True))
     parts: dict[str, Tensor] = {}

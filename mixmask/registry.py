@@ -84,6 +84,7 @@ FRAMEWORKS = {  # in the paper's order; then those that it does not train
     "byol": Framework("BYOL", "mixmask.frameworks.byol:BYOL", 2, 2),
     "simsiam": Framework("SimSiam", "mixmask.frameworks.simsiam:SimSiam", 2, 0),
     "barlow_twins": Framework("Barlow Twins", "mixmask.frameworks.barlow_twins:BarlowTwins", 2, 0, grouped=True),
+    "swav": Framework("SwAV", "mixmask.frameworks.swav:SwAV", 2, 0, grouped=True),
     "vicreg": Framework("VICReg", "mixmask.frameworks.vicreg:VICReg", 2, 0, grouped=True),
 }
 

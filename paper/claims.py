@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,8 @@ class Outcome:
     """What our runs say of a claim, and what would decide it."""
 
     state: str
-    detail: str = ""
+    tally: str = ""  # `2 ahead, 1 undecided of 7`: the others are not run
+    detail: str = ""  # each comparison
     first: Launch | None = None  # the comparison that is cheapest to make
     whole: Launch | None = None  # all of them
 
@@ -152,14 +154,22 @@ def outcome(claim: Claim, ours: Values, budget: Budget, folders: Sequence[Path])
         held = [pair for pair in held if pair in certain]
     wanted = 1 if claim.any else len(claim.comparisons)
     detail = "; ".join(f"{pair.one.column}: {verdict.difference:+.1f} ({verdict})" for pair, verdict in made.items())
+    words = Counter(verdict.word for verdict in made.values())
+    counted = [f"{words[word]} {word}" for word in ("ahead", "level", "behind", "undecided") if words[word]]
+    tally = f"{', '.join(counted)} of {len(claim.comparisons)}" if made else ""
     if len(held) >= wanted:
-        return Outcome(SUPPORTED, detail)
+        return Outcome(SUPPORTED, tally, detail)
     if len(turned) > (len(claim.comparisons) - 1 if claim.any else 0):
-        return Outcome(CONTRADICTED, detail)
+        return Outcome(CONTRADICTED, tally, detail)
     open_ones = [pair for pair in claim.comparisons if pair not in held]
-    launches = [_launch([pair], made, ours, budget, folders) for pair in open_ones]
-    whole = _launch(open_ones, made, ours, budget, folders)
-    return Outcome(UNDECIDED if made else NOT_RUN, detail, min(launches, key=lambda each: each.hours), whole)
+    seeds = {
+        pair: _seeds(ours[pair.one.id], ours[pair.other.id]) if pair in made else FIRST_SEEDS for pair in open_ones
+    }
+    seeds = {pair: n for pair, n in seeds.items() if n}
+    launches = [_launch({pair: n}, budget, folders) for pair, n in seeds.items()]
+    first = min(launches, key=lambda each: each.hours, default=None)
+    whole = _launch(seeds, budget, folders) if seeds else None
+    return Outcome(UNDECIDED if made else NOT_RUN, tally, detail, first, whole)
 
 
 def _certain(made: Mapping[Comparison, Verdict]) -> list[Comparison]:
@@ -169,22 +179,20 @@ def _certain(made: Mapping[Comparison, Verdict]) -> list[Comparison]:
     return [pair for pair, sure in zip(tested, kept, strict=True) if sure]
 
 
-def _launch(
-    pairs: Sequence[Comparison],
-    made: Mapping[Comparison, Verdict],
-    ours: Values,
-    budget: Budget,
-    folders: Sequence[Path],
-) -> Launch:
-    """With as many seeds as the noisiest of them needs."""
-    cells = list({cell.id: cell for pair in pairs for cell in (pair.one, pair.other)}.values())
-    seeds = max(_seeds(ours[pair.one.id], ours[pair.other.id]) if pair in made else FIRST_SEEDS for pair in pairs)
-    return launch(cells, seeds, budget, folders)
+def _launch(seeds: Mapping[Comparison, int], budget: Budget, folders: Sequence[Path]) -> Launch:
+    """With as many seeds as the noisiest of these comparisons needs."""
+    cells = {cell.id: cell for pair in seeds for cell in (pair.one, pair.other)}
+    return launch(list(cells.values()), max(seeds.values()), budget, folders)
 
 
-def _seeds(one: Mapping[int, float], other: Mapping[int, float]) -> int:
-    spread = Spread.of([one[seed] - other[seed] for seed in one.keys() & other.keys()])
-    return (spread and verdicts.seeds_to_see(spread, paired=True)) or FIRST_SEEDS
+def _seeds(one: Mapping[int, float], other: Mapping[int, float]) -> int | None:
+    """To see a point, or what was found where that is less; None where no advisable number would."""
+    n, spread = max(len(one), len(other)), Spread.of([one[seed] - other[seed] for seed in one.keys() & other.keys()])
+    if spread is None or not spread.std:
+        return max(n + 1, FIRST_SEEDS)
+    difference = abs(compare(one, other).difference)
+    needed = verdicts.seeds_to_see(spread, size=min(verdicts.RELEVANT, max(difference, 0.1)), paired=True)
+    return needed and max(needed, n + 1)
 
 
 # ------------------------------------------------------------------------------------------------------ in words
@@ -194,14 +202,20 @@ def collected(budget: Budget, folders: Sequence[Path]) -> pd.DataFrame:
     """One row a claim; of the launches that would decide it, the cheapest comparison's and all of them."""
     ours, rows = values(budget, folders), []
     for claim in claims():
-        found = outcome(claim, ours, budget, folders)
+        result = outcome(claim, ours, budget, folders)
         launches = {
             f"{name}_{key}": "" if each is None else getattr(each, key)
-            for name, each in (("first", found.first), ("whole", found.whole))
+            for name, each in (("first", result.first), ("whole", result.whole))
             for key in ("command", "cost")
         }
         about = {"id": claim.id, "claim": claim.says, "where": ", ".join(claim.where), "cells": "; ".join(claim.cells)}
-        said = {"printed": claim.as_printed, "ours": found.state, "detail": found.detail, "note": claim.note}
+        said = {
+            "printed": claim.as_printed,
+            "ours": result.state,
+            "tally": result.tally,
+            "detail": result.detail,
+            "note": claim.note,
+        }
         rows.append({**about, **said, **launches})
     return pd.DataFrame(rows)
 
@@ -213,7 +227,7 @@ def sheet(frame: pd.DataFrame) -> Sheet:
         [
             f"{row['claim']} ({row['where']})" + notes.marks([row["note"]]),
             row["printed"],
-            row["ours"] + (f": {row['detail']}" if row["detail"] else ""),
+            row["ours"] + (f" ({row['tally']})" if row["tally"] else ""),
             _cheapest(row),
         ]
         for _, row in frame.iterrows()

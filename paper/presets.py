@@ -19,42 +19,9 @@ from mixmask import config as configs
 from mixmask.config import ConfigError, build, flatten, nearest, read_yaml
 from mixmask.metrics import pretraining_metric
 from mixmask.runs import file_identity, run_id
+from mixmask.stages import STAGES
 from paper.cells import ROOT, Cell
 from paper.checkpoints import public_checkpoints
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage: the script that runs it, where its recipes are, the class of its configs, what it reads and makes."""
-
-    script: str
-    recipes: str  # empty: it has none
-    config: type
-    after: str = ""  # the stage whose product it reads
-    takes: str = "--checkpoint"  # the option that names this product; empty: the first argument, before its own product
-    gives: str = "checkpoint.pt"  # its own product, in its run directory
-    package: str = ""  # what it needs beside the environment
-    repeatable: bool = False  # it takes seconds: a lost product is simply made again
-    resources: Mapping[str, Any] = field(default_factory=dict)  # where it needs less than slurm/cluster.yaml says
-
-
-STAGES = {
-    "pretrain": Stage("pretrain/train.py", "pretrain/configs", configs.Pretrain),
-    "linear": Stage("eval/linear.py", "eval/configs", configs.Linear, after="pretrain"),
-    "finetune": Stage("eval/finetune.py", "eval/configs", configs.Finetune, after="pretrain"),
-    "convert": Stage(
-        *("detection/convert.py", "", configs.Convert, "pretrain"),
-        takes="",
-        gives="backbone.pkl",
-        repeatable=True,
-        resources={"gpus": 0, "nodes": 1, "cpus": 1, "memory_gb": 4, "hours": 1},
-    ),
-    "detection": Stage(
-        *("detection/train.py", "detection/configs", configs.Detection, "convert"),
-        takes="--weights",
-        package="detectron2",
-    ),
-}
 
 CONVERT = {"recipe": "convert", "target": "detectron2"}  # the config of the stage without recipes
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from mixmask import config as configs
 from mixmask import datasets, knn, registry
-from mixmask.config import ConfigError, Pretrain
+from mixmask.batchnorm import span_processes
+from mixmask.config import Augment, ConfigError, Pretrain
 from mixmask.datasets.settle import settle
 from mixmask.datasets.verify import verify
 from mixmask.datasets.views import check_augment, train_batches
@@ -71,13 +72,14 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
         loop = Loop(run, config, state, rates, images, step_lines=True)
         loop.resume()
         say(header(run, config, train_set, device, state))
+        crops = framework.crops(config.augment)
         measure = functools.partial(evaluate, framework, train_set, test_set, config, device)
         if state.step == 0 and config.knn.every:
             run.log("epoch", -1, epoch=0, **measure())
 
         with loop.running():
             for epoch in loop.epochs():
-                for batch in loop.batches(views(config, train_set, epoch, loop.skip, device)):
+                for batch in loop.batches(views(config, train_set, epoch, loop.skip, device, crops)):
                     with loop.work.counted():
                         values, anchors = iterate(config, state, batch)
                     loop.log(values, functools.partial(coefficients, anchors))
@@ -89,18 +91,20 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
 def iterate(config: Pretrain, state: TrainState, batch: list[Tensor]) -> tuple[dict[str, Tensor], list[Anchor]]:
     """The paper's iteration: mixtures of x1 (Eq. 1, 2), the weighted sum over anchors (Eq. 4, 6), one step down.
 
-    batch: x1, x2 (N, C, H, W), and MSCN's extra crops. Returns scalars for the log, and the anchors. Nothing here waits
-    for the device.
+    batch: x1, x2 (N, C, H, W), and extra crops, MSCN's or the framework's. Returns scalars for the log, and the
+    anchors. Nothing here waits for the device.
     """
     framework, optimizer, step = state.model, state.optimizer, state.step
     (x1, x2, *crops), device = batch, batch[0].device
     own_groups = range(config.mix_groups)[distributed.local_slice(config.mix_groups)]
     rngs = [numpy_generator(config.seed, "mix", step, group) for group in own_groups]
-    anchors = METHODS[config.method](config, x1, rngs, *crops)
+    of_method = len(extra_crops(config))
+    anchors = METHODS[config.method](config, x1, rngs, *crops[:of_method])
+    framework.before_step(step)
     set_learning_rate(optimizer, learning_rates(config, state.steps_per_epoch, step)["lr"])
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         shuffle = torch_generator(device, config.seed, "shuffle", step)
-        loss, parts, targets = objective(framework, x1, x2, anchors, shuffle)
+        loss, parts, targets = objective(framework, x1, x2, anchors, shuffle, crops[of_method:])
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     distributed.average(framework)
@@ -180,6 +184,7 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
         keep_freed_memory()
     seed_globals(config.seed, "init")
     framework = build_framework(distributed.shard_config(config)).to(device).train()
+    span_processes(framework, max(1, distributed.size() // config.backbone.bn_groups))
     if config.run.channels_last:
         framework = framework.to(memory_format=torch.channels_last)
     if compiles(config.run.compile, device):
@@ -190,10 +195,15 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
 # ----------------------------------------------------------------------------------------------------- during
 
 
-def views(config: Pretrain, train_set: Any, epoch: int, skip: int, device: torch.device) -> Iterator[list[Tensor]]:
-    """This process's rows of the epoch's batches after the first `skip`: x1, x2 (N, 3, S, S), MSCN's extra crops."""
+def views(
+    config: Pretrain, train_set: Any, epoch: int, skip: int, device: torch.device, crops: Sequence[Augment] = ()
+) -> Iterator[list[Tensor]]:
+    """This process's rows of the epoch's batches after the first `skip`: x1, x2 (N, 3, S, S), the extra crops.
+
+    `crops`: those of the framework; MSCN's take their place.
+    """
     sizes = (config.batch_size, config.seed, epoch, 2, device, config.run.workers)
-    part = {"skip": skip, "crops": extra_crops(config), "rows": distributed.local_slice(config.batch_size)}
+    part = {"skip": skip, "crops": extra_crops(config) or crops, "rows": distributed.local_slice(config.batch_size)}
     part["compiled"] = compiles(config.run.compile, device)
     for batch, _ in train_batches(train_set, config.augment, *sizes, **part):
         yield [x.contiguous(memory_format=torch.channels_last) for x in batch] if config.run.channels_last else batch
@@ -265,13 +275,12 @@ def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, sta
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a recipe, such as pretrain/configs/cifar100_moco.yaml")
-    parser.add_argument(
-        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="replace keys of the recipe"
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[configs.run_options(Pretrain)],
     )
-    parser.add_argument("--run-dir", type=Path, help="default: RUNS_DIR/pretrain/<name of the run>")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: runs")
+    parser.add_argument("--config", required=True, help="a recipe, such as pretrain/configs/cifar100_moco.yaml")
     parser.add_argument("--verify", action="store_true", help="decode every image once before training")
     args = parser.parse_args()
     config = settle(configs.load(args.config, configs.parse_overrides(args.set)))

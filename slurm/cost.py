@@ -54,7 +54,7 @@ def forward_gflop(backbone: Backbone, size: int) -> float:
 def pretrain_pflop(config: Pretrain) -> float:
     """PFLOP of a pre-training."""
     gradient, forward = registry.find(registry.FRAMEWORKS, config.framework, "framework").passes(config.settings)
-    passes = 3 * (gradient + added_passes(config)) + forward
+    passes = 3 * (gradient + multi_crop(config) + added_passes(config)) + forward
     images = images_of(config.dataset).train * config.epochs
     return images * passes * forward_gflop(config.backbone, config.augment.size) / 1e6
 
@@ -65,6 +65,14 @@ def added_passes(config: Pretrain) -> float:
     if method.crops:
         return config.mscn.keep_clean + config.mscn.crops * (config.mscn.crop_size / config.augment.size) ** 2
     return method.added
+
+
+def multi_crop(config: Pretrain) -> float:
+    """Passes with gradient of a framework's own crops, by area (SwAV); MSCN's take their place."""
+    settings = {"crops": 0, "crop_size": 96, **config.settings}
+    if registry.find(registry.METHODS, config.method, "method").crops:
+        return 0.0
+    return settings["crops"] * (settings["crop_size"] / config.augment.size) ** 2
 
 
 def images_of(dataset: str) -> registry.Dataset:

@@ -48,14 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     targets = options.targets[bool(verb) :]
     if verb == "cancel" and not targets:
         raise UserError("cancel: expected a target, such as table4, or all")
+    if options.efficiency and verb != "status":
+        raise UserError("--efficiency: of `status` alone, which launches nothing: launch.py status --efficiency TARGET")
     cells = select(targets)
     chosen = budget(options.preset, options.set)
+    profile = str(Path(options.cluster).resolve()) if Path(options.cluster).suffix else options.cluster
     runs_dir = _enter_repository(options.runs_dir)
     launching = not (verb or options.dry_run)
     executor = _executor(options.executor, chosen) if launching and cells else ""
     if executor == "slurm":
         runs_dir = runs_dir.resolve()  # its jobs run elsewhere: in a copy of the code
-    jobs = graph.jobs(cells, chosen, runs_dir, options.cluster)
+    jobs = graph.jobs(cells, chosen, runs_dir, profile)
     for target in set(targets) & set(WITHOUT_RUNS):
         print(f"{target} needs no runs: {WITHOUT_RUNS[target]}")
     if not cells:

@@ -238,7 +238,8 @@ def _submit(group: list[Job], asked: dict[str, Any], runs_dir: Path, snapshot: P
 def _failure(group: list[Job], text: str, runs_dir: Path) -> str:
     """What to make of an sbatch that has failed: SLURM may have accepted the job nevertheless, which is cancelled."""
     if not UNCERTAIN.search(text):
-        return f"SLURM refused {group[0].id}: {text}"
+        ended = "; one that it waits for has ended meanwhile: launch again" if "dependency problem" in text else ""
+        return f"SLURM refused {group[0].id}: {text}{ended}"
     time.sleep(squeue.AGAIN)
     said = f"sbatch has failed for {group[0].id}, which SLURM may have accepted ({text})"
     try:

@@ -109,6 +109,18 @@ def info_nce(q: Tensor, key: Tensor, queue: Sequence[Tensor], temperature: float
     return -torch.log(positive / (positive + negatives))
 
 
+def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """SwAV's codes (n, K) of scores (n, K): every prototype gets n / K of the rows' weight, every row 1, in turn."""
+    code = torch.exp(scores / epsilon)
+    n, k = code.shape
+    for _ in range(iterations):
+        for j in range(k):
+            code[:, j] = code[:, j] / sum(code[i, j] for i in range(n)) * n / k
+        for i in range(n):
+            code[i] = code[i] / sum(code[i, j] for j in range(k))
+    return code
+
+
 def moved(keys: nn.Module, queries: nn.Module, momentum: float) -> nn.Module:
     """A copy of the key encoder after theta_k <- m theta_k + (1 - m) theta_q, parameters only."""
     keys = copy.deepcopy(keys)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from mixmask.config.errors import ConfigError
+from mixmask.config.fields import DECIMAL
 
 
 class Loader(yaml.SafeLoader):
@@ -22,10 +23,7 @@ class Loader(yaml.SafeLoader):
 
 PLAIN = {
     "int": (r"[-+]?(0|[1-9][0-9]*)$", "-+0123456789"),
-    "float": (
-        r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
-        "-+.0123456789",
-    ),
+    "float": (rf"{DECIMAL.pattern}$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$", "-+.0123456789"),
     "bool": (r"(true|True|TRUE|false|False|FALSE)$", "tTfF"),
     "null": (r"(~|null|Null|NULL|)$", ("~", "n", "N", "")),
 }

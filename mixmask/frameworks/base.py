@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask.backbones import Encoder, compile_backbones
+from mixmask.config import Augment
 from mixmask.paths import compiler
 
 
@@ -31,6 +32,10 @@ class Framework(nn.Module):
     Settings: type  # a frozen dataclass
     encoder: Encoder
     compiled: tuple[str, ...] = ()  # the methods that `compile_parts` compiles: of tensors alone
+
+    def crops(self, augment: Augment) -> list[Augment]:
+        """Beside the views, the augmentation of each crop that `targets` takes (multi-crop): here none."""
+        return []
 
     def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Any:
         """What the images are scored against, of the two views (N, C, H, W); once in every iteration."""

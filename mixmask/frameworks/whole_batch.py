@@ -1,8 +1,8 @@
 """What losses of the whole batch share: the rows of all processes, what the weights of rows mean, a projector.
 
-A mixture's anchor gives each row a weight w_i, its lambda or 1 - lambda. Where all are one number w, the anchor's part
-is w times the loss of the batch. Where they differ, row i takes the share w_i / sum(w) in every mean and correlation, in
-place of 1 / N, and the loss is multiplied by the mean weight: a row of weight 0 is absent.
+A mixture's anchor gives each row a weight w_i, its lambda or 1 - lambda. Where all are one number w, the anchor's
+part is w times the loss of the batch. Where they differ, row i takes the share w_i / sum(w) in every mean and
+correlation, in place of 1 / N, and the loss is multiplied by the mean weight: a row of weight 0 is absent.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ class BatchNorm(nn.BatchNorm1d):
         if not self.training or distributed.size() == 1:
             return super().forward(x)
         var, mean = torch.var_mean(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, dim=0, correction=0)
-        means, variances = gather_with_gradient(torch.stack((mean, var))[None]).unbind(1)  # (processes, C)
-        mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
+        mean, var = distributed.shared_statistics(mean, var, distributed.size())
         with torch.no_grad():
             n = len(x) * distributed.size()
             self.running_mean.lerp_(mean, self.momentum)
@@ -58,13 +57,13 @@ class BatchNorm(nn.BatchNorm1d):
         return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
 
 
-def projector(features: int, *widths: int) -> nn.Sequential:
+def projector(features: int, *widths: int, bias: bool = False) -> nn.Sequential:
     """Linear - BatchNorm - ReLU to each width but the last, and a last Linear: (N, features) -> (N, widths[-1]).
 
-    No layer has a bias: the BatchNorm or the loss behind it would take it away again.
+    Barlow Twins and VICReg need no bias: a BatchNorm or the loss behind it would take it away again.
     """
     layers: list[nn.Module] = []
     for width in widths[:-1]:
-        layers += [nn.Linear(features, width, bias=False), BatchNorm(width), nn.ReLU(inplace=True)]
+        layers += [nn.Linear(features, width, bias=bias), BatchNorm(width), nn.ReLU(inplace=True)]
         features = width
-    return nn.Sequential(*layers, nn.Linear(features, widths[-1], bias=False))
+    return nn.Sequential(*layers, nn.Linear(features, widths[-1], bias=bias))

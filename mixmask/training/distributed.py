@@ -207,7 +207,7 @@ def local_slice(n: int) -> slice:
 
 def shard_config(recipe: Pretrain) -> Pretrain:
     """The recipe for the rows that this process holds: its share of the batch and of the groups."""
-    backbone = replace(recipe.backbone, bn_groups=recipe.backbone.bn_groups // size())
+    backbone = replace(recipe.backbone, bn_groups=max(1, recipe.backbone.bn_groups // size()))
     part = {"batch_size": recipe.batch_size // size(), "mix_groups": recipe.mix_groups // size()}
     return replace(recipe, backbone=backbone, **part)
 
@@ -268,6 +268,15 @@ class _Gather(torch.autograd.Function):
 def gather_with_gradient(x: Tensor) -> Tensor:
     """The rows (n, ...) of all processes, (size * n, ...), through which the gradient flows back to each of them."""
     return x if size() == 1 else _Gather.apply(x)
+
+
+def shared_statistics(mean: Tensor, var: Tensor, members: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, of any one shape, of all rows that `members` neighbouring processes hold, out of those
+    of each one's own; with gradient. They hold equally many, and `members` divides the number of processes."""
+    everyones = gather_with_gradient(torch.stack((mean, var))[None])  # (size, 2, ...)
+    first = rank() // members * members
+    means, variances = everyones[first : first + members].unbind(1)
+    return means.mean(0), variances.mean(0) + means.var(0, correction=0)
 
 
 @torch.no_grad()

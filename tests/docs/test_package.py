@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and an empty environment in which it imports, mixes and trains on the embedded photographs."""
+"""The wheel: what is in it; in an empty environment it imports, mixes and trains on the embedded photographs."""
 
 import json
 import os

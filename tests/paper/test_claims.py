@@ -65,6 +65,7 @@ def test_a_claim_is_supported_where_every_comparison_is_ahead_and_undecided_befo
         seeds(tmp_path, f"table1/{place}/strategy/discrete", *([46.0, 46.1, 46.3] if place != "imagenet" else [68.0]))
     found = outcome("blocked-larger", tmp_path)  # ImageNet's cells have one seed
     assert found.state == "undecided" and "imagenet" in found.first.command and "tiny" not in found.whole.command
+    assert found.tally == "1 ahead, 1 undecided of 2" and found.first.hours > 0
     given = budget("paper", ["seed=[0,1,2]"])
     for seed in (1, 2):
         finish(tmp_path, "table1/imagenet/strategy/blocked", 69.0 + seed / 10, seed=seed)
@@ -84,7 +85,8 @@ def test_a_claim_of_no_difference_is_supported_where_one_point_would_have_been_s
     seeds(tmp_path, "table1/cifar100/strategy/blocked", 68.0, 68.3, 68.6)
     seeds(tmp_path, "table1/cifar100/strategy/discrete", 68.1, 68.3, 68.5)
     assert outcome("blocked-cifar", tmp_path).state == "supported"
-    assert outcome("blocked", tmp_path).state == "undecided"  # level on CIFAR-100, the others not run
+    found = outcome("blocked", tmp_path)  # level on CIFAR-100, the others not run
+    assert (found.state, found.tally) == ("undecided", "1 level of 3") and found.first.hours > 0
 
 
 def test_a_smoke_run_decides_nothing(tmp_path):

@@ -289,3 +289,12 @@ def tiny_from_file(folder: Path, line: str) -> configs.Pretrain:
     path = folder / "tiny.yaml"
     path.write_text(TINY.replace("seed: 0", line))
     return configs.load(path)
+
+
+def test_help_of_a_stage_lists_the_keys_of_its_recipe():
+    done = subprocess.run([sys.executable, "pretrain/train.py", "--keys"], capture_output=True, text=True, check=True)
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in done.stdout.splitlines()}
+    recipe = configs.flatten(configs.read_yaml("pretrain/configs/cifar100_moco.yaml"))
+    assert {key for key in recipe if not key.startswith("moco.")} <= lines.keys()
+    assert lines["mask.ratio"] == "a number from 0 to 1 or 2 values, each: a number from 0 to 1"
+    assert lines["optimizer.lr"] == "a number, at least 0" and lines["run.eval_batch"].endswith("(default: 500)")

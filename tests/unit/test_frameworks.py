@@ -35,6 +35,10 @@ SMALL = {
     "byol": {"dim": 5, "hidden": 7, "momentum": 0.9},
     "simsiam": {"dim": 5, "hidden": 7, "predictor_hidden": 4},
     "barlow_twins": {"dim": 5, "hidden": 7, "off_diagonal": 0.2, "scale": 0.5},
+    "swav": {
+        **{"dim": 5, "hidden": 7, "prototypes": 4, "temperature": 0.2, "epsilon": 0.3, "sinkhorn": 3},
+        **{"frozen": 0, "queue": 0, "mixture_codes": True},
+    },
     "vicreg": {"dim": 5, "hidden": 7, "invariance": 1, "variance": 0.5, "covariance": 0.04},
 }
 CASES = {  # name: (method, settings)
@@ -58,6 +62,8 @@ def small(name: str, seed: int = 0, **settings) -> nn.Module:
     with torch.no_grad():
         for parameter in framework.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        if name == "swav":  # as `targets` leaves them
+            framework.prototypes.weight.copy_(unit(framework.prototypes.weight))
     return framework
 
 
@@ -149,6 +155,21 @@ def barlow_pair(framework: nn.Module, a: Tensor, b: Tensor) -> list[Tensor]:
     return [s.scale * loss] * n
 
 
+def swav_pair(framework: nn.Module, a: Tensor, b: Tensor) -> list[Tensor]:
+    """Caron et al. Eq. 1 to 5: each view's softmax over the prototypes against the other's code."""
+    s, n, w = framework.settings, len(a), framework.prototypes.weight
+    scores = [unit(framework.encoder(x)) @ w.T for x in (a, b)]
+    codes = [reference.sinkhorn(score.detach(), s.epsilon, s.sinkhorn) for score in scores]
+
+    def entropy(score: Tensor, code: Tensor) -> Tensor:
+        return -sum(code[k] * torch.log(torch.exp(score[k] / s.temperature) / total(score)) for k in range(len(w)))
+
+    def total(score: Tensor) -> Tensor:
+        return sum(torch.exp(score[k] / s.temperature) for k in range(len(w)))
+
+    return [(entropy(scores[0][i], codes[1][i]) + entropy(scores[1][i], codes[0][i])) / 2 for i in range(n)]
+
+
 def vicreg_pair(framework: nn.Module, a: Tensor, b: Tensor) -> list[Tensor]:
     """Bardes et al. Eq. 1 to 6, the batch's loss for each of its rows."""
     n, s = len(a), framework.settings
@@ -168,6 +189,7 @@ PAIRS = {
     "byol": byol_pair,
     "simsiam": simsiam_pair,
     "barlow_twins": barlow_pair,
+    "swav": swav_pair,
     "vicreg": vicreg_pair,
 }
 
@@ -473,6 +495,7 @@ CURVES = {  # of the losses that the loops above confirm
     "byol": [16.90859103, 9.822029385, 4.587640162, 2.683118613, 2.451937277],
     "simsiam": [0.313236296, 0.01682429126, -0.4236654398, -0.5822803539, -1.120652564],
     "barlow_twins": [6.6511016, 2.786834179, 4.07812631, 3.440528894, 5.41706438],
+    "swav": [6.711812879, 5.200729467, 8.895742221, 7.276644115, 6.781433706],
     "vicreg": [2.443717821, 1.961290531, 1.979474152, 1.706140795, 1.96587536],
 }
 

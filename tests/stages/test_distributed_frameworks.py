@@ -1,0 +1,56 @@
+"""Barlow Twins, SwAV, VICReg: several processes compute what one does, though statistics and codes are the batch's."""
+
+import pytest
+import yaml
+
+from mixmask import config as configs
+from mixmask.training.processes import fitting_processes
+from tests.conftest import TINY
+from tests.stages.test_distributed import distance, in_double, launch, log, losses, model, wait
+
+SECTIONS = {
+    "moco": {**yaml.safe_load(TINY)["moco"]},
+    "barlow_twins": {"dim": 8, "hidden": 12, "off_diagonal": 0.1, "scale": 0.5},
+    "vicreg": {"dim": 8, "hidden": 12, "invariance": 5, "variance": 2, "covariance": 0.5},
+    "swav": {
+        **{"dim": 8, "hidden": 12, "prototypes": 6, "temperature": 0.2, "epsilon": 0.3, "sinkhorn": 3, "frozen": 1},
+        **{"queue": 32, "queue_start": 1, "crops": 1, "crop_size": 8, "crop_scale": [0.1, 0.5]},
+    },
+}
+SMALL = ("mix_groups=4", "run.log_every=1", "epochs=1", "mask.ratio=[0.2, 0.8]", "mscn.grid=3", "mscn.crop_size=8")
+
+
+def tiny(framework: str, *items: str) -> configs.Pretrain:
+    values = {key: value for key, value in yaml.safe_load(TINY).items() if key != "moco"}
+    values |= {"framework": framework, framework: SECTIONS[framework]}
+    return configs.resolve(values, configs.parse_overrides([*SMALL, *items]), configs.Pretrain)
+
+
+@pytest.mark.parametrize(
+    ("framework", "method", "norms"),
+    [
+        *((framework, "both", 1) for framework in SECTIONS),
+        *((framework, "mixmask", 2) for framework in SECTIONS if framework != "moco"),
+        ("swav", "mscn", 4),
+        ("vicreg", "vanilla", 4),
+    ],
+)
+def test_two_and_four_processes_compute_what_one_computes(tmp_path, framework, method, norms):
+    """In float64 what is left is the order of summation. Each of four mix groups has a lambda of its own."""
+    config = tiny(framework, f"method={method}", f"backbone.bn_groups={norms}")
+    assert fitting_processes(config) == (1, 2, 4)
+    several = (2, 4) if method == "both" else (4,)
+    for processes in (1, *several):
+        assert not any(wait(launch(config, tmp_path / str(processes), processes, in_double)))
+    one, alone = model(tmp_path / "1"), log(tmp_path / "1")
+    for processes in several:
+        shared, lines = model(tmp_path / str(processes)), log(tmp_path / str(processes))
+        assert distance(losses(tmp_path / str(processes)), losses(tmp_path / "1")) < 1e-11
+        assert {k: distance(shared[k].double(), one[k].double()) < 1e-8 for k in one} == dict.fromkeys(one, True)
+        for line, expected in zip(lines, alone, strict=True):
+            assert all(line[k] == pytest.approx(v, rel=1e-8) for k, v in expected.items() if k != "kind")
+
+
+def test_processes_hold_whole_batchnorm_groups_or_equal_parts_of_them():
+    fitting = {norms: fitting_processes(tiny("swav", f"backbone.bn_groups={norms}")) for norms in (1, 2, 3, 8)}
+    assert fitting == {1: (1, 2, 4), 2: (1, 2, 4), 3: (1,), 8: (1, 2, 4)}
