@@ -27,6 +27,7 @@ from paper import claims, comparisons, settings
 from paper.cells import Heading, Table, select, tables
 from paper.collect import UNREADABLE, collect
 from paper.markup import Footnotes, Sheet, latex, markdown
+from paper.options import own, reading_parser
 from paper.presets import budget, presets
 
 CLAIMS = "claims"
@@ -62,21 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    about, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python paper/make_tables.py",
-        description=about,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = reading_parser("make_tables", __doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="table4, or one of its cells; none: all")
-    folders = {"nargs": "+", "default": ["runs", "results"], "metavar": "DIR"}
-    parser.add_argument("--runs-dir", **folders, help="where the runs are, the first first (default: runs results)")
-    parser.add_argument("--out", default="paper/output", metavar="DIR", help="default: paper/output")
-    parser.add_argument("--preset", help=f"only the runs of this preset: {', '.join(presets())}")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as given to slurm/launch.py"
-    )
+    parser.add_argument("--out", default=own("paper/output"), metavar="DIR", help="default: %(default)s")
     return parser.parse_args(arguments)
 
 

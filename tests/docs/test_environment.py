@@ -108,3 +108,18 @@ def test_the_wheel_names_every_package_of_the_library():
     settings = tomllib.loads(read("pyproject.toml"))["tool"]["setuptools"]
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "mixmask").rglob("__init__.py")}
     assert set(settings["packages"]) == found | {"mixmask.pretrain", "mixmask.eval"}
+
+
+def test_precommit_runs_the_locked_ruff():
+    (repo,) = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
+    assert versions()["ruff"] == {repo["rev"].removeprefix("v")}
+
+
+def test_workflows_run_targets_that_the_makefile_has():
+    targets = set(re.findall(r"^([a-z0-9]+):.*## ", read("Makefile"), re.MULTILINE))
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values()
+        commands = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+        for command in commands:
+            words = command.split()
+            assert words[0] == "make" and {word for word in words[1:] if "=" not in word} <= targets, command
