@@ -54,10 +54,10 @@ def _select(targets: Iterable[str]) -> list[str]:
     """The figures that `targets` name, each once. Raises ConfigError for a target that names none."""
     wanted = set()
     for target in list(targets) or ["all"]:
-        found = [figure for figure in FIGURES if target == "all" or fnmatch.fnmatchcase(figure, target)]
-        if not found:
+        fitting = [figure for figure in FIGURES if target == "all" or fnmatch.fnmatchcase(figure, target)]
+        if not fitting:
             raise ConfigError(f"unknown figure '{target}'{nearest(target, FIGURES)}")
-        wanted.update(found)
+        wanted.update(fitting)
     return [figure for figure in FIGURES if figure in wanted]
 
 

@@ -72,15 +72,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _names(targets: Sequence[str]) -> list[str]:
     """The tables that `targets` name, in the paper's order. Raises ConfigError for anything else."""
     numbered = [target for target in targets if target != CLAIMS]
-    found = {cell.target for cell in (select(numbered) if numbered or not targets else [])}
-    found |= set(targets) & {*settings.names(), CLAIMS}
+    named = {cell.target for cell in (select(numbered) if numbered or not targets else [])}
+    named |= set(targets) & {*settings.names(), CLAIMS}
     everything = not targets or "all" in targets
-    figures = [name for name in [*found, *targets] if name.startswith("figure")]
+    figures = [name for name in [*named, *targets] if name.startswith("figure")]
     if figures and not everything:
         raise ConfigError(f"{figures[0]} is no table: python paper/make_figures.py {figures[0].partition('/')[0]}")
     own = [name for name, table in tables().items() if table.scale]
     every = [*(name for name in tables() if name.startswith("table")), *settings.names(), *own, CLAIMS]
-    return [name for name in every if everything or name in found]
+    return [name for name in every if everything or name in named]
 
 
 # ------------------------------------------------------------------------------------------------------- writing
