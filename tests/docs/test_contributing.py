@@ -15,9 +15,9 @@ BLOCK = re.compile(
 )
 TESTS = (
     "tests/unit/test_methods.py tests/unit/test_objective.py tests/unit/test_frameworks.py tests/unit/test_data.py "
-    "tests/unit/test_config.py tests/paper/test_cells.py tests/paper/test_figures.py"
+    "tests/unit/test_config.py tests/unit/test_mscn.py tests/paper/test_cells.py tests/paper/test_figures.py"
 ).split()
-CONCERNED = "cutout or dcl or imagenette or reduced or methods or told_apart or greyscale"
+CONCERNED = "cutout or dcl or imagenette or named_to_be_launched or registry or greyscale or asks_for_extra_crops"
 
 
 def blocks() -> list[tuple[str, str, str, str]]:
@@ -85,7 +85,7 @@ def test_code_that_follows_the_recipes_is_well_formed(scratch):
 
 def test_tests_concerned_pass_in_a_copy_that_follows_the_recipes(scratch):
     found = run(scratch, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, "-k", CONCERNED)
-    assert int(re.search(r"(\d+) passed", found).group(1)) > 40
+    assert int(re.search(r"(\d+) passed", found).group(1)) > 30
 
 
 def test_a_new_method_on_a_new_framework_trains(scratch):

@@ -126,9 +126,7 @@ def test_each_step_of_a_linear_probe_has_the_rate_of_its_place(
     assert rates_in_use == [(0.01,)] * 12 + [(pytest.approx(0.001),)] * 6  # a tenth from epoch 2 on
 
 
-def test_each_step_of_a_finetuning_has_the_two_rates_of_its_place(
-    pretrained: Path, tmp_path: Path, rates_in_use: list
-):
+def test_each_step_of_a_finetuning_has_the_two_rates_of_its_place(pretrained: Path, tmp_path: Path, rates_in_use: list):
     finetune_stage.finetune(tiny_finetune(), formats.read(pretrained), tmp_path)
     assert rates_in_use == [(0.01, 0.1)] * 3 + [(pytest.approx(0.002), pytest.approx(0.02))] * 3
 
@@ -150,9 +148,7 @@ def modes_in_use(monkeypatch: pytest.MonkeyPatch) -> list[set[bool]]:
     return found
 
 
-def test_training_goes_on_in_training_mode_after_knn(
-    tiny: Callable[..., Pretrain], tmp_path: Path, modes_in_use: list
-):
+def test_training_goes_on_in_training_mode_after_knn(tiny: Callable[..., Pretrain], tmp_path: Path, modes_in_use: list):
     """k-NN at epochs 0, 1 and 2; the key encoder of MoCo takes no gradient and trains all the same."""
     train(tiny("method=vanilla"), tmp_path)
     trained = [modes for gradient, modes in modes_in_use if gradient]
@@ -260,8 +256,10 @@ def test_image_files_are_resized_to_256_for_a_crop_of_224(tiny_linear: Callable[
     files = datasets.Files(("a.jpg",), torch.zeros(1, dtype=torch.long), ("a",), "files")
     config = tiny_linear(f"augment.size={size}")
     assert features.shorter_side(config.augment, files) == resize
-    found = [features.resize_of(configs.resolve(configs.to_dict(config), {"test_resize": n}, configs.Linear), files)
-             for n in (-1, 0, 240)]
+    found = [
+        features.resize_of(configs.resolve(configs.to_dict(config), {"test_resize": n}, configs.Linear), files)
+        for n in (-1, 0, 240)
+    ]
     assert found == [resize, 0, 240]
 
 
