@@ -1,4 +1,4 @@
-"""What an iteration of each stage does, and in which order: rates, modes, draws and initial weights, as steps meet them."""
+"""What an iteration of each stage does, and in which order: rates, modes, draws, initial weights."""
 
 from __future__ import annotations
 
