@@ -62,7 +62,7 @@ def test_the_lock_has_a_version_of_every_requirement_inside_its_range():
 
 
 def test_the_library_asks_for_what_it_imports_and_for_no_more():
-    """The stages that the wheel holds count as well; scikit-image's photographs are an extra."""
+    """The stages that the wheel holds count as well; scikit-image's photographs are an extra, and so is timm's LARS."""
     files = [path for folder in ("mixmask", "pretrain", "eval") for path in (ROOT / folder).rglob("*.py")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     imported = set(re.findall(r"^\s*(?:import|from) (\w+)", text, re.MULTILINE))
@@ -76,7 +76,7 @@ def test_the_library_asks_for_what_it_imports_and_for_no_more():
         "submitit",
         "timm",
     }
-    assert outside == asked
+    assert outside - {"timm"} == asked
 
 
 def test_lock_holds_versions_and_hashes_only():
