@@ -155,8 +155,8 @@ def _existing(name: str, path: Any) -> str:
     if name not in public_checkpoints():
         raise ConfigError(f"--set checkpoints.{name}: unknown{nearest(name, public_checkpoints())}")
     if not isinstance(path, str) or not Path(path).is_file():
-        found = "a folder" if isinstance(path, str) and Path(path).is_dir() else "no such file"
-        raise ConfigError(f"--set checkpoints.{name}: {found}: {path or ''} ({public_checkpoints()[name].hint})")
+        reason = "a folder" if isinstance(path, str) and Path(path).is_dir() else "no such file"
+        raise ConfigError(f"--set checkpoints.{name}: {reason}: {path or ''} ({public_checkpoints()[name].hint})")
     return str(Path(path).resolve())
 
 
@@ -234,13 +234,13 @@ def remark(cell: Cell, budget: Budget) -> str:
 def _evaluations(cell: Cell) -> list[tuple[str, str]]:
     """(stage, recipe) of all that comes after the pre-training; a stage in between has no recipe."""
     stage, _, name = cell.evaluation.partition("/")
-    found: list[tuple[str, str]] = []
+    evaluations: list[tuple[str, str]] = []
     while stage and stage != "pretrain":
         if stage not in STAGES:
             raise ConfigError(f"{cell.id}: evaluation: unknown stage '{stage}'{nearest(stage, STAGES)}")
-        found.insert(0, (stage, "" if found else name))
+        evaluations.insert(0, (stage, "" if evaluations else name))
         stage = STAGES[stage].after
-    return found
+    return evaluations
 
 
 def _evaluation(cell: Cell, stage: str, name: str, seed: int, whose: str, budget: Budget) -> Step:
