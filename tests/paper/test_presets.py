@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mixmask.config import flatten, read_yaml
+from mixmask.config import flatten, read_yaml, to_dict
 from paper.cells import ROOT, Cell, select
 from paper.presets import STAGES, Budget, Epochs, Preset, budget, chains, presets, steps
 
@@ -113,13 +113,8 @@ def test_what_changes_a_number_is_printed_beside_it(item: str):
     assert budget("smoke", [item]).label == f"smoke, {key}={'True' if value == 'true' else value}"
 
 
-RECIPES = [
-    path
-    for stage in STAGES.values()
-    if stage.recipes
-    for path in sorted((ROOT / stage.recipes).glob("*.yaml"))
-    if path.stem not in ("knn", "knn_euclidean")
-]
+FOLDERS = sorted({stage.recipes for stage in STAGES.values() if stage.recipes})
+RECIPES = [p for folder in FOLDERS for p in sorted((ROOT / folder).glob("*.yaml")) if not p.stem.startswith("knn")]
 
 
 def stage_of(path: Path) -> str:
