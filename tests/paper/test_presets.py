@@ -31,9 +31,7 @@ def test_over_the_recipe_lies_the_cell_over_it_the_preset_over_it_the_user():
     recipe = flatten(read_yaml(ROOT / "pretrain/configs/imagenet_moco.yaml"))
     by_preset = preset({"pretrain/imagenet_moco": dict.fromkeys(keys[2:], 0.22)})
     user = {"pretrain": dict.fromkeys(keys[3:], 0.33)}
-    config = flatten(
-        dataclasses.asdict(steps(cell(**dict.fromkeys(keys[1:], 0.11)), 0, Budget(by_preset, user))[0].config)
-    )
+    config = flatten(to_dict(steps(cell(**dict.fromkeys(keys[1:], 0.11)), 0, Budget(by_preset, user))[0].config))
     assert [config[key] for key in keys] == [recipe["mask.ratio"], 0.11, 0.22, 0.33]
 
 
