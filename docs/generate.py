@@ -170,7 +170,7 @@ def code(place: str) -> str:
     name, *wanted = place.split()
     text = (ROOT / name).read_text(encoding="utf-8")
     parts = [textwrap.dedent(_source(ast.parse(text), part.split("."), text)) for part in wanted]
-    return "```python\n" + "\n\n".join(parts) + "\n```"
+    return "```python\n" + "\n\n\n".join(parts) + "\n```"
 
 
 def _source(tree: ast.AST, names: list[str], text: str) -> str:

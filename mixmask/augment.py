@@ -551,7 +551,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, chosen: Tensor, largest: float)
 
     Pillow's GaussianBlur: three box blurs along rows, then three along columns, whole numbers after each.
     """
-    reach = int(box_radius(torch.tensor(largest))) + 1
+    reach = int((math.sqrt(12 * largest**2 / BOX_PASSES + 1) - 1) / 2) + 1  # box_radius, without a tensor to read
 
     def blur(images: Tensor, sigma: Tensor) -> Tensor:
         weights = box_weights(sigma, reach)

@@ -142,10 +142,10 @@ def select(targets: Iterable[str]) -> list[Cell]:
     cells = [cell for table in tables().values() for cell in table.cells]
     wanted = set()
     for target in list(targets) or ["all"]:
-        found = {cell.id for cell in cells if _fits(cell, target)}
-        if not found and target not in WITHOUT_RUNS:
+        fitting = {cell.id for cell in cells if _fits(cell, target)}
+        if not fitting and target not in WITHOUT_RUNS:
             raise ConfigError(_unknown(target, [cell.id for cell in cells]))
-        wanted |= found
+        wanted |= fitting
     return [cell for cell in cells if cell.id in wanted]
 
 

@@ -47,11 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError("one run is a pre-training, the other an evaluation: expected two runs of one stage")
     print("\n".join([*settings(*configs), *machines(run, reference)]))
     ours, theirs = read_log(run), read_log(reference)
-    found = verdict(ours, theirs, options.tolerance)
-    print(found.text)
-    draw(quantities(ours), quantities(theirs), found, unit(theirs), Path(options.out))
+    result = verdict(ours, theirs, options.tolerance)
+    print(result.text)
+    draw(quantities(ours), quantities(theirs), result, unit(theirs), Path(options.out))
     print(f"written: {options.out}")
-    if not found.same:
+    if not result.same:
         raise SystemExit(1)
 
 
@@ -146,7 +146,7 @@ def _numbers(lines: Sequence[Mapping[str, Any]], last: int) -> list[dict[str, An
     return [{key: value for key, value in line.items() if key != "timing"} for line in upto]
 
 
-def draw(run: Mapping[str, Curve], reference: Mapping[str, Curve], found: Verdict, by: str, out: Path) -> None:
+def draw(run: Mapping[str, Curve], reference: Mapping[str, Curve], result: Verdict, by: str, out: Path) -> None:
     """A panel for each curve that either has: the reference broad and pale, the run over it; a line where they part."""
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
@@ -163,9 +163,9 @@ def draw(run: Mapping[str, Curve], reference: Mapping[str, Curve], found: Verdic
         ):
             points = sorted(curves.get(name, {}).items())
             axes.plot([x for x, _ in points], [y for _, y in points], label=label, **look)
-        if found.parting is not None:
-            label = f"{found.curve} parts at {by} {found.parting}"
-            axes.axvline(found.parting, color=style.ACCENT, linestyle=":", label=label)
+        if result.parting is not None:
+            label = f"{result.curve} parts at {by} {result.parting}"
+            axes.axvline(result.parting, color=style.ACCENT, linestyle=":", label=label)
         axes.set(title=name, xlabel=by)
         axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, steps=[1, 2, 5, 10]))
     figure.legend(*row[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)

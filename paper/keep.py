@@ -127,10 +127,10 @@ def _copy(run: Path, target: Path) -> None:
     else:
         (target / "log.jsonl.gz").write_bytes(gzip.compress(text, mtime=0))
     checkpoint = run / "checkpoint.pt"
-    found = checkpoint.exists()
+    exists = checkpoint.exists()
     kept = {
-        "checkpoint_sha256": file_sha256(checkpoint) if found else None,
-        "checkpoint_bytes": checkpoint.stat().st_size if found else None,
+        "checkpoint_sha256": file_sha256(checkpoint) if exists else None,
+        "checkpoint_bytes": checkpoint.stat().st_size if exists else None,
     }
     (target / "kept.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 

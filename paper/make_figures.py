@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mixmask.config import ConfigError, UserError, main_guard, nearest
+from paper.options import own, reading_parser
 from paper.presets import budget, presets
 
 FIGURES = ("replication", *(f"figure{number}" for number in range(1, 9)), "reduced")
@@ -42,22 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    about, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python paper/make_figures.py",
-        description=about,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = reading_parser("make_figures", __doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(FIGURES)}, wildcards; none: all")
-    folders = {"nargs": "+", "default": ["runs", "results"], "metavar": "DIR"}
-    parser.add_argument("--runs-dir", **folders, help="where the runs are, the first first (default: runs results)")
-    parser.add_argument("--out", default="paper/output", metavar="DIR", help="default: paper/output")
-    parser.add_argument("--preset", help=f"only the runs of this preset: {', '.join(presets())}")
+    parser.add_argument("--out", default=own("paper/output"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--small", action="store_true", help="PNG in 256 colours, for a web page (docs/images)")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as given to slurm/launch.py"
-    )
     return parser.parse_args(arguments)
 
 
@@ -65,10 +54,10 @@ def _select(targets: Iterable[str]) -> list[str]:
     """The figures that `targets` name, each once. Raises ConfigError for a target that names none."""
     wanted = set()
     for target in list(targets) or ["all"]:
-        found = [figure for figure in FIGURES if target == "all" or fnmatch.fnmatchcase(figure, target)]
-        if not found:
+        fitting = [figure for figure in FIGURES if target == "all" or fnmatch.fnmatchcase(figure, target)]
+        if not fitting:
             raise ConfigError(f"unknown figure '{target}'{nearest(target, FIGURES)}")
-        wanted.update(found)
+        wanted.update(fitting)
     return [figure for figure in FIGURES if figure in wanted]
 
 

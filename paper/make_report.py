@@ -29,6 +29,7 @@ from paper import claims, settings
 from paper.cells import tables
 from paper.collect import UNREADABLE, collect
 from paper.make_figures import FIGURES, RUNS
+from paper.options import own, reading_parser
 from paper.presets import Budget, budget, presets
 from paper.report import numbers, prose
 from paper.report.records import Runs, record
@@ -73,20 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    about, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python paper/make_report.py",
-        description=about,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    folders = {"nargs": "+", "default": ["runs", "results"], "metavar": "DIR"}
-    parser.add_argument("--runs-dir", **folders, help="where the runs are, the first first (default: runs results)")
-    parser.add_argument("--out", default="paper/output/report.html", metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--preset", help=f"only the runs of this preset: {', '.join(presets())}")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as given to slurm/launch.py"
-    )
+    parser = reading_parser("make_report", __doc__)
+    parser.add_argument("--out", default=own("paper/output/report.html"), metavar="FILE", help="default: %(default)s")
     return parser.parse_args(arguments)
 
 

@@ -27,6 +27,7 @@ from paper import claims, comparisons, settings
 from paper.cells import Heading, Table, select, tables
 from paper.collect import UNREADABLE, collect
 from paper.markup import Footnotes, Sheet, latex, markdown
+from paper.options import own, reading_parser
 from paper.presets import budget, presets
 
 CLAIMS = "claims"
@@ -62,36 +63,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    about, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python paper/make_tables.py",
-        description=about,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = reading_parser("make_tables", __doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="table4, or one of its cells; none: all")
-    folders = {"nargs": "+", "default": ["runs", "results"], "metavar": "DIR"}
-    parser.add_argument("--runs-dir", **folders, help="where the runs are, the first first (default: runs results)")
-    parser.add_argument("--out", default="paper/output", metavar="DIR", help="default: paper/output")
-    parser.add_argument("--preset", help=f"only the runs of this preset: {', '.join(presets())}")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as given to slurm/launch.py"
-    )
+    parser.add_argument("--out", default=own("paper/output"), metavar="DIR", help="default: %(default)s")
     return parser.parse_args(arguments)
 
 
 def _names(targets: Sequence[str]) -> list[str]:
     """The tables that `targets` name, in the paper's order. Raises ConfigError for anything else."""
     numbered = [target for target in targets if target != CLAIMS]
-    found = {cell.target for cell in (select(numbered) if numbered or not targets else [])}
-    found |= set(targets) & {*settings.names(), CLAIMS}
+    named = {cell.target for cell in (select(numbered) if numbered or not targets else [])}
+    named |= set(targets) & {*settings.names(), CLAIMS}
     everything = not targets or "all" in targets
-    figures = [name for name in [*found, *targets] if name.startswith("figure")]
+    figures = [name for name in [*named, *targets] if name.startswith("figure")]
     if figures and not everything:
         raise ConfigError(f"{figures[0]} is no table: python paper/make_figures.py {figures[0].partition('/')[0]}")
     own = [name for name, table in tables().items() if table.scale]
     every = [*(name for name in tables() if name.startswith("table")), *settings.names(), *own, CLAIMS]
-    return [name for name in every if everything or name in found]
+    return [name for name in every if everything or name in named]
 
 
 # ------------------------------------------------------------------------------------------------------- writing

@@ -19,42 +19,9 @@ from mixmask import config as configs
 from mixmask.config import ConfigError, build, flatten, nearest, read_yaml
 from mixmask.metrics import pretraining_metric
 from mixmask.runs import file_identity, run_id
+from mixmask.stages import STAGES
 from paper.cells import ROOT, Cell
 from paper.checkpoints import public_checkpoints
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage: the script that runs it, where its recipes are, the class of its configs, what it reads and makes."""
-
-    script: str
-    recipes: str  # empty: it has none
-    config: type
-    after: str = ""  # the stage whose product it reads
-    takes: str = "--checkpoint"  # the option that names this product; empty: the first argument, before its own product
-    gives: str = "checkpoint.pt"  # its own product, in its run directory
-    package: str = ""  # what it needs beside the environment
-    repeatable: bool = False  # it takes seconds: a lost product is simply made again
-    resources: Mapping[str, Any] = field(default_factory=dict)  # where it needs less than slurm/cluster.yaml says
-
-
-STAGES = {
-    "pretrain": Stage("pretrain/train.py", "pretrain/configs", configs.Pretrain),
-    "linear": Stage("eval/linear.py", "eval/configs", configs.Linear, after="pretrain"),
-    "finetune": Stage("eval/finetune.py", "eval/configs", configs.Finetune, after="pretrain"),
-    "convert": Stage(
-        *("detection/convert.py", "", configs.Convert, "pretrain"),
-        takes="",
-        gives="backbone.pkl",
-        repeatable=True,
-        resources={"gpus": 0, "nodes": 1, "cpus": 1, "memory_gb": 4, "hours": 1},
-    ),
-    "detection": Stage(
-        *("detection/train.py", "detection/configs", configs.Detection, "convert"),
-        takes="--weights",
-        package="detectron2",
-    ),
-}
 
 CONVERT = {"recipe": "convert", "target": "detectron2"}  # the config of the stage without recipes
 
@@ -188,8 +155,8 @@ def _existing(name: str, path: Any) -> str:
     if name not in public_checkpoints():
         raise ConfigError(f"--set checkpoints.{name}: unknown{nearest(name, public_checkpoints())}")
     if not isinstance(path, str) or not Path(path).is_file():
-        found = "a folder" if isinstance(path, str) and Path(path).is_dir() else "no such file"
-        raise ConfigError(f"--set checkpoints.{name}: {found}: {path or ''} ({public_checkpoints()[name].hint})")
+        reason = "a folder" if isinstance(path, str) and Path(path).is_dir() else "no such file"
+        raise ConfigError(f"--set checkpoints.{name}: {reason}: {path or ''} ({public_checkpoints()[name].hint})")
     return str(Path(path).resolve())
 
 
@@ -267,13 +234,13 @@ def remark(cell: Cell, budget: Budget) -> str:
 def _evaluations(cell: Cell) -> list[tuple[str, str]]:
     """(stage, recipe) of all that comes after the pre-training; a stage in between has no recipe."""
     stage, _, name = cell.evaluation.partition("/")
-    found: list[tuple[str, str]] = []
+    evaluations: list[tuple[str, str]] = []
     while stage and stage != "pretrain":
         if stage not in STAGES:
             raise ConfigError(f"{cell.id}: evaluation: unknown stage '{stage}'{nearest(stage, STAGES)}")
-        found.insert(0, (stage, "" if found else name))
+        evaluations.insert(0, (stage, "" if evaluations else name))
         stage = STAGES[stage].after
-    return found
+    return evaluations
 
 
 def _evaluation(cell: Cell, stage: str, name: str, seed: int, whose: str, budget: Budget) -> Step:

@@ -90,10 +90,10 @@ def _ours(column: Column, setting: Setting) -> str:
 def _common(column: Column, recipes: tuple[str, ...], setting: Setting) -> str:
     """The one value of `recipes`; a recipe without the key has no say."""
     values = [_value(_recipe(ROOT / column.folder / f"{recipe}.yaml"), setting.key) for recipe in recipes]
-    found = sorted({_text(value) for value in values if value is not None})
-    if len(found) != 1:
-        raise ConfigError(f"{setting.key}: expected one value in {', '.join(recipes)}, found {found or 'none'}")
-    return found[0]
+    distinct = sorted({_text(value) for value in values if value is not None})
+    if len(distinct) != 1:
+        raise ConfigError(f"{setting.key}: expected one value in {', '.join(recipes)}, found {distinct or 'none'}")
+    return distinct[0]
 
 
 def _value(recipe: Mapping[str, Any], key: str) -> Any:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mixmask.config import ConfigError, build, nearest, read_yaml, within
+from mixmask.stages import STAGES
 from paper.cells import ROOT
-from paper.presets import STAGES, Budget
+from paper.presets import Budget
 
 # Options of sbatch that the launcher sets itself, and where else their value is said.
 OWN = {

@@ -18,8 +18,9 @@ from typing import Any
 from mixmask import config as configs
 from mixmask.config import UserError
 from mixmask.runs import read_result
+from mixmask.stages import STAGES
 from paper.cells import Cell
-from paper.presets import STAGES, Budget, Step, chains, directory
+from paper.presets import Budget, Step, chains, directory
 from slurm.cluster import Cluster, cluster
 from slurm.cost import hours
 

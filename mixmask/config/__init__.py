@@ -1,6 +1,6 @@
 """Recipes: YAML -> validated, frozen dataclasses; dotted overrides; a hash. Nothing here imports torch.
 
-errors.py <- fields.py <- schema.py, values.py <- recipe.py, cli.py
+errors.py <- fields.py <- schema.py, values.py <- evaluations.py, recipe.py, cli.py
 """
 
 from mixmask.config.cli import main_guard, run_options
@@ -8,6 +8,7 @@ from mixmask.config.errors import (
     ConfigError,
     UserError,
 )
+from mixmask.config.evaluations import GIVEN, Config, Convert, Detection, Finetune, KNNEval, Linear
 from mixmask.config.fields import (
     build,
     check_fields,
@@ -25,20 +26,13 @@ from mixmask.config.recipe import (
     to_dict,
 )
 from mixmask.config.schema import (
-    GIVEN,
     KNN,
     MSCN,
     Augment,
     Backbone,
     Both,
-    Config,
-    Convert,
-    Detection,
     Erase,
     Execution,
-    Finetune,
-    KNNEval,
-    Linear,
     Mask,
     Optimizer,
     Permutation,

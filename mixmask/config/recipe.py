@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mixmask.config.errors import ConfigError
+from mixmask.config.evaluations import GIVEN
 from mixmask.config.fields import build, convert, dotted, flatten, nearest, type_hints
-from mixmask.config.schema import GIVEN, Pretrain
+from mixmask.config.schema import Pretrain
 from mixmask.config.values import read_yaml
 
 T = TypeVar("T")

@@ -62,8 +62,8 @@ def fit(config: Stage, train: Listing) -> tuple[Stage, list[str]]:
         batch = fitted["batch_size"]
         longest = images // batch * batch
         fitted["settings"] = {**config.settings, "queue": min(config.settings["queue"] // batch * batch, longest)}
-    if isinstance(config, Pretrain | KNNEval) and train.classes:
-        k = min(config.knn.k, max(1, images // len(train.classes)))  # no more than a class has
+    if isinstance(config, Pretrain | KNNEval):
+        k = min(config.knn.k, max(1, images // max(1, len(train.classes))))  # no more than a class has
         fitted["knn"] = dataclasses.replace(config.knn, k=k)
     new = dataclasses.replace(config, **fitted)
     before, after = (_shown(c) for c in (config, new))

@@ -48,8 +48,8 @@ class Logs:
 def read(target: str, budgets: Iterable[Budget], folders: Sequence[Path]) -> Logs:
     """The logs of a figure's cells under the first of `budgets` that has any; one figure never mixes two presets."""
     cells = select([target])
-    found = [_read(cells, budget, folders) for budget in budgets]
-    return next((logs for logs in found if len(logs.lines)), found[0])
+    logs_of = [_read(cells, budget, folders) for budget in budgets]
+    return next((logs for logs in logs_of if len(logs.lines)), logs_of[0])
 
 
 def _read(cells: Sequence[Cell], budget: Budget, folders: Sequence[Path]) -> Logs:

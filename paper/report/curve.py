@@ -21,13 +21,13 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
 
 def quantities(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
     """Loss and accuracies, each by epoch; by iteration in a log that knows no epochs (detection)."""
-    found: dict[str, dict[int, float]] = {}
+    by_name: dict[str, dict[int, float]] = {}
     by = unit(lines)
     for line in (line for line in lines if by == "iteration" or line["kind"] == "epoch"):
         for name, value in line.items():
             if name.startswith(DRAWN) and isinstance(value, int | float):
-                found.setdefault(name, {})[line["step" if by == "iteration" else "epoch"]] = value
-    return {name: points for name, points in found.items() if name == "loss" or not name.startswith("loss")}
+                by_name.setdefault(name, {})[line["step" if by == "iteration" else "epoch"]] = value
+    return {name: points for name, points in by_name.items() if name == "loss" or not name.startswith("loss")}
 
 
 def unit(lines: Sequence[Mapping[str, Any]]) -> str:

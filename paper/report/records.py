@@ -24,11 +24,11 @@ class Runs:
 
     @classmethod
     def find(cls, folders: Iterable[Path]) -> Runs:
-        found: dict[str, Path] = {}
+        directories: dict[str, Path] = {}
         for folder in folders:
             for path in sorted(folder.glob("*/*/config.yaml")) + sorted(folder.glob("*/*/result.json")):
-                found.setdefault(path.parent.name, path.parent)
-        return cls(found)
+                directories.setdefault(path.parent.name, path.parent)
+        return cls(directories)
 
     def chain(self, name: str) -> list[str]:
         """The runs that `name` needs, itself last: the pre-training before its evaluation."""

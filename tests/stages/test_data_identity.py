@@ -84,7 +84,7 @@ def test_other_images_are_another_run_and_refused_in_its_directory(pretrain, roo
     status, _, err = pretrain(root, "--run-dir", first)
     assert status == 1 and err.count("\n") == 1 and "holds a run of another config (data: train: 6" in err
     assert "images in 2 classes" in err.split(" now")[0].split(" there, ")[1]
-    assert [line["epoch"] for line in read_log(second) if line["kind"] == "epoch"] == [0, 1, 2][-2:]
+    assert [line["epoch"] for line in read_log(second) if line["kind"] == "epoch"] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["steps", "images", "classes"])

@@ -291,7 +291,9 @@ def test_a_number_that_splits_a_group_is_refused(tiny, tmp_path, monkeypatch, it
 def test_fitting_processes_of_every_recipe():
     """ImageNet's four groups may be shared; heads that normalise over the whole batch may not."""
     found = {path.stem: fitting_processes(configs.load(path)) for path in (ROOT / "pretrain/configs").glob("*")}
-    assert found.pop("imagenet_moco") == (1, 2, 4) and len(found) >= 7 and set(found.values()) == {(1,)}
+    assert found.pop("imagenet_moco") == (1, 2, 4) and found.pop("imagenet_swav") == (1, 2, 4, 8, 16, 32, 64)
+    assert found.pop("imagenet_barlow_twins") == found.pop("imagenet_vicreg") == (1, 2, 4, 8, 16, 32)
+    assert len(found) >= 7 and set(found.values()) == {(1,)}
     recipe = configs.read_yaml(ROOT / "pretrain/configs/cifar100_simclr.yaml")
     config = configs.resolve(recipe, {"mix_groups": 4, "backbone.bn_groups": 4}, configs.Pretrain)
     with pytest.raises(ConfigError, match="the head or the loss of simclr spans the whole batch"):

@@ -252,7 +252,7 @@ def test_probes_of_images_without_labels_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"^dataset: the images in .* have no labels; expected folders, one a class$"):
         settle(config)
     pretraining = settle(recipe(tmp_path))
-    assert pretraining.batch_size == 4 and pretraining.knn.k == 200  # nobody asks for neighbours
+    assert pretraining.batch_size == 4 and pretraining.knn.k == 20
 
 
 def test_finetuning_batch_fits_the_labelled_images(pets):

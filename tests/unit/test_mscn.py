@@ -290,7 +290,7 @@ def test_only_mscn_asks_for_extra_crops():
     for method in METHODS:
         found = extra_crops(reference.recipe(method=method))
         assert len(found) == (2 if method == "mscn" else 0)
-    views_of = reference.recipe().augment
+    views_of, found = reference.recipe().augment, extra_crops(reference.recipe(method="mscn"))
     assert found[0] == dataclasses.replace(views_of, size=16, crop_scale=(0.05, 0.2))
 
 

@@ -40,7 +40,7 @@ def test_freed_memory_is_kept():
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_optimisers_on_all_parameters_at_once_compute_what_they_compute_one_by_one(name: str):
-    settings = Optimizer(name, 0.1, 0.9, 1e-3)
+    settings = Optimizer(name, lr=0.1, weight_decay=1e-3, momentum=0.9 if name == "sgd" else 0.0)
     results = []
     for foreach in (True, False):
         torch.manual_seed(0)

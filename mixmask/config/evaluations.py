@@ -1,0 +1,147 @@
+"""The keys of the recipes that begin with a checkpoint: k-NN, linear probe, fine-tuning, conversion, detection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from mixmask.config.errors import ConfigError
+from mixmask.config.fields import OTHERWISE, flatten, within
+from mixmask.config.schema import (
+    KNN,
+    Augment,
+    Execution,
+    Folder,
+    Optimizer,
+    Pretrain,
+    Schedule,
+)
+
+
+@dataclass(frozen=True)
+class KNNEval:
+    """Offline k-NN on a checkpoint (`eval/knn.py`)."""
+
+    stage: ClassVar[str] = "knn"
+
+    recipe: str
+    dataset: str
+    seed: int = within(0)
+    knn: KNN
+    checkpoint: str = ""  # the pre-training run's identity, filled in by eval/knn.py
+    allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
+    folder: Folder = Folder()
+    data: str = ""  # which images, where they are not a published set, verified; filled in (datasets/settle.py)
+    run: Execution = Execution()
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear probe (`eval/linear.py`): a frozen encoder, and a classifier on its pooled features."""
+
+    stage: ClassVar[str] = "linear"
+
+    recipe: str
+    dataset: str
+    epochs: int = within(1)
+    batch_size: int = within(1)
+    seed: int = within(0)
+    optimizer: Optimizer
+    schedule: Schedule
+    augment: Augment
+    test_resize: int = within(-1, default=-1)  # shorter side before the centre crop; 0: none; -1: as for k-NN
+    features: Literal["augmented", "cached"] = "augmented"  # of views drawn anew each epoch, or of test views, once
+    init: Literal["normal", "uniform"] = "normal"  # N(0, 0.01) and bias 0 (MoCo), or PyTorch's own (htdt, PatrickHua)
+    checkpoint: str = ""  # the pre-training run's identity, filled in by eval/linear.py
+    allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
+    folder: Folder = Folder()
+    data: str = ""  # which images, where they are not a published set, verified; filled in (datasets/settle.py)
+    run: Execution = Execution()
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Fine-tuning of a whole network on some of the labels (`eval/finetune.py`; Table 10)."""
+
+    stage: ClassVar[str] = "finetune"
+
+    recipe: str
+    dataset: str
+    labels: float = within(0, 100)  # percent of the training labels, above 0
+    epochs: int = within(1)
+    batch_size: int = within(1)
+    seed: int = within(0)
+    backbone_lr: float = within(0)  # Table 10, "lr stem": of all that the checkpoint holds
+    optimizer: Optimizer  # its lr is the classifier's
+    schedule: Schedule  # of both rates
+    augment: Augment
+    test_resize: int = within(-1, default=-1)  # shorter side before the centre crop; 0: none; -1: as for k-NN
+    label_list: Literal["balanced", "simclr"] = "balanced"  # which images are labelled (mixmask/labels.py)
+    subset_seed: int = within(0, default=0)  # balanced: which subset; the same one for every `seed`
+    bn_groups: int = within(1, default=1)  # parts of the batch that have their own BatchNorm statistics
+    init: Literal["checkpoint", "random"] = "checkpoint"  # random: the checkpoint gives the architecture alone
+    checkpoint: str = ""  # the identity of the weights, filled in by eval/finetune.py
+    allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
+    folder: Folder = Folder()
+    data: str = ""  # which images, where they are not a published set, verified; filled in (datasets/settle.py)
+    run: Execution = Execution()
+
+    def __post_init__(self) -> None:
+        if not self.labels:
+            raise ConfigError("labels: expected a percentage above 0 and at most 100, found 0")
+
+
+@dataclass(frozen=True)
+class Convert:
+    """A backbone rewritten for other code (`detection/convert.py`)."""
+
+    stage: ClassVar[str] = "convert"
+
+    recipe: str
+    target: Literal["detectron2", "torchvision", "timm"]
+    seed: int = within(0)  # the pre-training's; nothing here is random
+    checkpoint: str = ""  # whose weights, filled in by detection/convert.py
+    run: Execution = Execution()
+
+
+GIVEN = {  # keys of Detectron2 -> what gives their value here
+    "detectron2.MODEL.DEVICE": "run.device",
+    "detectron2.MODEL.WEIGHTS": "--weights",
+    "detectron2.DATALOADER.NUM_WORKERS": "run.workers",
+    "detectron2.SEED": "seed",
+    "detectron2.OUTPUT_DIR": "--run-dir",
+    "detectron2.DATASETS.TRAIN": "task",
+    "detectron2.DATASETS.TEST": "task",
+}
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Transfer to object detection (`detection/train.py`; Section 4.5, Table 7).
+
+    `detectron2` is a section in Detectron2's own words: its keys, nested as in its config files.
+    """
+
+    stage: ClassVar[str] = "detection"
+
+    recipe: str
+    task: Literal["voc", "coco"]
+    seed: int = within(0)
+    group: int = within(1)  # images in a row that are all wide or all upright: those of one GPU in Detectron2
+    detectron2: Mapping[str, Any]
+    data: Literal["full", "photos"] = "full"  # photos: small trees in the same form, made of embedded photographs
+    checkpoint: str = ""  # the identity of the weights, filled in by detection/train.py
+    eval_every: int = field(default=0, metadata={"low": 0, "hashed": False})  # iterations; 0: only after the last
+    allow_partial_data: bool = False  # accept other numbers of images than VOC's and COCO's: not the paper's data
+    run: Execution = Execution()
+
+    def __post_init__(self) -> None:
+        for key, value in flatten({"detectron2": self.detectron2}).items():
+            if key in GIVEN:
+                raise ConfigError(f"{key}: is given by {GIVEN[key]}")
+            if isinstance(value, str) and OTHERWISE.fullmatch(value):
+                raise ConfigError(f"{key}: {value!r} is no decimal number")
+
+
+Config = Pretrain | KNNEval | Linear | Finetune | Convert | Detection  # of a stage
