@@ -10,7 +10,6 @@ import torch
 from mixmask import formats
 from mixmask.backbones import ResNet
 from mixmask.config import ConfigError, flatten, read_yaml
-from mixmask.frameworks import FRAMEWORKS
 from mixmask.methods import METHODS
 from mixmask.objective import objective
 from mixmask.randomness import numpy_generator, torch_generator
