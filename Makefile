@@ -32,7 +32,7 @@ docs: $(READY) ## the site, into site/: strict, every link checked
 	@$(BIN)/python -m mkdocs build --quiet --strict && echo "written: site/index.html"
 
 notebook: $(READY) ## run examples/mixmask_in_ten_minutes.ipynb and store what it shows
-	@$(BIN)/jupyter execute --inplace examples/mixmask_in_ten_minutes.ipynb
+	@$(BIN)/jupyter execute --inplace examples/mixmask_in_ten_minutes.ipynb 2>/dev/null
 
 wheel: $(READY) ## dist/mixmask-*.whl: the library, the stages of training and evaluation, their recipes
 	@$(BIN)/python -m build --no-isolation --outdir dist .

@@ -13,10 +13,15 @@ ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(
     r"^ *<!-- apply: (\S+)(?: (before|after) ([^\n]+?))? -->\n( *)```\w+\n(.*?)^ *```", re.DOTALL | re.MULTILINE
 )
-TESTS = (
-    "tests/unit/test_methods.py tests/unit/test_objective.py tests/unit/test_frameworks.py tests/unit/test_data.py "
-    "tests/unit/test_config.py tests/paper/test_cells.py tests/paper/test_figures.py"
-).split()
+TESTS = [
+    "tests/unit/test_methods.py",
+    "tests/unit/test_objective.py",
+    "tests/unit/test_frameworks.py",
+    "tests/unit/test_data.py",
+    "tests/unit/test_config.py",
+    "tests/paper/test_cells.py",
+    "tests/paper/test_figures.py",
+]
 CONCERNED = "cutout or dcl or imagenette or reduced or methods or told_apart or greyscale"
 
 

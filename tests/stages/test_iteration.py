@@ -1,4 +1,4 @@
-"""What an iteration of each stage does, and in which order: rates, modes, draws and initial weights, as steps meet them."""
+"""What an iteration of each stage does, and in which order: rates, modes, draws, initial weights, crops."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from eval import linear as linear_stage
 from mixmask import config as configs
 from mixmask import datasets, features, formats, registry
 from mixmask.augment import test_view as view_of
+from mixmask.backbones import ResNet
 from mixmask.config import Finetune, Pretrain
 from mixmask.datasets.views import train_batches
 from mixmask.runs import read_log
@@ -126,9 +127,7 @@ def test_each_step_of_a_linear_probe_has_the_rate_of_its_place(
     assert rates_in_use == [(0.01,)] * 12 + [(pytest.approx(0.001),)] * 6  # a tenth from epoch 2 on
 
 
-def test_each_step_of_a_finetuning_has_the_two_rates_of_its_place(
-    pretrained: Path, tmp_path: Path, rates_in_use: list
-):
+def test_each_step_of_a_finetuning_has_the_two_rates_of_its_place(pretrained: Path, tmp_path: Path, rates_in_use: list):
     finetune_stage.finetune(tiny_finetune(), formats.read(pretrained), tmp_path)
     assert rates_in_use == [(0.01, 0.1)] * 3 + [(pytest.approx(0.002), pytest.approx(0.02))] * 3
 
@@ -137,22 +136,20 @@ def test_each_step_of_a_finetuning_has_the_two_rates_of_its_place(
 
 
 @pytest.fixture
-def modes_in_use(monkeypatch: pytest.MonkeyPatch) -> list[set[bool]]:
+def modes_in_use(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, set[bool]]]:
     """Of each forward pass of a ResNet: whether gradients are taken, and the modes of all of its modules."""
     found: list[tuple[bool, set[bool]]] = []
-    forward = pretrain_stage.build_framework.__globals__["build_backbone"].__globals__["ResNet"].forward
+    forward = ResNet.forward
 
     def noting(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
         found.append((torch.is_grad_enabled(), {module.training for module in network.modules()}))
         return forward(network, x)
 
-    monkeypatch.setattr("mixmask.backbones.ResNet.forward", noting)
+    monkeypatch.setattr(ResNet, "forward", noting)
     return found
 
 
-def test_training_goes_on_in_training_mode_after_knn(
-    tiny: Callable[..., Pretrain], tmp_path: Path, modes_in_use: list
-):
+def test_training_goes_on_in_training_mode_after_knn(tiny: Callable[..., Pretrain], tmp_path: Path, modes_in_use: list):
     """k-NN at epochs 0, 1 and 2; the key encoder of MoCo takes no gradient and trains all the same."""
     train(tiny("method=vanilla"), tmp_path)
     trained = [modes for gradient, modes in modes_in_use if gradient]
@@ -260,8 +257,10 @@ def test_image_files_are_resized_to_256_for_a_crop_of_224(tiny_linear: Callable[
     files = datasets.Files(("a.jpg",), torch.zeros(1, dtype=torch.long), ("a",), "files")
     config = tiny_linear(f"augment.size={size}")
     assert features.shorter_side(config.augment, files) == resize
-    found = [features.resize_of(configs.resolve(configs.to_dict(config), {"test_resize": n}, configs.Linear), files)
-             for n in (-1, 0, 240)]
+    found = [
+        features.resize_of(configs.resolve(configs.to_dict(config), {"test_resize": n}, configs.Linear), files)
+        for n in (-1, 0, 240)
+    ]
     assert found == [resize, 0, 240]
 
 
