@@ -104,7 +104,10 @@ def test_reduced_cells_are_named_to_be_launched_and_are_no_part_of_the_papers_co
     assert not {cell.id for cell in cells} & {cell.id for cell in select([])}
     assert len(pretrainings("reduced")) == 5 and len(pretrainings("reduced_masks")) == 5
     runs = [job for job in jobs("reduced*") if job.stage == "pretrain"]
-    assert len(runs) == 13 + 2 + 20 + 18 + 18 and {job.config.dataset for job in runs} == {"cifar100_reduced", "cifar100"}
+    assert len(runs) == 13 + 2 + 20 + 18 + 18 and {job.config.dataset for job in runs} == {
+        "cifar100_reduced",
+        "cifar100",
+    }
     found = {(job.config.framework, job.config.method) for job in runs}
     frameworks, methods = (set(names) for names in zip(*found, strict=True))
     assert found == {(framework, method) for framework in frameworks for method in methods}
