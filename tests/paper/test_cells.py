@@ -99,24 +99,16 @@ def test_reduced_cells_are_named_to_be_launched_and_are_no_part_of_the_papers_co
     assert {table.name for table in own} == {"reduced", "reduced_frameworks", "reduced_long", "reduced_masks"}
     assert all(table.about for table in own)
     cells = select(["reduced*"])
-<<<<<<< HEAD
-    assert len(cells) == 47 + 12 and {cell.scale for cell in cells} == {"reduced"}
-=======
     assert len(cells) == 77 and {cell.scale for cell in cells} == {"reduced"}
->>>>>>> refs/heads/frameworks
     assert all(cell.published is None and not cell.source for cell in cells)
     assert not {cell.id for cell in cells} & {cell.id for cell in select([])}
     assert len(pretrainings("reduced")) == 5 and len(pretrainings("reduced_masks")) == 5
     assert len(pretrainings("reduced_long")) == 6
     runs = [job for job in jobs("reduced*") if job.stage == "pretrain"]
-<<<<<<< HEAD
-    assert len(runs) == 13 + 2 + 20 + 18 and {job.config.dataset for job in runs} == {"cifar100_reduced", "cifar100"}
-=======
     assert len(runs) == 13 + 2 + 20 + 18 + 18 and {job.config.dataset for job in runs} == {
         "cifar100_reduced",
         "cifar100",
     }
->>>>>>> refs/heads/frameworks
     found = {(job.config.framework, job.config.method) for job in runs}
     frameworks, methods = (set(names) for names in zip(*found, strict=True))
     assert found == {(framework, method) for framework in frameworks for method in methods}
