@@ -250,6 +250,50 @@ def test_where_slurm_does_not_answer_nothing_is_said_of_runs_and_nothing_runs_he
     assert not (tmp_path / "runs").exists()
 
 
+# An squeue that shows the jobs of everybody unless it is asked for this user's alone.
+OURS_AND_OTHERS = """case " $* " in *" --user={0} "*) ;; *) {2} ;; esac
+{1}"""
+
+
+def asked_for_mine(ours, others):
+    return OURS_AND_OTHERS.format(os.getuid(), *("; ".join(f"echo '{x}'" for x in part) for part in (ours, others)))
+
+
+def test_each_task_of_an_array_is_the_run_at_its_place_in_the_list(programs, tmp_path):
+    """12_0 the first, 12_2 the third; a number beyond the list is nobody's."""
+    runs = [f"{tmp_path}/run{number}" for number in range(3)]
+    (tmp_path / "array.json").write_text(json.dumps(runs))
+    lines = [f"12_{task}|PENDING|(Priority)|{tmp_path}/array.json" for task in (2, 0, 3)]
+    programs(squeue="\n".join(f"echo '{line}'" for line in [*lines, f"13|RUNNING|n1|{runs[1]}"]))
+    assert {directory: live.job for directory, live in squeue.live_jobs().items()} == {
+        runs[2]: "12_2",
+        runs[0]: "12_0",
+        runs[1]: "13",
+    }
+
+
+def test_jobs_of_other_users_are_not_ours(programs, tmp_path):
+    ours, others = [f"7|RUNNING|n1|{tmp_path}/a"], [f"8|RUNNING|n1|{tmp_path}/b", f"9|RUNNING|n1|{tmp_path}/a"]
+    programs(squeue=asked_for_mine(ours, others))
+    assert [(directory, live.job) for directory, live in squeue.all_jobs()] == [(f"{tmp_path}/a", "7")]
+    programs(squeue=asked_for_mine(["7|FAILED"], ["7|COMPLETED"]))
+    assert squeue.ended_as(["7"]) == {"7": "FAILED"}
+
+
+def test_the_controller_is_believed_over_accounting_which_is_asked_for_what_the_controller_has_forgotten(
+    programs, tmp_path
+):
+    """A job that was requeued runs again, while accounting still has its first end."""
+    programs(
+        squeue="echo '7|RUNNING'; echo '8|FAILED'; echo '10|PENDING'",
+        sacct=f'echo "$*" > {tmp_path}/asked\n'
+        "echo '7|NODE_FAIL'; echo '8|COMPLETED'; echo '9|TIMEOUT'; echo '10|CANCELLED by 0'; echo '11_[3-5]|CANCELLED'",
+    )
+    found = squeue.ended_as(["7", "8", "9", "10", "11_4", "12"])
+    assert found == {"8": "FAILED", "9": "TIMEOUT", "11_4": "CANCELLED"}
+    assert (tmp_path / "asked").read_text().split()[-2:] == ["--jobs", "11_4,12,9"]
+
+
 NO_END = "this has no end by itself: cancel, mend, launch"
 
 

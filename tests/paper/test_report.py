@@ -87,7 +87,7 @@ def test_the_page_is_made_without_torch_needs_nothing_else_and_each_of_its_links
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     cells = {cell.id for cell in select(["all", "reduced*"])}
     names = [*(f"table{n}" for n in range(1, 11)), *(f"figure{n}" for n in range(1, 9))]
-    sections = {*names, "replication", "claims", "reduced", "reduced_masks", "reduced_frameworks"}
+    sections = {*names, "replication", "claims", "reduced", "reduced_long", "reduced_masks", "reduced_frameworks"}
     assert cells | sections <= set(page.ids) and page.ids.most_common(1)[0][1] == 1
     assert all(link.startswith("#") for link in page.links)
     assert {link[1:] for link in page.links if not link.startswith("#?q=")} <= set(page.ids)

@@ -115,6 +115,36 @@ def test_whole_file_sets_318_tensors_of_the_detector(backbone):
     assert backbone.note["mean"] == [0.485, 0.456, 0.406] and not backbone.dropped
 
 
+def test_exactly_the_new_parts_of_a_detector_stay_at_random(backbone):
+    """Each tensor of the backbone is placed; one that is missing, homeless or of another shape is refused."""
+    new = {f"{part}x": torch.zeros(1) for part in weights.NEW}
+    own = {**{name: torch.zeros_like(value) for name, value in backbone.tensors.items()}, **new}
+    placed = weights.placed(own, backbone.tensors)
+    assert placed.keys() == own.keys()
+    assert all(placed[name] is value for name, value in backbone.tensors.items())
+    assert all(placed[name] is value for name, value in new.items())
+    for name in (
+        "backbone.stem.conv1.weight",
+        "backbone.res4.5.conv3.norm.running_var",
+        "roi_heads.res5.0.conv1.weight",
+    ):
+        others = {key: value for key, value in backbone.tensors.items() if key != name}
+        with pytest.raises(ConfigError, match=f"would keep at random 1 of a ResNet-50's tensors, first '{name}'"):
+            weights.placed(own, others)
+        with pytest.raises(ConfigError, match=f"has no 1 of a ResNet-50's tensors, first '{name}'"):
+            weights.placed({key: value for key, value in own.items() if key != name}, backbone.tensors)
+        with pytest.raises(ConfigError, match=f"has another shape for 1 of a ResNet-50's tensors, first '{name}'"):
+            weights.placed({**own, name: torch.zeros(1, 2)}, backbone.tensors)
+    with pytest.raises(ConfigError, match=r"would keep at random 1 .* 'backbone\.extra'"):
+        weights.placed({**own, "backbone.extra": torch.zeros(1)}, backbone.tensors)
+
+
+def test_each_missing_tensor_of_a_file_is_refused(good):
+    for name in weights.expected_shapes():
+        with pytest.raises(FormatError, match="would stay at random; 1 missing"):
+            weights.check_names([other for other in good.weights if other != name], "w.pkl")
+
+
 def renamed(change):
     return lambda file: file._replace(weights={change(name): value for name, value in file.weights.items()})
 

@@ -1,4 +1,4 @@
-"""What an iteration of each stage does, and in which order: rates, modes, draws, initial weights."""
+"""What an iteration of each stage does, and in which order: rates, modes, draws, initial weights, crops."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from eval import linear as linear_stage
 from mixmask import config as configs
 from mixmask import datasets, features, formats, registry
 from mixmask.augment import test_view as view_of
+from mixmask.backbones import ResNet
 from mixmask.config import Finetune, Pretrain
 from mixmask.datasets.views import train_batches
 from mixmask.runs import read_log
@@ -135,16 +136,16 @@ def test_each_step_of_a_finetuning_has_the_two_rates_of_its_place(pretrained: Pa
 
 
 @pytest.fixture
-def modes_in_use(monkeypatch: pytest.MonkeyPatch) -> list[set[bool]]:
+def modes_in_use(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, set[bool]]]:
     """Of each forward pass of a ResNet: whether gradients are taken, and the modes of all of its modules."""
     found: list[tuple[bool, set[bool]]] = []
-    forward = pretrain_stage.build_framework.__globals__["build_backbone"].__globals__["ResNet"].forward
+    forward = ResNet.forward
 
     def noting(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
         found.append((torch.is_grad_enabled(), {module.training for module in network.modules()}))
         return forward(network, x)
 
-    monkeypatch.setattr("mixmask.backbones.ResNet.forward", noting)
+    monkeypatch.setattr(ResNet, "forward", noting)
     return found
 
 

@@ -226,6 +226,19 @@ def test_loss_and_gradients_equal_the_loops(name: str, case: str, n: int, seed: 
             torch.testing.assert_close(mine.grad, theirs.grad, **close, msg=key)
 
 
+@pytest.mark.parametrize("name", [name for name in PAIRS if name not in ("barlow_twins", "vicreg")])
+def test_each_row_of_a_score_is_the_loss_of_its_own_pair(name: str):
+    """With more than one mix group the rows have different weights, so their order counts."""
+    framework = small(name)
+    other = copy.deepcopy(framework)
+    x1, x2 = views(6, 0)
+    targets = framework.targets(x1, x2)
+    (embedding,) = framework.embed([x1], targets)
+    rows = framework.score(embedding, targets, clean=True).tolist()
+    assert rows == pytest.approx([pair.item() for pair in PAIRS[name](other, x1, x2)], rel=1e-9)
+    assert min(abs(a - b) for i, a in enumerate(rows) for b in rows[:i]) > 1e-4
+
+
 @pytest.mark.parametrize("name", ["byol", "simsiam"])
 def test_a_mixture_in_one_direction_only_predicts_x2(name: str):
     framework = small(name, symmetric_mixture=False)
