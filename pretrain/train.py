@@ -4,7 +4,7 @@ Example:
     python pretrain/train.py --config pretrain/configs/cifar100_moco.yaml --set method=mixmask seed=1
 
 The run lives in runs/pretrain/<recipe>-<method>-e<epochs>-<hash>-s<seed>/. The same command resumes a run that was
-stopped, and says so when it is finished. Several processes compute what one computes (docs/distributed.md):
+stopped, and says so when it is finished. Several processes compute what one computes (docs/slurm.md):
     torchrun --nproc-per-node 4 pretrain/train.py --config pretrain/configs/imagenet_moco.yaml
 """
 

@@ -13,16 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(
     r"^ *<!-- apply: (\S+)(?: (before|after) ([^\n]+?))? -->\n( *)```\w+\n(.*?)^ *```", re.DOTALL | re.MULTILINE
 )
-TESTS = [
-    "tests/unit/test_methods.py",
-    "tests/unit/test_objective.py",
-    "tests/unit/test_frameworks.py",
-    "tests/unit/test_data.py",
-    "tests/unit/test_config.py",
-    "tests/paper/test_cells.py",
-    "tests/paper/test_figures.py",
-]
-CONCERNED = "cutout or dcl or imagenette or reduced or methods or told_apart or greyscale"
+UNIT = ("methods", "objective", "frameworks", "data", "config", "mscn")
+TESTS = (*(f"tests/unit/test_{name}.py" for name in UNIT), "tests/paper/test_cells.py", "tests/paper/test_figures.py")
+CONCERNED = "cutout or dcl or imagenette or named_to_be_launched or asks_for_extra_crops or share_a_colour"
 
 
 def blocks() -> list[tuple[str, str, str, str]]:
@@ -42,7 +35,7 @@ def apply(root: Path, file: str, side: str, mark: str, text: str) -> None:
     path = root / file
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     if not side:
-        path.write_text(old + text, encoding="utf-8")
+        path.write_text(f"{old}\n\n{text}" if old else text, encoding="utf-8")
         return
     lines = old.splitlines(keepends=True)
     (place,) = [number for number, line in enumerate(lines) if line.startswith(mark)]
@@ -90,7 +83,7 @@ def test_code_that_follows_the_recipes_is_well_formed(scratch):
 
 def test_tests_concerned_pass_in_a_copy_that_follows_the_recipes(scratch):
     found = run(scratch, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, "-k", CONCERNED)
-    assert int(re.search(r"(\d+) passed", found).group(1)) > 40
+    assert int(re.search(r"(\d+) passed", found).group(1)) > 30
 
 
 def test_a_new_method_on_a_new_framework_trains(scratch):
