@@ -49,7 +49,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             y, mean, var = GroupsAsChannels.apply(x, *together.tiles(self), parts, self.eps)
         else:
             y, mean, var = SplitBatchNorm.apply(x, self.weight, self.bias, parts, self.eps)
-        if self.together is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.together is None:
             move_running_statistics([(self, mean, var)])
         else:
             self.together.moves.append((self, mean, var))

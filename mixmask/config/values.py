@@ -35,6 +35,15 @@ for name, (pattern, letters) in PLAIN.items():
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(pattern), list(letters))
 
 
+def parse_yaml(text: str) -> Any:
+    """The one document of a text. Raises yaml.YAMLError."""
+    loader = Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def recipe_file(name: str | Path) -> Path:
     """A path as it is; where there is no such file, a bare name is that of a recipe which came with the code."""
     path, package = Path(name), Path(__file__).resolve().parents[1]
@@ -48,7 +57,7 @@ def recipe_file(name: str | Path) -> Path:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises ConfigError naming the file (and line) when it does not."""
     try:
-        values = yaml.load(recipe_file(path).read_text(encoding="utf-8"), Loader)
+        values = parse_yaml(recipe_file(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no such config file: {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -78,6 +87,6 @@ def _value(text: str, item: str) -> Any:
     if not scalar and not text.startswith(("[", "{", '"', "'")):
         return text
     try:
-        return yaml.load(text, Loader)
+        return parse_yaml(text)
     except yaml.YAMLError:
         raise ConfigError(f"--set {item}: {text!r} is no YAML value; quote it if it is a text") from None

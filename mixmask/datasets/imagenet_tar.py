@@ -142,7 +142,7 @@ def _places_of_index(path: Path) -> list[Path]:
 def _kept(path: Path, stamp: str) -> dict[str, np.ndarray] | None:
     for place in _places_of_index(path):
         try:
-            with np.load(place, allow_pickle=False) as stored:
+            with np.load(place) as stored:
                 content = dict(stored)
             if str(content["stamp"]) == stamp and {"md5", "names", "places", "sizes"} <= content.keys():
                 return content

@@ -12,7 +12,7 @@ from torch import nn
 
 from mixmask.config import ConfigError, Optimizer
 
-# GPUs, as PyTorch names them, on which tests/unit/test_gpu.py has passed: benchmarks/gpu.py says whether it has.
+# GPUs, as PyTorch names them, on which tests/unit/test_gpu.py has passed.
 COMPILED: frozenset[str] = frozenset()
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mixmask import config as configs
-from mixmask.config.recipe import recipe_file
+from mixmask.config import recipe_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (

@@ -238,7 +238,7 @@ def test_other_weights_in_the_file_are_in_the_account_and_the_note(cli, tmp_path
         ({"std": [0.2, 0.2]}, "std: expected 3 values, found 2"),
         ({"std": [0.2, 0.2, 0]}, "std: expected numbers above 0"),
         ({"mean": [0.5, float("nan"), 0.5]}, "mean[1]: expected a number, found nan"),
-        ({"identity": 3}, "identity: "),
+        ({"identity": ["x"]}, "identity: "),
         ({"source": None}, "source: expected a section"),
         ({"stem": "cifar"}, "describes a resnet50 of width 4 with the cifar stem, but"),
         ({"width": 64}, "describes a resnet50 of width 64"),

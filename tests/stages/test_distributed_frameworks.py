@@ -36,7 +36,7 @@ def tiny(framework: str, *items: str) -> configs.Pretrain:
     ],
 )
 def test_two_and_four_processes_compute_what_one_computes(tmp_path, framework, method, norms):
-    """In float64 what is left is the order of summation. Each of four mix groups has a lambda of its own."""
+    """In float64 what is left, after six steps, is the order of summation. Each mix group has a lambda of its own."""
     config = tiny(framework, f"method={method}", f"backbone.bn_groups={norms}")
     assert fitting_processes(config) == (1, 2, 4)
     several = (2, 4) if method == "both" else (4,)
@@ -45,7 +45,9 @@ def test_two_and_four_processes_compute_what_one_computes(tmp_path, framework, m
     one, alone = model(tmp_path / "1"), log(tmp_path / "1")
     for processes in several:
         shared, lines = model(tmp_path / str(processes)), log(tmp_path / str(processes))
-        assert distance(losses(tmp_path / str(processes)), losses(tmp_path / "1")) < 1e-11
+        assert (
+            distance(losses(tmp_path / str(processes)), losses(tmp_path / "1")) < 1e-9
+        )  # six steps of LARS and whole-batch statistics
         assert {k: distance(shared[k].double(), one[k].double()) < 1e-8 for k in one} == dict.fromkeys(one, True)
         for line, expected in zip(lines, alone, strict=True):
             assert all(line[k] == pytest.approx(v, rel=1e-8) for k, v in expected.items() if k != "kind")

@@ -105,6 +105,17 @@ def test_warmup_over_epochs_is_linear_from_zero_then_cosine_over_the_rest(unit: 
     assert found[50] == 0.06 and min(found[50:]) > 0
 
 
+@pytest.mark.parametrize("unit", ["epoch", "iteration"])
+def test_warm_up_begins_at_the_first_rate_and_the_cosine_ends_towards_the_last(unit: str):
+    """SwAV: from 0.3 to 0.6, then down to 6e-4."""
+    schedule = Schedule("cosine", unit=unit, warmup_epochs=2, first_lr=0.3, last_lr=6e-4)
+    found = rates(schedule, 0.6, 5, 12)
+    assert found[:10] == pytest.approx([0.3 + 0.3 * step / 10 for step in range(10)])
+    for step in range(10, 60):
+        done = (step - 10) / 50 if unit == "iteration" else (step // 5 - 2) / 10
+        assert found[step] == pytest.approx(6e-4 + (0.6 - 6e-4) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
 def test_rate_is_a_pure_function_of_the_step():
     schedule = Schedule("cosine", unit="iteration", warmup_epochs=1)
     in_order = rates(schedule, 0.1, 4, 5)
