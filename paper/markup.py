@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "×": r"$\times$", "|": r"\textbar{}", "–": "--"}
 ESCAPES = str.maketrans({**TEX, **{character: "\\" + character for character in "%&_#${}"}})
-WIDE = 6  # columns; a wider table is scaled to the line in LaTeX
+WIDE = 60  # characters; a wider table takes both columns of a page in LaTeX
+ROWS = 5  # of prose, on a page
+FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"  # scaled to the line where it is wider
 
 
 @dataclass(frozen=True)
@@ -54,25 +57,31 @@ def _escape(text: str) -> str:
 
 
 def latex(sheet: Sheet) -> str:
-    """For booktabs, and graphicx where the table is wide."""
-    wide = len(sheet.columns) > WIDE
-    layout = "".join(rf"p{{{width}\linewidth}}" for width in sheet.widths) or "l" * len(sheet.columns)
-    star = "*" if wide else ""
+    """For booktabs and graphicx, in documents of one column and of two. A long table of prose is several."""
+    if sheet.widths and len(sheet.body) > ROWS:
+        return "\n".join(latex(part) for part in _parts(sheet))
+    lines = [[name for _, name in sheet.columns], *(line for line in sheet.body if not isinstance(line, str))]
+    characters = sum(max(map(len, column)) for column in zip(*lines, strict=True))
+    layout = "".join(rf"p{{\dimexpr {width}\linewidth-2\tabcolsep}}" for width in sheet.widths)
+    star = "*" if sheet.widths or characters > WIDE else ""
+    table = [
+        r"\footnotesize\raggedright\sloppy" if sheet.widths else FIT,
+        rf"\begin{{tabular}}{{{layout or 'l' * len(sheet.columns)}}}",
+        r"\toprule",
+        *_tex_groups(sheet),
+        " & ".join(_tex(name) for _, name in sheet.columns) + r" \\",
+        r"\midrule",
+        *(_tex_line(line, len(sheet.columns), bool(sheet.widths)) for line in sheet.body),
+        r"\bottomrule",
+        r"\end{tabular}" + ("" if sheet.widths else "}"),
+    ]
     lines = [
         r"% \usepackage{booktabs, graphicx}",
         rf"\begin{{table{star}}}",
         r"\centering",
         rf"\caption{{{_tex(_caption(sheet.title))}}}",
         rf"\label{{tab:{sheet.name}}}",
-        *([r"\resizebox{\linewidth}{!}{%"] if wide else []),
-        rf"\begin{{tabular}}{{{layout}}}",
-        r"\toprule",
-        *_tex_groups(sheet),
-        " & ".join(_tex(name) for _, name in sheet.columns) + r" \\",
-        r"\midrule",
-        *(_tex_line(line, len(sheet.columns)) for line in sheet.body),
-        r"\bottomrule",
-        r"\end{tabular}" + ("}" if wide else ""),
+        *(table if sheet.body else []),
         r"\par\medskip\footnotesize\raggedright",
         *(_tex(text) + r"\par" for text in [*_numbered(sheet), *sheet.legend]),  # after \\ a [ would be its argument
         rf"\end{{table{star}}}",
@@ -80,9 +89,26 @@ def latex(sheet: Sheet) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _parts(sheet: Sheet) -> list[Sheet]:
+    """Tables of at most ROWS lines; what stands under the table is the last of them."""
+    bodies = [*(sheet.body[start : start + ROWS] for start in range(0, len(sheet.body), ROWS)), []]
+    last = len(bodies) - 1
+    return [
+        replace(
+            sheet,
+            name=f"{sheet.name}-{number + 1}" if number else sheet.name,
+            title=f"{sheet.title} ({number + 1} of {last + 1})",
+            body=body,
+            footnotes=sheet.footnotes if number == last else (),
+            legend=sheet.legend if number == last else (),
+        )
+        for number, body in enumerate(bodies)
+    ]
+
+
 def _caption(title: str) -> str:
     """LaTeX numbers its tables itself."""
-    text = title.partition(": ")[2] or title
+    text = re.sub(r"^(Table|Figure) \d+: ", "", title)
     return text[:1].upper() + text[1:]
 
 
@@ -101,9 +127,13 @@ def _tex_groups(sheet: Sheet) -> list[str]:
     return [" & ".join(heads) + r" \\", " ".join(rules)]
 
 
-def _tex_line(line: Sequence[str] | str, columns: int) -> str:
+def _tex_line(line: Sequence[str] | str, columns: int, prose: bool = False) -> str:
     if isinstance(line, str):
         return rf"\multicolumn{{{columns}}}{{l}}{{\textit{{{_tex(line)}}}}} \\"
+    if prose:  # in columns of a fixed width commands are broken, too
+        line = [re.sub(r"([/,=_])(?=\S)", "\\1\0", text) for text in line]
+        cells = [r"\raggedright " + _tex(text).replace("\0", r"\allowbreak{}") for text in line]
+        return " & ".join(cells) + r" \tabularnewline"
     return " & ".join(_tex(text) for text in line) + r" \\"
 
 

@@ -115,4 +115,4 @@ def test_make_tables_writes_the_claims(tmp_path, capsys):
     text = (tmp_path / "claims.md").read_text()
     assert text in capsys.readouterr().out and "29 claims; the paper's own tables contradict 7." in text
     assert len(pd.read_csv(tmp_path / "claims.csv")) == 29
-    assert r"p{0.27\linewidth}" in (tmp_path / "claims.tex").read_text()
+    assert r"p{\dimexpr 0.27\linewidth" in (tmp_path / "claims.tex").read_text()
