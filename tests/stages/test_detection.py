@@ -139,12 +139,6 @@ def test_exactly_the_new_parts_of_a_detector_stay_at_random(backbone):
         weights.placed({**own, "backbone.extra": torch.zeros(1)}, backbone.tensors)
 
 
-def test_each_missing_tensor_of_a_file_is_refused(good):
-    for name in weights.expected_shapes():
-        with pytest.raises(FormatError, match="would stay at random; 1 missing"):
-            weights.check_names([other for other in good.weights if other != name], "w.pkl")
-
-
 def renamed(change):
     return lambda file: file._replace(weights={change(name): value for name, value in file.weights.items()})
 
