@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 TEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "×": r"$\times$", "|": r"\textbar{}", "–": "--"}
 ESCAPES = str.maketrans({**TEX, **{character: "\\" + character for character in "%&_#${}"}})
 WIDE = 60  # characters; a wider table takes both columns of a page in LaTeX
-ROWS = 5  # of prose, on a page
+ROWS = 4  # of prose, on a page
 FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"  # scaled to the line where it is wider
 
 
