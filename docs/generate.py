@@ -193,9 +193,10 @@ def lines(place: str) -> str:
 
 def costs() -> str:
     """What each table and figure costs at the published budget, as `slurm/launch.py --dry-run` estimates it."""
+    from paper import cost
     from paper.cells import select, tables
     from paper.presets import budget
-    from slurm import cost, graph
+    from slurm import graph
 
     cells = select(["all"])
     jobs = graph.jobs(cells, budget("paper"), ROOT / "runs")
