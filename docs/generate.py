@@ -193,8 +193,8 @@ def lines(place: str) -> str:
 
 def costs() -> str:
     """What each table and figure costs at the published budget, as `slurm/launch.py --dry-run` estimates it."""
+    from paper import cost
     from paper.cells import select, tables
-    from slurm import cost
 
     at_scale = [cell for name, table in tables().items() if not table.scale for cell in select([name])]
     rows = ["| target | what it is | numbers or curves | runs | GPU hours |", "|---|---|---|---|---|"]
