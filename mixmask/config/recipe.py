@@ -32,7 +32,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any], cls
     known = set(flatten(result)) | _dotted_fields(cls)
     for key, value in overrides.items():
         if key not in known and key not in GIVEN:  # those are refused with their reason
-            raise ConfigError(f"unknown key '{key}'{nearest(key, known)}")
+            raise ConfigError(f"unknown key '{key}'{nearest(key, known) or '; --keys lists those that there are'}")
         *sections, last = key.split(".")
         target = result
         for section in sections:
