@@ -27,9 +27,9 @@ from mixmask.datasets.settle import settle
 from mixmask.datasets.verify import verify
 from mixmask.datasets.views import check_augment, train_batches
 from mixmask.frameworks import build_framework
+from mixmask.loss import objective
 from mixmask.masks import check_grid, sample_mask
 from mixmask.methods import METHODS, Anchor, extra_crops
-from mixmask.objective import objective
 from mixmask.randomness import numpy_generator, seed_globals, torch_generator
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixmask import checkpoint
-from mixmask.backbones import ARCHITECTURES, ResNet, build_backbone
+from mixmask.backbones import ARCHITECTURES, build_backbone, feature_width
 from mixmask.formats.architectures import check_statistics, check_values
 from mixmask.formats.detectron2_files import from_detectron2, is_detectron2, unpickle
 from mixmask.formats.notes import read_sidecar, with_sidecar
@@ -62,12 +62,16 @@ def read(path: str | Path, trust_pickle: bool = False, **options: Any) -> Source
 
 def load_backbone(
     path: str | Path, device: torch.device | str = "cpu", trust_pickle: bool = False, **options: Any
-) -> tuple[ResNet, Source]:
-    """A ResNet with the weights of `read(path, ...)`, in training mode, and where they are from."""
+) -> nn.Module:
+    """The network with the weights of `read(path, ...)`, images (N, 3, H, W) -> pooled features (N, D), in evaluation
+    mode. Its `source` says where they are from and how images are normalised; it prints as one line."""
     source = read(path, trust_pickle, **options)
     model = build_backbone(source.backbone)
     checkpoint.load_weights(model, source.weights, path)
-    return model.to(device), source
+    text = f"{source.backbone.arch}, {feature_width(model)} features, of {source.identity} ({source.format})"
+    model.__class__ = type(type(model).__name__, (type(model),), {"__repr__": lambda _: text})
+    model.source = replace(source, weights={})  # the network holds them
+    return model.eval().to(device)
 
 
 def _read(path: Path, options: Reading) -> Source:
