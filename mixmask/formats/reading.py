@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask import checkpoint
-from mixmask.backbones import ARCHITECTURES, build_backbone, feature_width
+from mixmask.backbones import ARCHITECTURES, Encoder, build_backbone, feature_width
 from mixmask.formats.architectures import check_statistics, check_values
 from mixmask.formats.detectron2_files import from_detectron2, is_detectron2, unpickle
 from mixmask.formats.notes import read_sidecar, with_sidecar
@@ -72,6 +72,20 @@ def load_backbone(
     model.__class__ = type(type(model).__name__, (type(model),), {"__repr__": lambda _: text})
     model.source = replace(source, weights={})  # the network holds them
     return model.eval().to(device)
+
+
+def frozen_encoder(path: Path, foreign: Source | None, device: torch.device) -> tuple[Encoder, tuple, tuple, str]:
+    """The encoder in evaluation mode without gradients, mean and std of its images, and what it is, in words.
+
+    `foreign`: what was read from the file, where it is somebody else's: there the head is missing.
+    """
+    if foreign is None:
+        encoder, recipe, _ = checkpoint.load_encoder(path, device)
+        return encoder, recipe.augment.mean, recipe.augment.std, f"{recipe.framework}, {recipe.method}"
+    backbone = build_backbone(foreign.backbone)
+    checkpoint.load_weights(backbone, foreign.weights, path)
+    encoder = Encoder(backbone, nn.Identity()).requires_grad_(False).eval().to(device)
+    return encoder, foreign.mean, foreign.std, f"{foreign.format}; {foreign.backbone.arch}"
 
 
 def _read(path: Path, options: Reading) -> Source:

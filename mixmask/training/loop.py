@@ -207,6 +207,16 @@ def last_and_best(lines: list[dict[str, Any]], key: str, name: str) -> dict[str,
     return metrics | ({f"{name}_init": values[0]} if 0 in values else {})
 
 
+def test_results(lines: list[dict[str, Any]], name: str) -> dict[str, float]:
+    """The test accuracies of a probe or a fine-tuning: top-1 under `name`, and top-5 where it was measured."""
+    metrics = last_and_best(lines, "test_top1", name)
+    top5 = any("test_top5" in line for line in lines)
+    return metrics | (last_and_best(lines, "test_top5", f"{name}_top5") if top5 else {})
+
+
+test_results.__test__ = False  # not a test, whatever its name says to pytest
+
+
 def seconds(lines: list[dict[str, Any]]) -> dict[str, float]:
     """What the epochs took, for result.json's `timing`."""
     return {"seconds": round(sum(line["timing"]["seconds"] for line in lines if "timing" in line), 1)}
@@ -220,12 +230,12 @@ def headline(result: Mapping[str, Any]) -> str:
 
 def epoch_line(epoch: int, epochs: int, values: Mapping[str, float], timing: Mapping[str, float]) -> str:
     """One line an epoch: loss, accuracies, learning rates, speed."""
-    accuracies = {"top-1" if k == "test_top1" else k: v for k, v in values.items() if k.startswith(("knn_", "test_"))}
+    shown = {k.replace("test_top", "top-"): v for k, v in values.items() if k.startswith(("knn_", "test_"))}
     rates = {name: value for name, value in values.items() if name.endswith("lr")}
     parts = [
         f"epoch {epoch}/{epochs}",
         f"loss {values['loss']:.4f}",
-        *(f"{name} {value:.2f} %" for name, value in accuracies.items()),
+        *(f"{name} {value:.2f} %" for name, value in shown.items()),
         *(f"{name} {value:.4g}" for name, value in rates.items()),
         f"{timing['images_per_second']:.0f} images/s",
         *([f"{timing['tflops_per_second']:.3g} TFLOP/s"] if "tflops_per_second" in timing else []),
