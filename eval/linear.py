@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixmask import checkpoint, datasets, formats
 from mixmask import config as configs
-from mixmask import datasets, formats
 from mixmask.backbones import feature_width
 from mixmask.config import Augment, ConfigError, Linear, UserError
 from mixmask.datasets.settle import inherit, settle
@@ -57,7 +56,7 @@ def probe(config: Linear, path: Path, directory: Path, foreign: Source | None = 
         if config.features == "augmented":
             check_augment(train_set, config.augment)
         encoder, mean, std, origin = frozen_encoder(path, foreign, device)
-        backbone, before = encoder.backbone, fingerprint(encoder)
+        backbone, before = encoder.backbone, checkpoint.digest(encoder.state_dict())
         mean, std = config.augment.mean or mean, config.augment.std or std
         augment = dataclasses.replace(config.augment, mean=mean, std=std)
         width = feature_width(backbone, config.augment.size)
@@ -82,7 +81,7 @@ def probe(config: Linear, path: Path, directory: Path, foreign: Source | None = 
                     loop.log(fit(state, features, labels, rates(state.step)["lr"]))
                     loop.save_if_due()
                 loop.end_epoch(measure)
-        if fingerprint(encoder) != before:
+        if checkpoint.digest(encoder.state_dict()) != before:
             raise UserError(f"{run.id}: the frozen encoder changed during the probe; the result is not valid")
         return loop.finish(result_of(run, config, foreign.format if foreign else "mixmask", device))
 
@@ -112,15 +111,6 @@ def load(config: Linear, split: str, device: torch.device) -> datasets.Resident 
     """The verified data set; held on the device where it fits in memory."""
     dataset = datasets.load_split(config, split)
     return dataset.to(device) if isinstance(dataset, datasets.Resident) else dataset
-
-
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over every parameter and buffer, bit by bit."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def build_classifier(features: int, classes: int, seed: int, init: str = "normal") -> nn.Linear:

@@ -11,6 +11,7 @@ stopped, and says so when it is finished. Several processes compute what one com
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixmask import checkpoint, datasets, formats, knn, networks, registry
 from mixmask import config as configs
-from mixmask import datasets, knn, networks, registry
 from mixmask.batchnorm import span_processes
 from mixmask.config import Augment, ConfigError, Pretrain
 from mixmask.datasets.settle import settle
@@ -183,7 +184,7 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
     if device.type == "cpu":
         keep_freed_memory()
     seed_globals(config.seed, "init")
-    framework = build_framework(distributed.shard_config(config)).to(device).train()
+    framework = build_framework(distributed.shard_config(config), functools.partial(begin, config)).to(device).train()
     span_processes(framework, max(1, distributed.size() // config.backbone.bn_groups))
     check_backbone(config, framework)
     if config.run.channels_last:
@@ -191,6 +192,28 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
     if compiles(config.run.compile, device):
         framework.compile_parts()
     return framework, build_optimizer(config.optimizer, framework.parameters(), framework.fixed_lr_parameters())
+
+
+def begin(config: Pretrain, backbone: nn.Module) -> None:
+    """Give the backbone the weights of `run.init`, where it is set. Raises UserError for others than the run's."""
+    if not (config.run.init or config.init):
+        return
+    if not config.run.init:
+        raise ConfigError("init: the run begins with weights, which are not given; expected run.init=FILE")
+    source = formats.read_for(config.run.init, config.backbone)
+    if checkpoint.digest(source.weights)[:16] != config.init:
+        raise ConfigError(f"run.init: {config.run.init} holds other weights than those that the run began with")
+    checkpoint.load_weights(backbone, source.weights, config.run.init)
+
+
+def settle_init(config: Pretrain) -> Pretrain:
+    """The config with the digest of the weights of `run.init`. Raises UserError where they cannot be read, or do not
+    fit."""
+    if not config.run.init:
+        return config
+    source = formats.read_for(config.run.init, config.backbone)
+    say(f"note: the backbone begins with the weights of {source.identity}")
+    return dataclasses.replace(config, init=checkpoint.digest(source.weights)[:16])
 
 
 def check_backbone(config: Pretrain, framework: nn.Module) -> None:
@@ -302,7 +325,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a recipe, such as pretrain/configs/cifar100_moco.yaml")
     parser.add_argument("--verify", action="store_true", help="decode every image once before training")
     args = parser.parse_args()
-    config = settle(configs.load(args.config, configs.parse_overrides(args.set)))
+    config = settle_init(settle(configs.load(args.config, configs.parse_overrides(args.set))))
     for split in ("train", "test") if args.verify else ():
         verify(datasets.load_split(config, split))
     train(config, args.run_dir or run_directory(args.runs_dir, "pretrain", config))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mixmask import checkpoint
 from mixmask.backbones import ARCHITECTURES, Encoder, build_backbone, feature_width
+from mixmask.config import Backbone
 from mixmask.formats.architectures import check_statistics, check_values
 from mixmask.formats.detectron2_files import from_detectron2, is_detectron2, unpickle
 from mixmask.formats.notes import read_sidecar, with_sidecar
@@ -72,6 +73,18 @@ def load_backbone(
     model.__class__ = type(type(model).__name__, (type(model),), {"__repr__": lambda _: text})
     model.source = replace(source, weights={})  # the network holds them
     return model.eval().to(device)
+
+
+def read_for(path: str | Path, backbone: Backbone) -> Source:
+    """`read`, for a network that begins with what the file holds. Raises FormatError where that is another one."""
+    source = read(path, arch=None if backbone.arch in ARCHITECTURES else backbone.arch, stem=backbone.stem)
+    asked, found = ((b.arch, b.width, b.stem) for b in (backbone, source.backbone))
+    if found[0] in ARCHITECTURES and source.recipe is None and found[2] != "imagenet" != asked[2]:
+        found = (*found[:2], asked[2])  # a file of others does not say which of the small stems it has
+    if asked != found:
+        words = "{} of width {} with the {} stem".format
+        raise FormatError(f"{path} holds a {words(*found)}; expected a {words(*asked)}")
+    return source
 
 
 def frozen_encoder(path: Path, foreign: Source | None, device: torch.device) -> tuple[Encoder, tuple, tuple, str]:

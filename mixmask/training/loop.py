@@ -160,9 +160,12 @@ class Loop:
         means, timing = finite(state.means(), step), self.clock.timing()
         finite({"the norm of weights and buffers": state.model_norm}, step)
         (stop,) = distributed.any_rank(self.interrupt.requested)
-        due = epoch == state.epochs or epoch % self.config.run.checkpoint_every == 0 or stop
+        stays = self.config.run.keep_every > 0 and epoch % self.config.run.keep_every == 0
+        due = epoch == state.epochs or epoch % self.config.run.checkpoint_every == 0 or stop or stays
         if due and not self.owes_epoch_line:
             self.save()
+        if stays and distributed.rank() == 0:
+            self._keep(epoch)
         if stop:
             raise KeyboardInterrupt
         values = {**means, **evaluate(), **self.rates(step)}
@@ -177,6 +180,13 @@ class Loop:
                 self.save()
             raise KeyboardInterrupt
 
+    def _keep(self, epoch: int) -> None:
+        """The checkpoint of an epoch's end stays beside those that are replaced."""
+        if not checkpoint.kept_checkpoint(self.run.checkpoint, epoch).exists():
+            if self.owes_epoch_line:  # what was resumed may be the checkpoint before the last
+                self._write()
+            checkpoint.keep(self.run.checkpoint, epoch)
+
     def save(self) -> None:
         """Write the state and the log to disk. Raises NonFiniteError, and saves nothing, where a number is not finite.
 
@@ -187,8 +197,11 @@ class Loop:
         finite({**state.sums, "the norm of weights and buffers": state.model_norm}, state.step - 1)
         with distributed.main_process_first():
             if distributed.rank() == 0:
-                self.run.sync()
-                checkpoint.save(self.run.checkpoint, {**self.run.about, **state.state_dict()})
+                self._write()
+
+    def _write(self) -> None:
+        self.run.sync()
+        checkpoint.save(self.run.checkpoint, {**self.run.about, **self.state.state_dict()})
 
 
 # ------------------------------------------------------------------------------------------------------- results
