@@ -11,6 +11,7 @@ stopped, and says so when it is finished. Several processes compute what one com
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixmask import collapse, datasets, knn, registry
+from mixmask import checkpoint, collapse, datasets, formats, knn, networks, registry
 from mixmask import config as configs
 from mixmask.batchnorm import span_processes
 from mixmask.config import Augment, ConfigError, Pretrain
@@ -28,9 +29,9 @@ from mixmask.datasets.verify import verify
 from mixmask.datasets.views import check_augment, train_batches
 from mixmask.features import extract, shorter_side
 from mixmask.frameworks import build_framework
+from mixmask.loss import objective
 from mixmask.masks import check_grid, sample_mask
 from mixmask.methods import METHODS, Anchor, extra_crops
-from mixmask.objective import objective
 from mixmask.randomness import numpy_generator, seed_globals, torch_generator
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
@@ -184,13 +185,48 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
     if device.type == "cpu":
         keep_freed_memory()
     seed_globals(config.seed, "init")
-    framework = build_framework(distributed.shard_config(config)).to(device).train()
+    framework = build_framework(distributed.shard_config(config), functools.partial(begin, config)).to(device).train()
     span_processes(framework, max(1, distributed.size() // config.backbone.bn_groups))
+    check_backbone(config, framework)
     if config.run.channels_last:
         framework = framework.to(memory_format=torch.channels_last)
     if compiles(config.run.compile, device):
         framework.compile_parts()
     return framework, build_optimizer(config.optimizer, framework.parameters(), framework.fixed_lr_parameters())
+
+
+def begin(config: Pretrain, backbone: nn.Module) -> None:
+    """Give the backbone the weights of `run.init`, where it is set. Raises UserError for others than the run's."""
+    if not (config.run.init or config.init):
+        return
+    if not config.run.init:
+        raise ConfigError("init: the run begins with weights, which are not given; expected run.init=FILE")
+    source = formats.read_for(config.run.init, config.backbone)
+    if checkpoint.digest(source.weights)[:16] != config.init:
+        raise ConfigError(f"run.init: {config.run.init} holds other weights than those that the run began with")
+    checkpoint.load_weights(backbone, source.weights, config.run.init)
+
+
+def settle_init(config: Pretrain) -> Pretrain:
+    """The config with the digest of the weights of `run.init`. Raises UserError where they cannot be read, or do not
+    fit."""
+    if not config.run.init:
+        return config
+    source = formats.read_for(config.run.init, config.backbone)
+    say(f"note: the backbone begins with the weights of {source.identity}")
+    return dataclasses.replace(config, init=checkpoint.digest(source.weights)[:16])
+
+
+def check_backbone(config: Pretrain, framework: nn.Module) -> None:
+    """Raises ConfigError for a network of others that does not take the views, or that processes cannot share."""
+    backbone, groups = framework.encoder.backbone, config.backbone.bn_groups
+    if config.backbone.arch in registry.ARCHITECTURES:
+        return
+    networks.check_groups(backbone, groups, "backbone.bn_groups", config.backbone.arch)
+    if distributed.size() > 1 and (norms := networks.whole_batch_norms(backbone)):
+        raise ConfigError(f"{distributed.size()} processes do not share a BatchNorm of the whole batch ({norms[0]})")
+    for augment in (config.augment, *extra_crops(config), *framework.crops(config.augment)):
+        networks.feature_width(backbone, augment.size)
 
 
 # ----------------------------------------------------------------------------------------------------- during
@@ -280,12 +316,11 @@ def result_of(run: Run, config: Pretrain, steps: int, device: torch.device) -> d
 
 def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, state: TrainState) -> str:
     """What is about to happen, with the numbers that are really used."""
-    b, o, processes = config.backbone, config.optimizer, distributed.size()
+    o, processes = config.optimizer, distributed.size()
     step, steps_per_epoch = state.step, state.steps_per_epoch
     lines = [
         f"{run.id}" + (f" (resumed at epoch {step / steps_per_epoch:.2f})" if step else ""),
-        f"  {config.framework}, {config.method}; {b.arch}, {b.stem} stem, width {b.width}, "
-        f"{b.bn_groups} BatchNorm group(s)",
+        f"  {config.framework}, {config.method}; {backbone_in_words(config, state.model)}",
         f"  {config.dataset}: {len(train_set)} images, {len(train_set.classes)} classes; "
         f"views of {config.augment.size} px",
         f"  total batch {config.batch_size} in {config.mix_groups} mix group(s), {steps_per_epoch} steps an epoch, "
@@ -298,6 +333,13 @@ def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, sta
     return "\n".join(lines)
 
 
+def backbone_in_words(config: Pretrain, framework: nn.Module) -> str:
+    b = config.backbone
+    if b.arch not in registry.ARCHITECTURES:
+        return networks.described(b, framework.encoder.backbone)
+    return f"{b.arch}, {b.stem} stem, width {b.width}, {b.bn_groups} BatchNorm group(s)"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -307,7 +349,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a recipe, such as pretrain/configs/cifar100_moco.yaml")
     parser.add_argument("--verify", action="store_true", help="decode every image once before training")
     args = parser.parse_args()
-    config = settle(configs.load(args.config, configs.parse_overrides(args.set)))
+    config = settle_init(settle(configs.load(args.config, configs.parse_overrides(args.set))))
     for split in ("train", "test") if args.verify else ():
         verify(datasets.load_split(config, split))
     train(config, args.run_dir or run_directory(args.runs_dir, "pretrain", config))

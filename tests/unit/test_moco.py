@@ -10,8 +10,8 @@ from mixmask.batchnorm import SplitBatchNorm2d
 from mixmask.config import ConfigError
 from mixmask.frameworks import build_framework
 from mixmask.frameworks.moco import MoCo, Settings
+from mixmask.loss import objective
 from mixmask.methods import METHODS, vanilla
-from mixmask.objective import objective
 from mixmask.randomness import numpy_generator
 from tests import reference
 from tests.reference import SmallNet, views

@@ -28,22 +28,14 @@ def objective(
     """The loss (a scalar), its parts by anchor (detached, weighted), and the targets for `framework.after_step`.
 
     x1, x2: the two views, (N, C, H, W); crops: those of `framework.crops`, (N, C, S, S) each. Each distinct batch of
-    images is embedded once, all in one pass where they can.
+    images is embedded once, all in one pass where they can: reading its rows in another order costs no second one.
     """
     targets = framework.targets(x1, x2, generator, *crops)
     batches = list({id(anchor.images): anchor.images for anchor in anchors}.values())
     embeddings = dict(zip(map(id, batches), framework.embed(batches, targets), strict=True))
     parts: dict[str, Tensor] = {}
     for anchor in anchors:
-        embedding = rows(embeddings[id(anchor.images)], anchor.order)
+        embedding = tuple(anchor.rows(part) for part in embeddings[id(anchor.images)])
         parts[anchor.name] = framework.loss(embedding, targets, anchor.weight, clean=anchor.clean)
     loss = torch.stack(list(parts.values())).sum()
     return loss, {name: part.detach() for name, part in parts.items()}, targets
-
-
-def rows(embedding: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor, ...]:
-    """The rows of each tensor (N, ...) in the given order (N,); None leaves them as they are.
-
-    The reverse order of a mixture costs an indexing, not a forward pass.
-    """
-    return embedding if order is None else tuple(part[order] for part in embedding)
