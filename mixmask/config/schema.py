@@ -35,7 +35,7 @@ class Backbone:
 class Mask:
     """Section 4.1 and Table 1: which cells of a grid show image i."""
 
-    type: Literal["block", "discrete"]
+    type: Literal["block", "discrete", "none"]  # none: nothing is mixed, x1 itself is scored a second time
     block_impl: Literal["repaired", "literal"]
     grid: int = within(2)  # cells along a side
     ratio: float | tuple[float, float] = within(0, 1, interval=True)  # lambda aimed at; [a, b]: U(a, b) per mask
