@@ -31,6 +31,10 @@ class Backbone:
     stem_init: Literal["default", "kaiming"] = "default"  # of a small stem: PyTorch's own, or as all other convolutions
 
 
+# Settings of frameworks that a recipe need not write, with their defaults, which the hash leaves out.
+OPTIONAL_SETTINGS = {"moco.own_view": True}
+
+
 @dataclass(frozen=True)
 class Mask:
     """Section 4.1 and Table 1: which cells of a grid show image i."""

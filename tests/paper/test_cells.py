@@ -124,7 +124,7 @@ def test_reduced_cells_are_named_to_be_launched_and_are_no_part_of_the_papers_co
     assert found == {(framework, method) for framework in frameworks for method in methods}
     assert frameworks >= {"moco", "simclr", "byol", "simsiam"} and len(methods) >= 6  # all of the paper's
     linear = [job for job in jobs("reduced*") if job.stage == "linear"]
-    assert len(linear) == 13 + 18 + 6 and {job.config.dataset for job in linear} == {"cifar100_reduced"}
+    assert len(linear) == 13 + 24 + 6 and {job.config.dataset for job in linear} == {"cifar100_reduced"}
     for table in own:
         for config in (job.config for job in jobs(table.name) if job.stage == "pretrain"):
             assert {str(config.backbone.width), str(config.epochs)} <= set(re.findall(r"\d+", table.about))
