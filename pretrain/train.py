@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask import config as configs
-from mixmask import datasets, knn, registry
+from mixmask import datasets, knn, networks, registry
 from mixmask.batchnorm import span_processes
 from mixmask.config import Augment, ConfigError, Pretrain
 from mixmask.datasets.settle import settle
@@ -185,11 +185,24 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
     seed_globals(config.seed, "init")
     framework = build_framework(distributed.shard_config(config)).to(device).train()
     span_processes(framework, max(1, distributed.size() // config.backbone.bn_groups))
+    check_backbone(config, framework)
     if config.run.channels_last:
         framework = framework.to(memory_format=torch.channels_last)
     if compiles(config.run.compile, device):
         framework.compile_parts()
     return framework, build_optimizer(config.optimizer, framework.parameters(), framework.fixed_lr_parameters())
+
+
+def check_backbone(config: Pretrain, framework: nn.Module) -> None:
+    """Raises ConfigError for a network of others that does not take the views, or that processes cannot share."""
+    backbone, groups = framework.encoder.backbone, config.backbone.bn_groups
+    if config.backbone.arch in registry.ARCHITECTURES:
+        return
+    networks.check_groups(backbone, groups, "backbone.bn_groups", config.backbone.arch)
+    if distributed.size() > 1 and (norms := networks.whole_batch_norms(backbone)):
+        raise ConfigError(f"{distributed.size()} processes do not share a BatchNorm of the whole batch ({norms[0]})")
+    for augment in (config.augment, *extra_crops(config), *framework.crops(config.augment)):
+        networks.feature_width(backbone, augment.size)
 
 
 # ----------------------------------------------------------------------------------------------------- during
@@ -256,12 +269,11 @@ def result_of(run: Run, config: Pretrain, steps: int, device: torch.device) -> d
 
 def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, state: TrainState) -> str:
     """What is about to happen, with the numbers that are really used."""
-    b, o, processes = config.backbone, config.optimizer, distributed.size()
+    o, processes = config.optimizer, distributed.size()
     step, steps_per_epoch = state.step, state.steps_per_epoch
     lines = [
         f"{run.id}" + (f" (resumed at epoch {step / steps_per_epoch:.2f})" if step else ""),
-        f"  {config.framework}, {config.method}; {b.arch}, {b.stem} stem, width {b.width}, "
-        f"{b.bn_groups} BatchNorm group(s)",
+        f"  {config.framework}, {config.method}; {backbone_in_words(config, state.model)}",
         f"  {config.dataset}: {len(train_set)} images, {len(train_set.classes)} classes; "
         f"views of {config.augment.size} px",
         f"  total batch {config.batch_size} in {config.mix_groups} mix group(s), {steps_per_epoch} steps an epoch, "
@@ -272,6 +284,13 @@ def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, sta
         *(f"  note: {text}" for text in cautions(config.schedule, steps_per_epoch, config.epochs)),
     ]
     return "\n".join(lines)
+
+
+def backbone_in_words(config: Pretrain, framework: nn.Module) -> str:
+    b = config.backbone
+    if b.arch not in registry.ARCHITECTURES:
+        return networks.described(b, framework.encoder.backbone)
+    return f"{b.arch}, {b.stem} stem, width {b.width}, {b.bn_groups} BatchNorm group(s)"
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ hash (`identity`), so that adding one does not rename the runs that exist.
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -22,13 +24,26 @@ Permutation = Literal["reverse", "random", "derangement"]  # derangement: a rand
 
 @dataclass(frozen=True)
 class Backbone:
-    """ResNet and its stem (Tables 8, 9; stems: docs/fidelity.md)."""
+    """ResNet and its stem (Tables 8, 9; stems: docs/fidelity.md), or a network of others (mixmask/networks.py)."""
 
-    arch: Literal["resnet18", "resnet50"]
+    arch: str = field(metadata={"words": "resnet18, resnet50, timm/NAME, torchvision/NAME, or MODULE:FUNCTION"})
     stem: Literal["cifar", "tiny", "imagenet"]
     width: int = within(1)  # channels of the first stage; 64 in the paper
     bn_groups: int = within(1)  # split BatchNorm: how many parts of the batch have their own statistics
     stem_init: Literal["default", "kaiming"] = "default"  # of a small stem: PyTorch's own, or as all other convolutions
+
+    def __post_init__(self) -> None:
+        if self.arch in ("resnet18", "resnet50"):
+            return
+        module = re.fullmatch(r"(?!\d)(\w+)(\.\w+)*:[^\W\d]\w*", self.arch)
+        if module is None and not re.fullmatch(r"(timm|torchvision)/[\w.]+", self.arch):
+            words = type(self).__dataclass_fields__["arch"].metadata["words"]
+            hint = f"; torchvision/{self.arch}, or timm/{self.arch}?" if re.fullmatch(r"\w+", self.arch) else ""
+            raise ConfigError(f"backbone.arch: expected {words}; found {self.arch!r}{hint}")
+        if module and module[1] in sys.stdlib_module_names:  # a checkpoint names it: nothing of it may run
+            raise ConfigError(f"backbone.arch: {self.arch} is Python's own, and makes no network")
+        if self.width != 64:
+            raise ConfigError(f"backbone.width: {self.arch} is as wide as it is; expected 64, found {self.width}")
 
 
 # Settings of frameworks that a recipe need not write, with their defaults, which the hash leaves out.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmask.backbones import Encoder, ResNet
+from mixmask.backbones import Encoder, feature_width
 from mixmask.config import ConfigError, within
 from mixmask.frameworks.base import Framework
 from mixmask.frameworks.heads import unit
@@ -53,10 +53,10 @@ class MoCo(Framework):
     Settings = Settings
     compiled = ("with_negatives", "infonce")
 
-    def __init__(self, backbone: ResNet, settings: Settings):
+    def __init__(self, backbone: nn.Module, settings: Settings):
         super().__init__()
         self.settings = settings
-        self.encoder = Encoder(backbone, _head(backbone.features, settings))
+        self.encoder = Encoder(backbone, _head(feature_width(backbone), settings))
         self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(settings.queue, settings.dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
