@@ -23,7 +23,7 @@ demo: $(READY) ## Table 4 at smoke size on this machine, from pre-training to th
 	@$(BIN)/python paper/make_tables.py table4
 
 test: $(READY) ## the tests
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(READY) ## ruff, rules and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -31,9 +31,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 
 from mixmask.config import UserError, main_guard
+from paper import cost
 from paper.cells import WITHOUT_RUNS, Cell, select, tables
 from paper.presets import Budget, budget, label, missing_file, offer, presets, remark
-from slurm import cost, efficiency, graph, local, sbatch, shell, status, submit
+from slurm import efficiency, graph, local, sbatch, shell, status, submit
 from slurm.graph import Job
 
 ROOT = Path(__file__).resolve().parents[1]
