@@ -182,6 +182,24 @@ def test_a_job_that_no_node_holds_is_refused_with_what_the_largest_has(tmp_path,
         launch("cluster.partition=big", "cluster.cpus=100")
 
 
+def test_both_images_install_the_lock_and_nothing_else_of_python_s():
+    docker, apptainer = ((ROOT / "containers" / name).read_text() for name in ("Dockerfile", "mixmask.def"))
+    base = re.search(r"^FROM (\S+)$", docker, re.M)[1]
+    assert f"Bootstrap: docker\nFrom: {base}\n" in apptainer
+    assert re.findall(r"^%(\w+)$", apptainer, re.M) == ["files", "post", "environment", "runscript"]
+    installed = [re.findall(r"^\s*(?:RUN )?(python -m pip .*)$", text, re.M) for text in (docker, apptainer)]
+    assert installed[0] == installed[1] and len(installed[0]) == 1
+    assert installed[0][0].endswith("--require-hashes --no-deps -r /opt/requirements.lock")
+    copies = [
+        re.search(r"^(?:COPY|\s+)\s*(requirements\.lock /opt/requirements\.lock)$", t, re.M)
+        for t in (docker, apptainer)
+    ]
+    assert all(copies)
+    lock = (ROOT / "requirements.lock").read_text()
+    blocks = re.split(r"\n(?=\S)", lock.strip())
+    assert all("--hash=sha256:" in block for block in blocks if not block.startswith("#")) and "git+" not in lock
+
+
 def test_each_row_of_the_page_s_table_reaches_the_batch_script(tmp_path, capsys):
     """docs/slurm.md, "your cluster asks for": what stands in each row's second column, typed."""
 
