@@ -82,6 +82,17 @@ def results() -> str:
     return "\n".join(lines)
 
 
+def kept() -> str:
+    """How many runs of each stage are in results/, and where they ran."""
+    from mixmask.runs import read_result
+
+    found = [(path.parent.name, read_result(path)["device"]) for path in (ROOT / "results").glob("*/*") if path.is_dir()]
+    words = {"pretrain": "pre-trainings", "linear": "linear probes", "finetune": "fine-tunings", "detection": "detections"}
+    counts = [f"{sum(s == stage for s, _ in found)} {word}" for stage, word in words.items()]
+    devices = ", ".join(sorted({device for _, device in found}))
+    return f"Kept in `results/`: {', '.join(c for c in counts if not c.startswith('0 '))} (device: {devices})."
+
+
 def claimed() -> str:
     """How the paper's claims stand: by its own numbers, and by the runs in results/."""
     from paper import claims
@@ -229,6 +240,7 @@ def benchmark(what: str) -> str:
 
 BLOCKS: dict[str, Callable[..., str]] = {
     "results": results,
+    "kept": kept,
     "claimed": claimed,
     "claims": claims,
     "costs": costs,

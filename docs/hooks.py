@@ -134,4 +134,4 @@ def report() -> str:
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         make_report.main(["--runs-dir", str(ROOT / "results"), "--out", f"{folder}/report.html"])
-        return Path(folder, "report.html").read_text(encoding="utf-8")
+        return Path(folder, "report.html").read_text(encoding="utf-8").replace(f"{ROOT}/", "")

@@ -207,7 +207,17 @@ def print_graph(
             print("".join(f"  {line}".rstrip() + "\n" for line in sbatch.batch_text(job, batch).splitlines()), end="")
         print(job.shell)
         print()
+    if batch:
+        print_arrays([job for job in jobs if states[job.directory] not in ("finished", NOT_NEEDED)])
     print_costs(cells, jobs, states)
+
+
+def print_arrays(todo: list[Job]) -> None:
+    """Which jobs are submitted together, with cluster.parallel."""
+    for group in submit.groups(todo):
+        if len(group) > 1:
+            ids = ", ".join(job.id for job in group)
+            print(f"one array: #SBATCH --array=0-{len(group) - 1}%{group[0].resources.parallel}, of {ids}\n")
 
 
 def print_costs(cells: list[Cell], jobs: list[Job], states: Mapping[Path, str]) -> None:
