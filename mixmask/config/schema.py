@@ -207,6 +207,7 @@ class Execution:
     workers: int = within(0, default=8)  # processes that decode images (ImageNet)
     eval_batch: int = within(1, default=500)  # images at a time where features are taken: less memory with fewer
     log_every: int = within(1, default=10)  # iterations between log lines
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # shown there, too (mixmask/runs/trackers.py)
     checkpoint_every: int = within(1, default=1)  # epochs between checkpoints
     checkpoint_minutes: float = within(0, default=15.0)  # and within a long epoch: minutes between checkpoints
     channels_last: bool = True
