@@ -206,6 +206,7 @@ class Execution:
     checkpoint_every: int = within(1, default=1)  # epochs between checkpoints
     checkpoint_minutes: float = within(0, default=15.0)  # and within a long epoch: minutes between checkpoints
     keep_every: int = within(0, default=0)  # epochs between checkpoints that stay, checkpoint.epochN.pt; 0: none
+    accumulate: int = within(1, default=1)  # pre-training: parts of a batch, one after the other, in memory for one
     init: str = ""  # pre-training: the file whose backbone it begins with; its weights are in the run's identity
     channels_last: bool = True
     # torch.compile of augmentation, backbones and loss: a minute at the start, and a C++ compiler on a CPU.
