@@ -1,11 +1,15 @@
 """A step of parts is the step of the whole batch, in float64; what cannot be is refused."""
 
+import dataclasses
+import functools
+
 import pytest
 import torch
 
 from mixmask.config import ConfigError
 from mixmask.training.state import TrainState
 from pretrain import train
+from tests.unit.test_frameworks import SMALL
 
 METHODS = ("vanilla", "unmix", "mixmask", "both", "erase")
 
@@ -28,9 +32,8 @@ def after(recipe, steps: int = 2):
 def assert_same(one, two):
     assert one.keys() == two.keys()
     for name, value in one.items():
-        torch.testing.assert_close(
-            two[name], value, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        say = functools.partial("{}: {}".format, name)
+        torch.testing.assert_close(two[name], value, rtol=1e-9, atol=1e-11, msg=say)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -64,13 +67,9 @@ def test_without_batch_norm_any_parts_do(tiny):
     ],
 )
 def test_what_is_no_sum_of_parts_is_refused_by_name(tiny, items, message):
-    from tests.unit.test_frameworks import SMALL
-
     recipe = tiny("run.accumulate=2", *[item for item in items if not item.startswith("framework")])
     for item in items:
         if item.startswith("framework"):
-            import dataclasses
-
             name = item.partition("=")[2]
             recipe = dataclasses.replace(recipe, framework=name, settings=SMALL[name])
     with pytest.raises(ConfigError, match=f"run.accumulate: {message}"):
