@@ -20,15 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-from mixmask import collapse, datasets, knn, networks, registry
-from mixmask import config as configs
-from mixmask.batchnorm import span_processes
-=======
-from mixmask import checkpoint, datasets, formats, knn, networks, registry
+from mixmask import checkpoint, collapse, datasets, formats, knn, networks, registry
 from mixmask import config as configs
 from mixmask.batchnorm import SplitBatchNorm2d, span_processes
->>>>>>> refs/heads/backbones
 from mixmask.config import Augment, ConfigError, Pretrain
 from mixmask.datasets.settle import settle
 from mixmask.datasets.verify import verify
@@ -36,9 +30,9 @@ from mixmask.datasets.views import check_augment, train_batches
 from mixmask.features import extract, shorter_side
 from mixmask.frameworks import build_framework
 from mixmask.frameworks.base import Framework
-from mixmask.loss import in_parts, objective
 from mixmask.masks import check_grid, sample_mask
 from mixmask.methods import METHODS, Anchor, extra_crops
+from mixmask.objective import in_parts, objective
 from mixmask.randomness import numpy_generator, seed_globals, torch_generator
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
