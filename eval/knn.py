@@ -24,10 +24,15 @@ from mixmask.training.optim import pick_device
 from mixmask.training.progress import say
 
 
-def evaluate(config: KNNEval, path: Path, directory: Path) -> dict[str, Any]:
-    """k-NN of the checkpoint at `path`, on the data set of `config`; returns what result.json holds."""
-    device = pick_device(config.run.device)
-    with Run(directory, config) as run:
+def evaluate(
+    config: KNNEval, path: Path, directory: Path | None = None, runs_dir: Path = Path("runs")
+) -> dict[str, Any]:
+    """k-NN of the checkpoint at `path`, on the data set of `config`; returns what result.json holds.
+
+    directory: the run's own; by default below `runs_dir`, named after the config and its data.
+    """
+    config, device = settle(config), pick_device(config.run.device)
+    with Run(directory or run_directory(runs_dir, "knn", config), config) as run:
         if run.result is None:
             encoder, recipe, _ = checkpoint.load_encoder(path, device)
             train, test = (datasets.load_split(config, split) for split in ("train", "test"))
@@ -53,8 +58,7 @@ def main() -> None:
     state = checkpoint.load(args.checkpoint)
     recipe, identity = checkpoint.pretraining(state, args.checkpoint)
     config = dataclasses.replace(_config(args.config, args.set, recipe), checkpoint=identity, seed=recipe.seed)
-    config = settle(config)
-    evaluate(config, args.checkpoint, args.run_dir or run_directory(args.runs_dir, "knn", config))
+    evaluate(config, args.checkpoint, args.run_dir, args.runs_dir)
 
 
 def _config(path: str | None, items: Sequence[str], recipe: Pretrain) -> KNNEval:

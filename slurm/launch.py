@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if executor == "slurm":
         runs_dir = runs_dir.resolve()  # its jobs run elsewhere: in a copy of the code
     jobs = graph.jobs(cells, chosen, runs_dir, profile)
+    if verb != "cancel":
+        graph.check_data(jobs)
     for target in set(targets) & set(WITHOUT_RUNS):
         print(f"{target} needs no runs: {WITHOUT_RUNS[target]}")
     if not cells:
