@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells, jobs = sweep.plan(recipes, chosen, runs_dir, profile)
     else:
         jobs = graph.jobs(cells, chosen, runs_dir, profile)
+    if verb != "cancel":
+        graph.check_data(jobs)
     for target in set(targets) & set(WITHOUT_RUNS):
         print(f"{target} needs no runs: {WITHOUT_RUNS[target]}")
     if not cells:
