@@ -53,11 +53,11 @@ def current(path: Path, text: str) -> str:
     return MARK.sub(lambda found: _block(path, found), text)
 
 
-def _block(path: Path, found: re.Match[str]) -> str:
-    name, argument, _ = found.groups()
+def _block(path: Path, match: re.Match[str]) -> str:
+    name, argument, _ = match.groups()
     if name not in BLOCKS:
         raise UserError(f"{path}: unknown block '{name}' (blocks: {', '.join(BLOCKS)})")
-    opening = found.group().partition("\n")[0]
+    opening = match.group().partition("\n")[0]
     return f"{opening}\n{BLOCKS[name](*([argument] if argument else []))}\n<!-- end -->"
 
 
@@ -80,6 +80,24 @@ def results() -> str:
             values = [published, *(counts[key] for key in shown)]
             lines.append(f"| {table.title} | {' | '.join(map(str, values))} |")
     return "\n".join(lines)
+
+
+def kept() -> str:
+    """How many runs of each stage are in results/, and where they ran."""
+    from mixmask.runs import read_result
+
+    found = [
+        (path.parent.name, read_result(path)["device"]) for path in (ROOT / "results").glob("*/*") if path.is_dir()
+    ]
+    words = {
+        "pretrain": "pre-trainings",
+        "linear": "linear probes",
+        "finetune": "fine-tunings",
+        "detection": "detections",
+    }
+    counts = [f"{sum(s == stage for s, _ in found)} {word}" for stage, word in words.items()]
+    devices = ", ".join(sorted({device for _, device in found}))
+    return f"Kept in `results/`: {', '.join(c for c in counts if not c.startswith('0 '))} (device: {devices})."
 
 
 def claimed() -> str:
@@ -229,6 +247,7 @@ def benchmark(what: str) -> str:
 
 BLOCKS: dict[str, Callable[..., str]] = {
     "results": results,
+    "kept": kept,
     "claimed": claimed,
     "claims": claims,
     "costs": costs,

@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells, jobs = sweep.plan(recipes, chosen, runs_dir, profile)
     else:
         jobs = graph.jobs(cells, chosen, runs_dir, profile)
+    if verb != "cancel":
+        graph.check_data(jobs)
     for target in set(targets) & set(WITHOUT_RUNS):
         print(f"{target} needs no runs: {WITHOUT_RUNS[target]}")
     if not cells:
@@ -238,7 +240,17 @@ def print_graph(
             print("".join(f"  {line}".rstrip() + "\n" for line in sbatch.batch_text(job, batch).splitlines()), end="")
         print(job.shell)
         print()
+    if batch:
+        print_arrays([job for job in jobs if states[job.directory] not in ("finished", NOT_NEEDED)])
     print_costs(cells, jobs, states)
+
+
+def print_arrays(todo: list[Job]) -> None:
+    """Which jobs are submitted together, with cluster.parallel."""
+    for group in submit.groups(todo):
+        if len(group) > 1:
+            ids = ", ".join(job.id for job in group)
+            print(f"one array: #SBATCH --array=0-{len(group) - 1}%{group[0].resources.parallel}, of {ids}\n")
 
 
 def print_costs(cells: list[Cell], jobs: list[Job], states: Mapping[Path, str]) -> None:

@@ -46,11 +46,15 @@ class Backbone:
             raise ConfigError(f"backbone.width: {self.arch} is as wide as it is; expected 64, found {self.width}")
 
 
+# Settings of frameworks that a recipe need not write, with their defaults, which the hash leaves out.
+OPTIONAL_SETTINGS = {"moco.own_view": True}
+
+
 @dataclass(frozen=True)
 class Mask:
     """Section 4.1 and Table 1: which cells of a grid show image i."""
 
-    type: Literal["block", "discrete"]
+    type: Literal["block", "discrete", "none"]  # none: nothing is mixed, x1 itself is scored a second time
     block_impl: Literal["repaired", "literal"]
     grid: int = within(2)  # cells along a side
     ratio: float | tuple[float, float] = within(0, 1, interval=True)  # lambda aimed at; [a, b]: U(a, b) per mask
@@ -207,6 +211,7 @@ class Execution:
     checkpoint_every: int = within(1, default=1)  # epochs between checkpoints
     checkpoint_minutes: float = within(0, default=15.0)  # and within a long epoch: minutes between checkpoints
     keep_every: int = within(0, default=0)  # epochs between checkpoints that stay, checkpoint.epochN.pt; 0: none
+    accumulate: int = within(1, default=1)  # pre-training: parts of a batch, one after the other, in memory for one
     init: str = ""  # pre-training: the file whose backbone it begins with; its weights are in the run's identity
     channels_last: bool = True
     # torch.compile of augmentation, backbones and loss: a minute at the start, and a C++ compiler on a CPU.
