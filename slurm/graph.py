@@ -20,9 +20,9 @@ from mixmask.config import UserError
 from mixmask.runs import read_result
 from mixmask.stages import STAGES
 from paper.cells import Cell
+from paper.cost import hours
 from paper.presets import Budget, Step, chains, directory
 from slurm.cluster import Cluster, cluster
-from slurm.cost import hours
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 
 from mixmask.config import UserError, main_guard
+from paper import cost
 from paper.cells import WITHOUT_RUNS, Cell, select, tables
 from paper.presets import Budget, budget, label, missing_file, offer, presets, remark
-from slurm import cost, efficiency, graph, local, sbatch, shell, status, submit
+from slurm import efficiency, graph, local, sbatch, shell, status, submit
 from slurm.graph import Job
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,7 +207,17 @@ def print_graph(
             print("".join(f"  {line}".rstrip() + "\n" for line in sbatch.batch_text(job, batch).splitlines()), end="")
         print(job.shell)
         print()
+    if batch:
+        print_arrays([job for job in jobs if states[job.directory] not in ("finished", NOT_NEEDED)])
     print_costs(cells, jobs, states)
+
+
+def print_arrays(todo: list[Job]) -> None:
+    """Which jobs are submitted together, with cluster.parallel."""
+    for group in submit.groups(todo):
+        if len(group) > 1:
+            ids = ", ".join(job.id for job in group)
+            print(f"one array: #SBATCH --array=0-{len(group) - 1}%{group[0].resources.parallel}, of {ids}\n")
 
 
 def print_costs(cells: list[Cell], jobs: list[Job], states: Mapping[Path, str]) -> None:

@@ -46,11 +46,15 @@ class Backbone:
             raise ConfigError(f"backbone.width: {self.arch} is as wide as it is; expected 64, found {self.width}")
 
 
+# Settings of frameworks that a recipe need not write, with their defaults, which the hash leaves out.
+OPTIONAL_SETTINGS = {"moco.own_view": True}
+
+
 @dataclass(frozen=True)
 class Mask:
     """Section 4.1 and Table 1: which cells of a grid show image i."""
 
-    type: Literal["block", "discrete"]
+    type: Literal["block", "discrete", "none"]  # none: nothing is mixed, x1 itself is scored a second time
     block_impl: Literal["repaired", "literal"]
     grid: int = within(2)  # cells along a side
     ratio: float | tuple[float, float] = within(0, 1, interval=True)  # lambda aimed at; [a, b]: U(a, b) per mask
@@ -203,6 +207,7 @@ class Execution:
     workers: int = within(0, default=8)  # processes that decode images (ImageNet)
     eval_batch: int = within(1, default=500)  # images at a time where features are taken: less memory with fewer
     log_every: int = within(1, default=10)  # iterations between log lines
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # shown there, too (mixmask/runs/trackers.py)
     checkpoint_every: int = within(1, default=1)  # epochs between checkpoints
     checkpoint_minutes: float = within(0, default=15.0)  # and within a long epoch: minutes between checkpoints
     keep_every: int = within(0, default=0)  # epochs between checkpoints that stay, checkpoint.epochN.pt; 0: none

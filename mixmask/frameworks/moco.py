@@ -32,6 +32,7 @@ class Settings:
     mlp: bool = False
     symmetric: bool = False
     shuffle_bn: bool = True
+    own_view: bool = True  # symmetric: a mixture is scored against the key of x1 too, as in Un-Mix's CIFAR code
 
 
 @dataclass
@@ -93,7 +94,7 @@ class MoCo(Framework):
         loss = self.infonce(embedding, targets.k2)
         if clean:
             targets.positive_similarity = (embedding[0] * targets.k2).sum(dim=1).mean().detach()
-        if self.settings.symmetric:
+        if self.settings.symmetric and (clean or self.settings.own_view):
             loss = loss + self.infonce(targets.q2 if clean else embedding, targets.k1)
         return loss
 

@@ -472,6 +472,14 @@ def test_batch_order_is_a_permutation_and_a_function_of_seed_and_epoch():
     assert datasets.batch_indices(5, 10, 0, 0).shape == (0, 10)
 
 
+def test_subset_rounds_the_share_of_each_class_and_keeps_one_image_at_least():
+    labels = torch.tensor([0] * 15 + [1] * 24 + [2])
+    for fraction, counts in ((0.64, [10, 15, 1]), (0.1, [2, 2, 1]), (0.01, [1, 1, 1]), (1.0, [15, 24, 1])):
+        assert labels[datasets.subset(labels, fraction, 0)].bincount().tolist() == counts
+    halves = [datasets.subset(torch.arange(2).repeat_interleave(20), 0.5, 0)[i : i + 10] % 20 for i in (0, 10)]
+    assert not torch.equal(*halves)  # each class has its own draw
+
+
 def test_subset_is_balanced_sorted_and_a_function_of_the_seed():
     labels = torch.arange(20).repeat(50)
     chosen = datasets.subset(labels, 0.1, seed=0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mixmask import config
+from mixmask import config, registry
 from mixmask.frameworks import FRAMEWORKS, build_framework
 from mixmask.frameworks.byol import BYOL, target_momentum
 from mixmask.frameworks.heads import spread
@@ -226,6 +226,19 @@ def test_loss_and_gradients_equal_the_loops(name: str, case: str, n: int, seed: 
             torch.testing.assert_close(mine.grad, theirs.grad, **close, msg=key)
 
 
+@pytest.mark.parametrize("name", [name for name in PAIRS if name not in ("barlow_twins", "vicreg")])
+def test_each_row_of_a_score_is_the_loss_of_its_own_pair(name: str):
+    """With more than one mix group the rows have different weights, so their order counts."""
+    framework = small(name)
+    other = copy.deepcopy(framework)
+    x1, x2 = views(6, 0)
+    targets = framework.targets(x1, x2)
+    (embedding,) = framework.embed([x1], targets)
+    rows = framework.score(embedding, targets, clean=True).tolist()
+    assert rows == pytest.approx([pair.item() for pair in PAIRS[name](other, x1, x2)], rel=1e-9)
+    assert min(abs(a - b) for i, a in enumerate(rows) for b in rows[:i]) > 1e-4
+
+
 @pytest.mark.parametrize("name", ["byol", "simsiam"])
 def test_a_mixture_in_one_direction_only_predicts_x2(name: str):
     framework = small(name, symmetric_mixture=False)
@@ -286,6 +299,31 @@ def test_the_switch_term_costs_no_forward_pass(name: str, case: str, batches: in
     loss_of(framework, case, *views(6, 0), 0)
     assert passes.count("encoder") == batches
     assert passes.count("target") == (batches if name == "byol" else 0)
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_the_registry_s_passes_are_those_that_a_step_makes(name: str):
+    """With and without gradient, for each training image: of the clean pair, and what each method adds."""
+
+    def passes(case: str, **settings) -> tuple[int, int]:
+        framework, counts = small(name, **settings), {True: 0, False: 0}
+
+        def count(network: nn.Module, inputs: tuple[Tensor]) -> None:
+            counts[torch.is_grad_enabled()] += len(inputs[0])
+
+        for module in framework.modules():
+            if isinstance(module, SmallNet):
+                module.register_forward_pre_hook(count)
+        loss_of(framework, case, *views(6, 0), 0)
+        return counts[True] // 6, counts[False] // 6
+
+    facts = registry.FRAMEWORKS[name]
+    assert passes("vanilla") == facts.passes(SMALL[name])
+    if facts.symmetric:
+        assert passes("vanilla", symmetric=False) == facts.passes({}) == (facts.gradient, facts.forward)
+    for case in ("unmix mixup", "mixmask", "both", "erase"):
+        added = passes(case)[0] - passes("vanilla")[0]
+        assert added == registry.METHODS[recipe(case).method].added
 
 
 def test_simclr_runs_the_head_on_both_views_of_each_pair():

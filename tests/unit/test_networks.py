@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from slurm.cost import forward_gflop
 from torch import nn
 
 from mixmask import checkpoint, config, networks
@@ -19,7 +20,6 @@ from mixmask.frameworks.moco import MoCo
 from mixmask.metrics import pretraining_metric
 from mixmask.training.state import TrainState
 from pretrain import train
-from slurm.cost import forward_gflop
 from tests.unit.test_frameworks import SMALL
 
 timm = pytest.importorskip("timm")

@@ -55,6 +55,32 @@ def test_optimisers_on_all_parameters_at_once_compute_what_they_compute_one_by_o
     assert all(map(torch.equal, *results))
 
 
+def test_each_optimiser_decays_weights_and_remembers_by_its_settings():
+    """Two steps from a weight of 2, with gradients 0 and 1, worked out by hand."""
+    found = {}
+    for name in ("sgd", "adam"):
+        weight = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+        settings = Optimizer(name, lr=0.1, weight_decay=0.01, momentum=0.9 if name == "sgd" else 0.0)
+        optimizer = build_optimizer(settings, [weight])
+        for gradient in (0.0, 1.0):
+            weight.grad = torch.full_like(weight, gradient)
+            optimizer.step()
+        found[name] = weight.item()
+    first = 2 - 0.1 * 0.02
+    assert found["sgd"] == pytest.approx(first - 0.1 * (0.9 * 0.02 + 1 + 0.01 * first), rel=1e-12)
+    first, gradients = 2 - 0.1, (0.02, 1 + 0.01 * 1.9)  # Adam's first step: the rate, in the direction of the decay
+    mean = (0.9 * 0.1 * gradients[0] + 0.1 * gradients[1]) / (1 - 0.9**2)
+    square = (0.999 * 0.001 * gradients[0] ** 2 + 0.001 * gradients[1] ** 2) / (1 - 0.999**2)
+    assert found["adam"] == pytest.approx(first - 0.1 * mean / square**0.5, rel=1e-6)
+
+
+def test_only_what_takes_gradients_is_trained():
+    frozen, moving = nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.ones(3))
+    assert build_optimizer(Optimizer("sgd", lr=0.1, weight_decay=0.0), [frozen, moving]).param_groups[0]["params"] == [
+        moving
+    ]
+
+
 def test_compile_auto_is_for_gpus_on_which_it_was_tested(monkeypatch: pytest.MonkeyPatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(optim, "device_name", lambda device: "cpu" if device.type == "cpu" else "NVIDIA Thing")
