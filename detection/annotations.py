@@ -177,6 +177,12 @@ def check_coco(folder: Path, split: str, testing: bool, polygons: bool = True) -
     return Annotations(list(pictures.values()), counted, categories, len(ids))
 
 
+def coco_files(folder: Path, split: str) -> list[Path]:
+    """The image files that the annotations of a split name. Raises DataError."""
+    path = folder / "annotations" / f"instances_{split}.json"
+    return [picture.file for picture in _coco_pictures(_json(path)["images"], folder / split, path).values()]
+
+
 def _json(path: Path) -> dict[str, list[dict]]:
     """The file's three lists of objects."""
     try:

@@ -43,14 +43,18 @@ from mixmask.training.progress import say
 from mixmask.training.state import TrainState
 
 
-def finetune(config: Finetune, source: Source, directory: Path) -> dict[str, Any]:
+def finetune(
+    config: Finetune, source: Source, directory: Path | None = None, runs_dir: Path = Path("runs")
+) -> dict[str, Any]:
     """Train and test the network that `source` begins; returns what result.json holds.
 
+    directory: the run's own; by default below `runs_dir`, named after the config and its data.
     Raises UserError for bad configs, data and checkpoints, and when the loss is no longer finite.
     """
+    config = settle(config)
     check(config)
     device = pick_device(config.run.device)
-    with Run(directory, config) as run:
+    with Run(directory or run_directory(runs_dir, "finetune", config), config) as run:
         if result := finished(run):
             return result
         train_set, test_set, indices, labelled = load_data(config, device)
@@ -253,8 +257,7 @@ def main() -> None:
     config, note = labels.settle(resolve(args.config, args.set, source))
     if note:
         say(f"note: {note}")
-    config = settle(config)
-    finetune(config, source, args.run_dir or run_directory(args.runs_dir, "finetune", config))
+    finetune(config, source, args.run_dir, args.runs_dir)
 
 
 if __name__ == "__main__":

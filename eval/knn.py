@@ -27,13 +27,21 @@ from mixmask.training.optim import pick_device
 from mixmask.training.progress import say
 
 
-def evaluate(config: KNNEval, path: Path, directory: Path, augment: Augment, foreign: Source | None) -> dict[str, Any]:
+def evaluate(
+    config: KNNEval,
+    path: Path,
+    augment: Augment,
+    foreign: Source | None = None,
+    directory: Path | None = None,
+    runs_dir: Path = Path("runs"),
+) -> dict[str, Any]:
     """k-NN of the checkpoint at `path`, on the data set of `config`; returns what result.json holds.
 
-    augment: of it the size and the normalisation of images. foreign: as for `frozen_encoder`.
+    augment: of it the size and the normalisation of images. foreign: as for `frozen_encoder`. directory: the run's own;
+    by default below `runs_dir`, named after the config and its data.
     """
-    device = pick_device(config.run.device)
-    with Run(directory, config) as run:
+    config, device = settle(config), pick_device(config.run.device)
+    with Run(directory or run_directory(runs_dir, "knn", config), config) as run:
         if run.result is None:
             encoder, *_ = frozen_encoder(path, foreign, device)
             train, test = (datasets.load_split(config, split) for split in ("train", "test"))
@@ -60,11 +68,10 @@ def main() -> None:
     recipe = source.recipe
     config = _config(args.config, args.set, recipe) if recipe else _public(args.config, args.set, args.checkpoint)
     seed = recipe.seed if recipe else config.seed
-    config = settle(dataclasses.replace(config, checkpoint=source.identity, seed=seed))
+    config = dataclasses.replace(config, checkpoint=source.identity, seed=seed)
     augment = recipe.augment if recipe else Augment(order=(), size=224, mean=source.mean, std=source.std)
     augment = dataclasses.replace(augment, size=config.size or augment.size)
-    directory = args.run_dir or run_directory(args.runs_dir, "knn", config)
-    evaluate(config, args.checkpoint, directory, augment, None if recipe else source)
+    evaluate(config, args.checkpoint, augment, None if recipe else source, args.run_dir, args.runs_dir)
 
 
 def _config(path: str | None, items: Sequence[str], recipe: Pretrain) -> KNNEval:

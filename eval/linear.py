@@ -40,14 +40,21 @@ from mixmask.training.progress import say
 from mixmask.training.state import TrainState
 
 
-def probe(config: Linear, path: Path, directory: Path, foreign: Source | None = None) -> dict[str, Any]:
+def probe(
+    config: Linear,
+    path: Path,
+    directory: Path | None = None,
+    foreign: Source | None = None,
+    runs_dir: Path = Path("runs"),
+) -> dict[str, Any]:
     """Train and test the classifier on the encoder of the checkpoint at `path`; returns what result.json holds.
 
+    directory: the run's own; by default below `runs_dir`, named after the config and its data.
     foreign: what was read from it, where it is somebody else's.
     Raises UserError for bad configs, data and checkpoints, and if the encoder did not stay as it was.
     """
-    device = pick_device(config.run.device)
-    with Run(directory, config) as run:
+    config, device = settle(config), pick_device(config.run.device)
+    with Run(directory or run_directory(runs_dir, "linear", config), config) as run:
         if result := finished(run):
             return result
         train_set, test_set = (load(config, split, device) for split in ("train", "test"))
@@ -208,8 +215,8 @@ def main() -> None:
     if source.recipe is not None:
         values = inherit(values, configs.to_dict(source.recipe))
     config = configs.resolve(values, configs.parse_overrides(args.set), Linear)
-    config = settle(dataclasses.replace(config, checkpoint=source.identity))
-    probe(config, args.checkpoint, args.run_dir or run_directory(args.runs_dir, "linear", config), foreign)
+    config = dataclasses.replace(config, checkpoint=source.identity)
+    probe(config, args.checkpoint, args.run_dir, foreign, args.runs_dir)
 
 
 if __name__ == "__main__":

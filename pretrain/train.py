@@ -29,8 +29,8 @@ from mixmask.datasets.verify import verify
 from mixmask.datasets.views import train_batches
 from mixmask.features import extract, shorter_side
 from mixmask.frameworks import build_framework
-from mixmask.loss import in_parts, objective
 from mixmask.methods import METHODS, Anchor, extra_crops
+from mixmask.objective import in_parts, objective
 from mixmask.randomness import numpy_generator, seed_globals, torch_generator
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
@@ -51,12 +51,17 @@ from mixmask.training.progress import say
 from mixmask.training.state import TrainState
 
 
-def train(config: Pretrain, directory: Path, command: list[str] | None = None) -> dict[str, Any]:
-    """Run (or resume) the pre-training that `config` describes in `directory`; returns what result.json holds.
+def train(
+    config: Pretrain, directory: Path | None = None, command: list[str] | None = None, runs_dir: Path = Path("runs")
+) -> dict[str, Any]:
+    """Run (or resume) the pre-training that `config` describes; returns what result.json holds.
 
+    directory: its own; by default below `runs_dir`, named after the config and its data.
     Raises UserError for bad configs, data and checkpoints, and when the loss is no longer finite.
     """
+    config = settle_init(settle(config))
     check(config)
+    directory = directory or run_directory(runs_dir, "pretrain", config)
     world = distributed.find()
     check_processes(config, world.size)
     device = world.device(pick_device(config.run.device))
@@ -300,10 +305,10 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a recipe, such as pretrain/configs/cifar100_moco.yaml")
     parser.add_argument("--verify", action="store_true", help="decode every image once before training")
     args = parser.parse_args()
-    config = settle_init(settle(configs.load(args.config, configs.parse_overrides(args.set))))
+    config = configs.load(args.config, configs.parse_overrides(args.set))
     for split in ("train", "test") if args.verify else ():
         verify(datasets.load_split(config, split))
-    train(config, args.run_dir or run_directory(args.runs_dir, "pretrain", config))
+    train(config, args.run_dir, runs_dir=args.runs_dir)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ class Detection:
     checkpoint: str = ""  # the identity of the weights, filled in by detection/train.py
     eval_every: int = field(default=0, metadata={"low": 0, "hashed": False})  # iterations; 0: only after the last
     allow_partial_data: bool = False  # accept other numbers of images than VOC's and COCO's: not the paper's data
+    content: str = ""  # which images and annotations, where not all of these; filled in (detection/datasets.py)
     run: Execution = Execution()
 
     def __post_init__(self) -> None:

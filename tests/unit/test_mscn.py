@@ -21,9 +21,9 @@ from mixmask import datasets
 from mixmask.config import MSCN, Augment, ConfigError
 from mixmask.datasets.views import train_batches
 from mixmask.frameworks import FRAMEWORKS
-from mixmask.loss import objective
 from mixmask.masks import focal_windows, kept_cells, mscn_masks
 from mixmask.methods import METHODS, extra_crops, mscn, mscn_view
+from mixmask.objective import objective
 from pretrain import train as script
 from tests import reference
 from tests.reference import info_nce, moved, unit, views
@@ -373,3 +373,11 @@ def test_settings_that_cannot_work_are_named_before_anything_is_written(items: l
     with pytest.raises(ConfigError, match=named):
         script.train(small_run("moco", *items), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_extra_crops_are_augmented_as_the_first_view():
+    recipe = configs.load(
+        reference.ROOT / "pretrain/configs/cifar100_barlow_twins.yaml",
+        {"method": "mscn", "augment.blur_prob": [1.0, 0.1], "augment.solarize_prob": [0.0, 0.2]},
+    )
+    assert recipe.mscn.crops and {(c.blur_prob, c.solarize_prob) for c in extra_crops(recipe)} == {(1.0, 0.0)}
