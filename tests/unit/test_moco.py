@@ -11,6 +11,7 @@ from mixmask.config import ConfigError, Mask
 from mixmask.frameworks import build_framework
 from mixmask.frameworks.moco import MoCo, Settings
 from mixmask.methods import METHODS, mixmask, vanilla
+from mixmask.objective import objective
 from mixmask.randomness import numpy_generator
 from tests import reference
 from tests.reference import SmallNet, views
