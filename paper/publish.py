@@ -85,6 +85,14 @@ model = torchvision.models.{arch}(num_classes=0)
 model.fc = torch.nn.Identity()
 ```
 """
+BY_NAME = """```python
+import timm, torch
+from safetensors.torch import load_file
+
+model = timm.create_model("{name}", num_classes=0)
+{stem}model.load_state_dict(load_file("DIR/model.safetensors"))
+```
+"""
 SMALL_STEM = "model.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)\n"
 NO_POOLING = "model.maxpool = torch.nn.Identity()\n"
 OURS = """torchvision and timm have no such network; the replication's library has:
@@ -207,10 +215,12 @@ def _encoder(place: Path) -> str | None:
 
 def loading(source: Source) -> str:
     """Python that loads the weights with the libraries that have such a network."""
-    if source.backbone.width != 64 or source.backbone.arch not in registry.ARCHITECTURES:
+    if source.backbone.width != 64:
         return OURS
     small = source.backbone.stem != "imagenet"
     stem = (SMALL_STEM if small else "") + (NO_POOLING if source.backbone.stem == "cifar" else "")
+    if source.backbone.arch not in registry.ARCHITECTURES:  # timm's: no other is written for it
+        return BY_NAME.format(name=source.backbone.arch.removeprefix("timm/"), stem=stem)
     torchvision = TORCHVISION.format(arch=source.backbone.arch, stem=stem)
     return torchvision if small else f"{TIMM}\n{torchvision}"
 

@@ -71,6 +71,16 @@ def test_the_cards_lines_load_small_stems_and_other_widths(stem, width, tiny, cl
     same_features(block, backbone, tmp_path)
 
 
+def test_the_cards_lines_load_another_network_of_timm(tiny, cli, tmp_path):
+    pytest.importorskip("timm")
+    items = ("backbone.arch=timm/resnet18", "backbone.width=64", "backbone.stem=cifar", "augment.size=32")
+    _, backbone = finished(tmp_path / "runs/pretrain/a", tiny(*items))
+    status, _, error = cli(publish.main, tmp_path / "runs/pretrain/a", tmp_path / "out")
+    assert status == 0, error
+    (block,) = blocks(tmp_path / "out")
+    same_features(block, backbone, tmp_path)
+
+
 def test_the_card_has_recipe_seed_commit_terms_and_each_number_with_its_protocol(tiny, tiny_linear, cli, tmp_path):
     encoder, _ = finished(tmp_path / "runs/pretrain/a", tiny("seed=3", "method=both"))
     for place, of in (("one", encoder), ("other", "another-run")):
