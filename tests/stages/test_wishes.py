@@ -196,6 +196,17 @@ def test_other_weights_are_refused_in_one_line(cli, here):
     assert status == 1 and "init" in err  # the same run without its weights is another
 
 
+def test_an_evaluation_does_not_take_over_what_a_pretraining_alone_does(cli, here):
+    pretrain(cli, "first")
+    pretrain(cli, "second", "run.init=first/checkpoint.pt", "run.accumulate=2", "run.keep_every=1")
+    weights = ("--checkpoint", "second/checkpoint.pt", "--config", "linear.yaml", "--run-dir", "probe")
+    status, _, err = cli(linear_script.main, *weights, "--set", "run.accumulate=2")
+    assert status == 1 and "run.accumulate: only a pre-training takes it; found 2" in err
+    ok(cli, linear_script.main, *weights)
+    assert [path.name for path in (here / "probe").glob("checkpoint*.pt")] == ["checkpoint.pt"]
+    ok(cli, knn_script.main, "--checkpoint", "second/checkpoint.pt")
+
+
 # ------------------------------------------------------------------------------------- checkpoints that stay
 
 
