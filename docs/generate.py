@@ -86,8 +86,15 @@ def kept() -> str:
     """How many runs of each stage are in results/, and where they ran."""
     from mixmask.runs import read_result
 
-    found = [(path.parent.name, read_result(path)["device"]) for path in (ROOT / "results").glob("*/*") if path.is_dir()]
-    words = {"pretrain": "pre-trainings", "linear": "linear probes", "finetune": "fine-tunings", "detection": "detections"}
+    found = [
+        (path.parent.name, read_result(path)["device"]) for path in (ROOT / "results").glob("*/*") if path.is_dir()
+    ]
+    words = {
+        "pretrain": "pre-trainings",
+        "linear": "linear probes",
+        "finetune": "fine-tunings",
+        "detection": "detections",
+    }
     counts = [f"{sum(s == stage for s, _ in found)} {word}" for stage, word in words.items()]
     devices = ", ".join(sorted({device for _, device in found}))
     return f"Kept in `results/`: {', '.join(c for c in counts if not c.startswith('0 '))} (device: {devices})."
