@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from mixmask import checkpoint, datasets, formats, labels
 from mixmask import config as configs
-from mixmask.backbones import Encoder, build_backbone
+from mixmask.backbones import Encoder, build_backbone, feature_width
 from mixmask.config import Augment, ConfigError, Finetune
 from mixmask.datasets.settle import inherit, settle
 from mixmask.datasets.views import check_augment, train_batches
@@ -147,10 +147,10 @@ def check_data(config: Finetune, train_set: Any, labelled: int) -> None:
 def build_model(config: Finetune, source: Source, classes: int) -> Encoder:
     """The backbone, with the checkpoint's weights or fresh ones, and a classifier N(0, 0.01), bias 0 (Barlow Twins)."""
     seed_globals(config.seed, "init")
-    backbone = build_backbone(dataclasses.replace(source.backbone, bn_groups=config.bn_groups))
+    backbone = build_backbone(dataclasses.replace(source.backbone, bn_groups=config.bn_groups), key="bn_groups")
     if config.init == "checkpoint":
         checkpoint.load_weights(backbone, source.weights, source.identity)
-    classifier = nn.Linear(backbone.features, classes)
+    classifier = nn.Linear(feature_width(backbone, config.augment.size), classes)
     with torch.no_grad():
         classifier.weight.normal_(0, 0.01, generator=torch.Generator().manual_seed(seed_of(config.seed, "classifier")))
         classifier.bias.zero_()

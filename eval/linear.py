@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from mixmask import checkpoint, datasets, formats
 from mixmask import config as configs
-from mixmask.backbones import Encoder, build_backbone
+from mixmask.backbones import Encoder, build_backbone, feature_width
 from mixmask.config import Augment, ConfigError, Linear, UserError
 from mixmask.datasets.settle import inherit, settle
 from mixmask.datasets.views import check_augment, train_batches
@@ -60,7 +60,8 @@ def probe(config: Linear, path: Path, directory: Path, foreign: Source | None = 
         backbone, before = encoder.backbone, fingerprint(encoder)
         mean, std = config.augment.mean or mean, config.augment.std or std
         augment = dataclasses.replace(config.augment, mean=mean, std=std)
-        classifier = build_classifier(backbone.features, len(train_set.classes), config.seed, config.init).to(device)
+        width = feature_width(backbone, config.augment.size)
+        classifier = build_classifier(width, len(train_set.classes), config.seed, config.init).to(device)
         optimizer = build_optimizer(config.optimizer, classifier.parameters())
         run.describe()
         steps_per_epoch = len(train_set) // config.batch_size

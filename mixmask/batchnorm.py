@@ -31,11 +31,28 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.views = 1
         self.span = 1
         self.together: Together | None = None  # with the other BatchNorms of a pass, if somebody leads it
+        self.drop: nn.Module | None = None  # in timm's networks, as much of the layer as the activation behind it
+        self.act: nn.Module | None = None
+
+    @classmethod
+    def of(cls, norm: nn.BatchNorm2d, groups: int) -> SplitBatchNorm2d:
+        """`norm` with groups: its own weights, statistics, eps and momentum; timm's with the activation behind it."""
+        split = cls(norm.num_features, groups)
+        split.eps, split.momentum, split.training = norm.eps, norm.momentum, norm.training
+        split.weight, split.bias = norm.weight, norm.bias
+        split.running_mean, split.running_var = norm.running_mean, norm.running_var
+        split.num_batches_tracked = norm.num_batches_tracked
+        if hasattr(norm, "act"):
+            split.drop, split.act = norm.drop, norm.act
+        return split
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W), normalised in each group; same shape. Moves the running statistics while training."""
-        if not self.training:
-            return super().forward(x)
+        y = self.normalised(x) if self.training else super().forward(x)
+        return y if self.act is None else self.act(self.drop(y))
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """The same in training, without what follows."""
         parts = self.groups * self.views
         if len(x) % parts:
             raise ValueError(f"a batch of {len(x)} images cannot be split into {parts} BatchNorm groups")

@@ -221,7 +221,7 @@ def _encoder(place: Path) -> str | None:
 
 def loading(source: Source) -> str:
     """Python that loads the weights with the libraries that have such a network."""
-    if source.backbone.width != 64:
+    if source.backbone.width != 64 or source.backbone.arch not in registry.ARCHITECTURES:
         return OURS
     small = source.backbone.stem != "imagenet"
     stem = (SMALL_STEM if small else "") + (NO_POOLING if source.backbone.stem == "cifar" else "")
@@ -231,7 +231,8 @@ def loading(source: Source) -> str:
 
 def _is_public(source: Source) -> bool:
     """Whether torchvision and timm build this network by its name alone."""
-    return source.backbone.width == 64 and source.backbone.stem == "imagenet"
+    known = source.backbone.arch in registry.ARCHITECTURES
+    return known and source.backbone.width == 64 and source.backbone.stem == "imagenet"
 
 
 def _timm_config(source: Source) -> dict[str, Any]:

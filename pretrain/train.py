@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixmask import collapse, datasets, knn, networks, registry
 from mixmask import config as configs
-from mixmask import datasets, knn, registry
 from mixmask.batchnorm import span_processes
 from mixmask.config import Augment, ConfigError, Pretrain
 from mixmask.datasets.settle import settle
 from mixmask.datasets.verify import verify
 from mixmask.datasets.views import check_augment, train_batches
+from mixmask.features import extract, shorter_side
 from mixmask.frameworks import build_framework
 from mixmask.masks import check_grid, sample_mask
 from mixmask.methods import METHODS, Anchor, extra_crops
@@ -75,14 +76,14 @@ def train(config: Pretrain, directory: Path, command: list[str] | None = None) -
         crops = framework.crops(config.augment)
         measure = functools.partial(evaluate, framework, train_set, test_set, config, device)
         if state.step == 0 and config.knn.every:
-            run.log("epoch", -1, epoch=0, **measure())
+            run.log("epoch", -1, epoch=0, **measure(trained=False))
 
         with loop.running():
             for epoch in loop.epochs():
                 for batch in loop.batches(views(config, train_set, epoch, loop.skip, device, crops)):
                     with loop.work.counted():
                         values, anchors = iterate(config, state, batch)
-                    loop.log(values, functools.partial(coefficients, anchors))
+                    loop.log(values, functools.partial(of_step, framework, anchors))
                     loop.save_if_due()
                 loop.end_epoch(measure if knn_is_due(config, epoch) else dict)
         return loop.finish(result_of(run, config, state.steps, device) if world.rank == 0 else {})
@@ -185,11 +186,24 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
     seed_globals(config.seed, "init")
     framework = build_framework(distributed.shard_config(config)).to(device).train()
     span_processes(framework, max(1, distributed.size() // config.backbone.bn_groups))
+    check_backbone(config, framework)
     if config.run.channels_last:
         framework = framework.to(memory_format=torch.channels_last)
     if compiles(config.run.compile, device):
         framework.compile_parts()
     return framework, build_optimizer(config.optimizer, framework.parameters(), framework.fixed_lr_parameters())
+
+
+def check_backbone(config: Pretrain, framework: nn.Module) -> None:
+    """Raises ConfigError for a network of others that does not take the views, or that processes cannot share."""
+    backbone, groups = framework.encoder.backbone, config.backbone.bn_groups
+    if config.backbone.arch in registry.ARCHITECTURES:
+        return
+    networks.check_groups(backbone, groups, "backbone.bn_groups", config.backbone.arch)
+    if distributed.size() > 1 and (norms := networks.whole_batch_norms(backbone)):
+        raise ConfigError(f"{distributed.size()} processes do not share a BatchNorm of the whole batch ({norms[0]})")
+    for augment in (config.augment, *extra_crops(config), *framework.crops(config.augment)):
+        networks.feature_width(backbone, augment.size)
 
 
 # ----------------------------------------------------------------------------------------------------- during
@@ -214,20 +228,43 @@ def loss_parts(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"loss_{name}": part for name, part in parts.items()}
 
 
-def coefficients(anchors: list[Anchor]) -> dict[str, Tensor]:
-    """Mean mixture coefficient of each mixture in its normal order (Eq. 3)."""
+def of_step(framework: nn.Module, anchors: list[Anchor]) -> dict[str, Tensor]:
+    """For a step's line alone: the norm of all gradients, and of each mixture in its normal order the mean mixture
+    coefficient (Eq. 3). Nothing is computed in a step without a line."""
+    gradients = [p.grad for p in framework.parameters() if p.grad is not None]
     mixtures = [a for a in anchors if isinstance(a.weight, Tensor) and a.order is None]
-    return {f"lambda_{a.name}": a.weight.mean() for a in mixtures}
+    norm = {"gradient_norm": nn.utils.get_total_norm(gradients)}
+    return norm | {f"lambda_{a.name}": a.weight.mean() for a in mixtures}
 
 
-def evaluate(framework: nn.Module, train_set: Any, test_set: Any, config: Pretrain, device: torch.device) -> dict:
-    """k-NN accuracy of the encoder as it is now; the first process measures it, and the others wait."""
+def evaluate(
+    framework: nn.Module, train_set: Any, test_set: Any, config: Pretrain, device: torch.device, trained: bool = True
+) -> dict[str, float]:
+    """k-NN accuracy of the encoder as it is now, and whether its features collapse, which a line says where it is
+    `trained`. The first process measures, and the others wait; without test images there is no accuracy."""
     run = config.run
     with distributed.main_process_first():
-        if distributed.rank() or not len(test_set):
+        if distributed.rank():
             return {}
-        sets = (train_set, test_set)
-        return knn.evaluate(framework.encoder, *sets, config.augment, config.knn, device, run.workers, run.eval_batch)
+        with knn.evaluated(framework.encoder, config.knn) as model:
+            features = functools.partial(features_of, model, config=config, device=device)
+            bank, accuracy = features(train_set), {}
+            if len(test_set):
+                accuracy = knn.score(config.knn, bank, features(test_set).to(device), train_set, test_set)
+            if measured := collapse.measures(bank):
+                draws = (config.augment, config.seed, device, run.workers, run.eval_batch)
+                measured["alignment"] = collapse.alignment(model, train_set, *draws)
+        if trained and (line := collapse.warning(measured, bank.shape[1])):
+            say(line)
+        return {**accuracy, **measured}
+
+
+def features_of(model: nn.Module, dataset: Any, config: Pretrain, device: torch.device) -> Tensor:
+    """Features (N, D) of the images, as k-NN sees them; of a sample of them where nobody has labelled them."""
+    if not dataset.classes:
+        dataset = dataset.take(collapse.evenly(len(dataset), collapse.SAMPLE))
+    run, resize = config.run, shorter_side(config.augment, dataset)
+    return extract(model, dataset, config.augment, resize, device, run.workers, run.eval_batch)
 
 
 def knn_is_due(config: Pretrain, epoch: int) -> bool:
@@ -256,12 +293,11 @@ def result_of(run: Run, config: Pretrain, steps: int, device: torch.device) -> d
 
 def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, state: TrainState) -> str:
     """What is about to happen, with the numbers that are really used."""
-    b, o, processes = config.backbone, config.optimizer, distributed.size()
+    o, processes = config.optimizer, distributed.size()
     step, steps_per_epoch = state.step, state.steps_per_epoch
     lines = [
         f"{run.id}" + (f" (resumed at epoch {step / steps_per_epoch:.2f})" if step else ""),
-        f"  {config.framework}, {config.method}; {b.arch}, {b.stem} stem, width {b.width}, "
-        f"{b.bn_groups} BatchNorm group(s)",
+        f"  {config.framework}, {config.method}; {backbone_in_words(config, state.model)}",
         f"  {config.dataset}: {len(train_set)} images, {len(train_set.classes)} classes; "
         f"views of {config.augment.size} px",
         f"  total batch {config.batch_size} in {config.mix_groups} mix group(s), {steps_per_epoch} steps an epoch, "
@@ -272,6 +308,13 @@ def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, sta
         *(f"  note: {text}" for text in cautions(config.schedule, steps_per_epoch, config.epochs)),
     ]
     return "\n".join(lines)
+
+
+def backbone_in_words(config: Pretrain, framework: nn.Module) -> str:
+    b = config.backbone
+    if b.arch not in registry.ARCHITECTURES:
+        return networks.described(b, framework.encoder.backbone)
+    return f"{b.arch}, {b.stem} stem, width {b.width}, {b.bn_groups} BatchNorm group(s)"
 
 
 def main() -> None:

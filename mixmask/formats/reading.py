@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from mixmask import checkpoint
-from mixmask.backbones import ResNet, build_backbone
+from mixmask.backbones import ARCHITECTURES, ResNet, build_backbone
 from mixmask.formats.architectures import check_statistics, check_values
 from mixmask.formats.detectron2_files import from_detectron2, is_detectron2, unpickle
-from mixmask.formats.notes import with_sidecar
+from mixmask.formats.notes import read_sidecar, with_sidecar
 from mixmask.formats.ours import ours
 from mixmask.formats.safetensors_files import is_safetensors, read_safetensors
 from mixmask.formats.source import FormatError, Reading, Source, check_file
@@ -47,7 +47,11 @@ def read(path: str | Path, trust_pickle: bool = False, **options: Any) -> Source
     """
     path, options = Path(path), Reading(trust_pickle, **options)
     check_file(path)
+    if (note := read_sidecar(path)) and note["arch"] not in ARCHITECTURES:
+        options = replace(options, arch=note["arch"], stem=note["stem"])
     source = _read(path, options)
+    if options.arch not in (None, source.backbone.arch):
+        raise FormatError(f"{path} holds a {source.backbone.arch}; expected a {options.arch}")
     check_values(source.weights, path)
     source = replace(source, identity=source.identity or _identity(path, source.taken), sha256=file_sha256(path))
     noted = with_sidecar(source, path)

@@ -17,10 +17,21 @@ import torch
 from torch import Tensor
 
 from mixmask.backbones import ARCHITECTURES
-from mixmask.formats.architectures import PART, check_complete, complete, lacking, names_of, nearest
+from mixmask.config import Backbone
+from mixmask.formats.architectures import (
+    PART,
+    check_complete,
+    check_shapes,
+    complete,
+    lacking,
+    names_of,
+    nearest,
+    own,
+    shapes,
+)
 from mixmask.formats.detectron2_files import detectron2_name
 from mixmask.formats.layouts import LAYOUTS, Layout
-from mixmask.formats.source import IMAGENET, FormatError, Reading, Source
+from mixmask.formats.source import IMAGENET, FormatError, Reading, Source, some
 
 WRAPPERS = {  # words of a key that say how a network was run, not what it is
     *("module", "_module"),  # DataParallel, DistributedDataParallel, AveragedModel, DeepSpeed
@@ -96,6 +107,8 @@ def _unwrapped(key: str) -> str:
 def backbone_of(tensors: dict[str, Tensor], path: Path, options: Reading) -> Source:
     """The one backbone among `tensors`, or the one that `options.take` names. Raises FormatError."""
     tensors = unwrapped(tensors)
+    if options.arch is not None and options.arch not in ARCHITECTURES:
+        return of_network(tensors, path, options)
     before, layout = next(_listed(tensors), ("", None))
     if layout is not None and (options.take is None or _is(options.take, f"{before}{layout.prefix}")):
         names, dropped, _ = layout.sort(key.removeprefix(before) for key in tensors)
@@ -110,6 +123,23 @@ def backbone_of(tensors: dict[str, Tensor], path: Path, options: Reading) -> Sou
     weights = {name: tensors[key] for name, key in part.names.items()}
     weights, fields = check_complete(weights, path, options, part.prefix, part.pooled)
     return Source(weights=weights, mean=mean, std=std, identity="", sha256="", **known, **fields)
+
+
+def of_network(tensors: dict[str, Tensor], path: Path, options: Reading) -> Source:
+    """The network `options.arch`, all of it; beside it nothing but a head. Raises FormatError."""
+    backbone = Backbone(options.arch, options.stem, 64, 1)
+    expected = shapes(backbone)
+    strange = [key for key in tensors if key not in expected and not HEAD.fullmatch(key.split(".")[0])]
+    if missing := expected.keys() - tensors.keys():
+        strange = [key for key in tensors if key not in expected]
+    if missing or strange:
+        lacks = f"lacks {some(missing)}" if missing else "lacks nothing"
+        has = f" and has {some(strange)} besides" if strange else ""
+        raise FormatError(f"{path} is no {options.arch}: of its {len(expected)} tensors it {lacks}{has}")
+    weights = {name: own(tensors[name]) for name in expected}
+    check_shapes(weights, backbone, path)
+    dropped = _dropped(Part("", {name: name for name in expected}), tensors)
+    return Source("state dict", weights, backbone, dropped, *IMAGENET, identity="", sha256="")
 
 
 def _listed(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Layout]]:
