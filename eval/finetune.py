@@ -32,12 +32,12 @@ from mixmask.backbones import Encoder, build_backbone, feature_width
 from mixmask.config import Augment, ConfigError, Finetune
 from mixmask.datasets.settle import inherit, settle
 from mixmask.datasets.views import check_augment, train_batches
-from mixmask.features import accuracy, extract, resize_of
+from mixmask.features import accuracies, extract, resize_of
 from mixmask.formats import Source
 from mixmask.randomness import seed_globals, seed_of
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
-from mixmask.training.loop import Loop, epoch_lines, finished, last_and_best, seconds
+from mixmask.training.loop import Loop, epoch_lines, finished, seconds, test_results
 from mixmask.training.optim import build_optimizer, device_name, pick_device
 from mixmask.training.progress import say
 from mixmask.training.state import TrainState
@@ -180,12 +180,12 @@ def batches(
 
 
 def test(model: Encoder, test_set: Any, augment: Augment, config: Finetune, device: torch.device) -> dict[str, float]:
-    """Top-1 accuracy with running statistics, in percent; the model goes back to training."""
+    """Top-1 and top-5 accuracy with running statistics, in percent; the model goes back to training."""
     scores = extract(
         model.eval(), test_set, augment, resize_of(config, test_set), device, config.run.workers, config.run.eval_batch
     )
     model.train()
-    return {"test_top1": accuracy(scores.argmax(dim=1), test_set.labels)}
+    return accuracies(scores, test_set.labels)
 
 
 # ------------------------------------------------------------------------------------------------------ after
@@ -199,7 +199,7 @@ def result_of(run: Run, config: Finetune, source: Source, labelled: str, device:
         "format": source.format,
         "init": config.init,
         "labels": labelled,
-        "metrics": last_and_best(lines, "test_top1", metric_name(config)),
+        "metrics": test_results(lines, metric_name(config)),
         "epochs": config.epochs,
         "device": device_name(device),
         "timing": seconds(lines),

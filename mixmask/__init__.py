@@ -1,7 +1,7 @@
 """MixMask for Siamese ConvNets: the library that the stages share and that other training loops can import.
 
 The names below load on first use, so that programs which only read configs and logs start without torch. None of them
-is a module's name: `mixmask.objective` is the module that holds the function `objective`.
+is a module's name.
 """
 
 from importlib import import_module
@@ -18,15 +18,23 @@ _HOME = {
     "erase": "methods",
     "mixture": "methods",
     "partners": "methods",
+    "MixMask": "mixes",
+    "UnMix": "mixes",
+    "Erase": "mixes",
     "Mask": "config",
-    "UnMix": "config",
-    "Erase": "config",
+    "objective": "loss",
     "sample_mask": "masks",
     "block_mask": "masks",
     "discrete_mask": "masks",
     "load_backbone": "formats",
-    "MoCo": "frameworks.moco",
     "FRAMEWORKS": "frameworks",
+    "MoCo": "frameworks.moco",
+    "SimCLR": "frameworks.simclr",
+    "BYOL": "frameworks.byol",
+    "SimSiam": "frameworks.simsiam",
+    "BarlowTwins": "frameworks.barlow_twins",
+    "SwAV": "frameworks.swav",
+    "VICReg": "frameworks.vicreg",
 }
 
 

@@ -14,8 +14,8 @@ import torch
 
 from benchmarks import launcher, measure, neighbours, pipelines, plain, profiling, run, steps, tables
 from mixmask.frameworks import build_framework
+from mixmask.loss import objective
 from mixmask.methods import METHODS
-from mixmask.objective import objective
 from mixmask.paths import as_on_a_gpu
 from mixmask.randomness import numpy_generator
 from pretrain import train

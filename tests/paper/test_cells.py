@@ -10,8 +10,8 @@ import torch
 from mixmask import formats
 from mixmask.backbones import ResNet
 from mixmask.config import ConfigError, flatten, read_yaml
+from mixmask.loss import objective
 from mixmask.methods import METHODS
-from mixmask.objective import objective
 from mixmask.randomness import numpy_generator, torch_generator
 from mixmask.runs import file_sha256
 from mixmask.stages import STAGES

@@ -18,9 +18,9 @@ from mixmask.frameworks.byol import BYOL, target_momentum
 from mixmask.frameworks.heads import spread
 from mixmask.frameworks.simclr import nt_xent
 from mixmask.frameworks.simsiam import SimSiam
+from mixmask.loss import objective
 from mixmask.masks import sample_mask
 from mixmask.methods import METHODS, unmix_map
-from mixmask.objective import objective
 from mixmask.training.optim import build_optimizer, set_learning_rate
 from pretrain import train
 from tests import reference

@@ -10,6 +10,7 @@ from mixmask.batchnorm import SplitBatchNorm2d
 from mixmask.config import ConfigError, Mask
 from mixmask.frameworks import build_framework
 from mixmask.frameworks.moco import MoCo, Settings
+from mixmask.loss import objective
 from mixmask.methods import METHODS, mixmask, vanilla
 from mixmask.objective import objective
 from mixmask.randomness import numpy_generator

@@ -21,9 +21,9 @@ from mixmask import datasets
 from mixmask.config import MSCN, Augment, ConfigError
 from mixmask.datasets.views import train_batches
 from mixmask.frameworks import FRAMEWORKS
+from mixmask.loss import objective
 from mixmask.masks import focal_windows, kept_cells, mscn_masks
 from mixmask.methods import METHODS, extra_crops, mscn, mscn_view
-from mixmask.objective import objective
 from pretrain import train as script
 from tests import reference
 from tests.reference import info_nce, moved, unit, views

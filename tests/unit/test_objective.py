@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mixmask.frameworks.base import Framework
 from mixmask.frameworks.moco import MoCo, Settings
+from mixmask.loss import objective
 from mixmask.masks import sample_mask
 from mixmask.methods import METHODS, Anchor, unmix_map
-from mixmask.objective import objective
 from mixmask.randomness import numpy_generator
 from tests import reference
 from tests.reference import Mixture, SmallNet, views

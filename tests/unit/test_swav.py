@@ -12,8 +12,8 @@ from torch import Tensor
 from mixmask import config
 from mixmask.config import ConfigError
 from mixmask.frameworks.swav import SwAV, sinkhorn
+from mixmask.loss import objective
 from mixmask.methods import METHODS, vanilla
-from mixmask.objective import objective
 from tests import reference
 from tests.reference import ROOT, SmallNet, unit, views
 

@@ -13,8 +13,8 @@ from mixmask import config
 from mixmask.frameworks.barlow_twins import BarlowTwins
 from mixmask.frameworks.vicreg import VICReg
 from mixmask.frameworks.whole_batch import BatchNorm
+from mixmask.loss import objective
 from mixmask.methods import METHODS
-from mixmask.objective import objective
 from tests.reference import ROOT, SmallNet, views
 
 SETTINGS = {
