@@ -10,7 +10,9 @@ taken as two of them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import re
 
 from mixmask import registry
 from mixmask.config import Backbone, Config, Convert, Detection, Finetune, Linear, Pretrain
@@ -58,7 +60,7 @@ def pretrain_pflop(config: Pretrain) -> float:
     """PFLOP of a pre-training."""
     gradient, forward = registry.find(registry.FRAMEWORKS, config.framework, "framework").passes(config.settings)
     passes = 3 * (gradient + multi_crop(config) + added_passes(config)) + forward
-    images = images_of(config.dataset).train * config.epochs
+    images = images_of(config).train * config.epochs
     return images * passes * forward_gflop(config.backbone, config.augment.size) / 1e6
 
 
@@ -78,21 +80,23 @@ def multi_crop(config: Pretrain) -> float:
     return settings["crops"] * (settings["crop_size"] / config.augment.size) ** 2
 
 
-def images_of(dataset: str) -> registry.Dataset:
-    """How many images a data set has. Raises ConfigError for one that is not known."""
-    return registry.find(registry.DATASETS, dataset, "dataset")
+def images_of(config: Pretrain | Linear | Finetune) -> registry.Dataset:
+    """How many images its data set has; the user's own are counted in `data`. Raises ConfigError for an unknown one."""
+    spec = registry.find(registry.DATASETS, config.dataset, "dataset")
+    counts = [int(number.replace(",", "")) for number in re.findall(r": ([\d,]+) images", config.data)]
+    return dataclasses.replace(spec, train=counts[0], test=counts[1]) if len(counts) == 2 else spec
 
 
 def linear_pflop(config: Linear, backbone: Backbone) -> float:
     """PFLOP of a linear probe: forward passes only, of all images; every epoch's views, or once where cached."""
     passes = 1 if config.features == "cached" else config.epochs
-    dataset = images_of(config.dataset)
+    dataset = images_of(config)
     return (dataset.train + dataset.test) * passes * forward_gflop(backbone, config.augment.size) / 1e6
 
 
 def finetune_pflop(config: Finetune, backbone: Backbone) -> float:
     """PFLOP of a fine-tuning: the labelled images with gradient, the test images without, every epoch."""
-    dataset = images_of(config.dataset)
+    dataset = images_of(config)
     passes = config.epochs * (3 * dataset.train * config.labels / 100 + dataset.test)
     return passes * forward_gflop(backbone, config.augment.size) / 1e6
 

@@ -41,6 +41,7 @@ class Job:
     hours: float  # expected, on one A100 or, without GPUs, on two CPU cores
     cells: tuple[str, ...]  # ids of the cells that use it
     notes: tuple[str, ...] = ()
+    cpu_hours: float = 0.0  # expected on two CPU cores
 
     @property
     def id(self) -> str:
@@ -88,7 +89,8 @@ def new_job(step: Step, where: Path, origin: configs.Config, parent: Job | None,
     words = ("python", STAGES[step.stage].script, *_arguments(step, parent, where), "--run-dir", str(where))
     parents = (parent.directory,) if parent else ()
     expected = hours(step.config, origin, resources.gpus)
-    return Job(step.stage, step.config, where, words, parents, resources, expected, (), step.notes)
+    on_cpu = hours(step.config, origin, 0)
+    return Job(step.stage, step.config, where, words, parents, resources, expected, (), step.notes, on_cpu)
 
 
 def _arguments(step: Step, parent: Job | None, where: Path) -> list[str]:

@@ -254,24 +254,23 @@ def print_arrays(todo: list[Job]) -> None:
 
 
 def print_costs(cells: list[Cell], jobs: list[Job], states: Mapping[Path, str]) -> None:
-    """Cells, runs and cost of each table and figure, and of all together."""
-    gpu = bool(jobs) and bool(jobs[0].resources.gpus)
+    """Cells, runs and cost of each table and figure, and of all together: of GPUs in hours, of the CPU in minutes."""
+    gpu = any(job.resources.gpus for job in jobs) and not all(cell.scale for cell in cells)
     wide = max(8, *(len(cell.target) for cell in cells))
     print(f"{'':<{wide}} {'cells':>5} {'runs':>5}  {'GPU-hours' if gpu else 'CPU-minutes'}")
     for target in dict.fromkeys(cell.target for cell in cells):
         own = [job for job in jobs if any(cell.split("/")[0] == target for cell in job.cells)]
         number = sum(cell.target == target for cell in cells)
-        print(f"{target:<{wide}} {number:>5} {len(own):>5}  {_cost(own):.1f}")
+        print(f"{target:<{wide}} {number:>5} {len(own):>5}  {_cost(own, gpu):.1f}")
     left = [job for job in jobs if states[job.directory] not in ("finished", NOT_NEEDED)]
-    print(f"{'total':<{wide}} {len(cells):>5} {len(jobs):>5}  {_cost(jobs):.1f}, each run counted once", end="")
-    print(f"; {_cost(left):.1f} left to run in {len(left)} jobs")
+    print(f"{'total':<{wide}} {len(cells):>5} {len(jobs):>5}  {_cost(jobs, gpu):.1f}, each run counted once", end="")
+    print(f"; {_cost(left, gpu):.1f} left to run in {len(left)} jobs")
     print(cost.ASSUMPTION if gpu else f"estimate: two CPU cores at an assumed {cost.CPU_TERAFLOPS} TFLOP/s")
 
 
-def _cost(jobs: list[Job]) -> float:
-    """GPU-hours, or minutes of the CPU where no GPU is asked for."""
-    on_gpus = [job.hours for job in jobs if job.resources.gpus]  # a conversion beside them takes none
-    return sum(on_gpus) if on_gpus else 60 * sum(job.hours for job in jobs)
+def _cost(jobs: list[Job], gpu: bool) -> float:
+    """GPU-hours, or minutes of two CPU cores: of a table at its own scale, whatever a cluster gives it."""
+    return sum(job.gpu_hours for job in jobs) if gpu else 60 * sum(job.cpu_hours for job in jobs)
 
 
 def _resources(job: Job) -> str:
@@ -284,8 +283,9 @@ def _resources(job: Job) -> str:
 
 def _duration(job: Job) -> str:
     if job.resources.gpus:
-        return f"about {job.gpu_hours:.1f} GPU-hours, in jobs of up to {job.resources.hours:g} h"
-    return f"about {60 * job.hours:.1f} min on the CPU"
+        hours = f"{job.gpu_hours:.1f} GPU-hours" if job.gpu_hours >= 0.1 else f"{60 * job.gpu_hours:.1f} GPU-minutes"
+        return f"about {hours}, in jobs of up to {job.resources.hours:g} h"
+    return f"about {60 * job.cpu_hours:.1f} min on the CPU"
 
 
 def print_next(cells: list[Cell], jobs: list[Job], options: argparse.Namespace, runs_dir: Path) -> None:

@@ -146,7 +146,7 @@ def time_left(config: Any, lines: list[dict[str, Any]]) -> float | None:
     rate = last["timing"].get("images_per_second")
     if not rate or not epochs:
         return None
-    images = cost.images_of(config.dataset).train
+    images = cost.images_of(config).train
     return max(0.0, epochs * images / rate - within)
 
 

@@ -112,7 +112,8 @@ def evaluation(then: Path, pretraining: Pretrain, settings: Mapping[str, Mapping
 
 def settled(config: Config, notes: set[str]) -> Config:
     """`config` as its run will have it: with the identity of images of the user's own, and numbers that fit them."""
-    if config.dataset != "folder" and not config.allow_partial_data and not isinstance(config, Finetune):
+    given = isinstance(config, Finetune) or (isinstance(config, Pretrain) and config.run.init)
+    if config.dataset != "folder" and not config.allow_partial_data and not given:
         return config  # without torch
     from mixmask import labels
     from mixmask.datasets.settle import settle
@@ -121,6 +122,10 @@ def settled(config: Config, notes: set[str]) -> Config:
         if isinstance(config, Finetune):
             config = labels.settle(config)[0]
         config = settle(config)
+        if isinstance(config, Pretrain):
+            from pretrain.train import settle_init
+
+            config = settle_init(config)
     notes |= set(said.getvalue().splitlines())
     return config
 

@@ -163,18 +163,17 @@ def test_a_dry_run_of_everything_answers_within_three_seconds_with_the_cost_of_e
     done = command("all", "--dry-run", "--runs-dir", str(tmp_path), PATH="/nowhere")
     assert cpu_seconds() - start < 3
     assert done.returncode == 0, done.stderr
-    costs = [line.split()[0] for line in done.stdout.splitlines()[-14:]]
+    costs = [line.split()[0] for line in done.stdout.splitlines()[-13:]]
     assert costs == [
         "cells",
         *(f"table{n}" for n in range(1, 8)),
-        "table11",
         "figure5",
         "figure6",
         "figure7",
         "total",
         "estimate:",
     ]
-    assert "388 pretrain, 320 linear" in done.stdout
+    assert "236 pretrain, 137 linear" in done.stdout
 
 
 def test_runs_that_tables_share_are_counted_once_in_the_total(tmp_path, capsys):
@@ -370,3 +369,38 @@ def test_from_any_folder_the_runs_are_those_of_the_repository_and_an_own_place_i
     elsewhere = code / place if place == "slurm" else Path(place)
     assert "2 runs in runs: 2 finished" in status(code) and "2 runs in runs: 2 finished" in status(elsewhere)
     assert f"2 runs in {tmp_path}/own: 2 not started" in status(tmp_path, "--runs-dir", "own")
+
+
+# -------------------------------------------------------------------------------------------- what a user is told
+
+
+def test_a_table_at_its_own_scale_costs_minutes_of_the_cpu(tmp_path, capsys):
+    launch.main(["reduced", "--dry-run", "--runs-dir", str(tmp_path / "runs")])
+    *_, head, own, total, assumed = capsys.readouterr().out.splitlines()
+    assert head.split() == ["cells", "runs", "CPU-minutes"] and float(own.split()[-1]) > 10
+    assert f"{own.split()[-1]} left to run in 18 jobs" in total and "two CPU cores" in assumed
+
+
+def test_results_that_are_kept_are_named_with_the_command_that_tabulates_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shell, "available", lambda: False)
+    for job in graph.jobs(select(["reduced"]), budget("paper"), tmp_path / "results"):
+        finish(job)
+    launch.main(["reduced", "--executor", "local", "--runs-dir", str(tmp_path / "runs")])
+    said = capsys.readouterr().out
+    assert f"results are in {tmp_path / 'results'} (18 of 18 runs are kept there)\n" in said
+    assert f"python paper/make_tables.py reduced --runs-dir {tmp_path / 'runs'}" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--set", "lr=0.1"], "unknown key 'lr'; did you mean 'optimizer.lr'?"),
+        (["--set", "lrr=0.1"], "unknown key 'lrr'; did you mean 'optimizer.lr'?"),
+        (["--set", "ratio=0.1"], "did you mean 'mask.ratio' or 'mscn.ratio'?"),
+        (["--set", "linear.lr=0.1"], "did you mean 'optimizer.lr'?"),
+        (["--set", "xyzzy=1"], "unknown key 'xyzzy'; --keys lists those that there are"),
+    ],
+)
+def test_a_misspelt_key_is_answered_by_the_nearest_and_never_by_all(tmp_path, words, hint):
+    done = command("table4", "--dry-run", "--runs-dir", str(tmp_path), *words)
+    assert done.returncode == 1 and hint in done.stderr and len(done.stderr) < 200

@@ -307,3 +307,42 @@ def test_ctrl_c_during_the_imports_prints_no_traceback(tmp_path):
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert done.returncode == -signal.SIGINT and done.stderr == ""
+
+
+# --------------------------------------------------------------------------------------------- what is printed
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    monkeypatch.setattr(shell, "available", lambda: False)
+
+
+def test_a_cell_without_a_run_of_ours_is_not_complete(tmp_path, capsys, nothing_runs):
+    launch.main(["status", "table6/imagenet/swav/1percent", "--runs-dir", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "no run       of ours leads to it: a public checkpoint does" in said
+    assert "0 of 0 cells are complete; 1 more have no run of ours" in said
+
+
+def test_without_a_target_a_line_for_each_table_counts(tmp_path, capsys, nothing_runs):
+    for job in graph.jobs(select(["table3/*"])[:1], budget("paper"), tmp_path):
+        job.directory.mkdir(parents=True)
+        (job.directory / "result.json").write_text('{"metrics": {"loss": 1.0}}')
+    launch.main(["status", "--runs-dir", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 20
+    assert "table3   1 of 3 cells complete; runs: 2 finished, 4 not started" in lines
+    assert lines[-1] == "each run: python slurm/launch.py status TARGET"
+
+
+def test_runs_of_another_preset_are_named_with_the_option_that_shows_them(tmp_path, capsys, nothing_runs):
+    smoke = graph.jobs(select(["table4"]), budget("smoke"), tmp_path)
+    for job in smoke[:3]:
+        job.directory.mkdir(parents=True)
+    (smoke[0].directory / "result.json").write_text('{"metrics": {"loss": 1.0}}')
+    (smoke[2].directory / "config.yaml").write_text("")
+    launch.main(["status", "table4", "--runs-dir", str(tmp_path)])
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"preset smoke: 1 finished, 1 unfinished, {len(smoke) - 2} not started (--preset smoke)"
+    launch.main(["status", "table4", "--runs-dir", str(tmp_path), "--preset", "smoke"])
+    assert "\npreset " not in capsys.readouterr().out
