@@ -23,19 +23,19 @@ demo: $(READY) ## Table 4 at smoke size on this machine, from pre-training to th
 	@$(BIN)/python paper/make_tables.py table4
 
 test: $(READY) ## the tests
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(READY) ## ruff, rules and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 docs: $(READY) ## the site, into site/: strict, every link checked
-	@$(BIN)/python -m mkdocs build --quiet --strict && echo "written: site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict && echo "written: site/index.html (its search wants a server: python -m http.server -d site)"
 
 notebook: $(READY) ## run examples/mixmask_in_ten_minutes.ipynb and store what it shows
-	@$(BIN)/jupyter execute --inplace examples/mixmask_in_ten_minutes.ipynb 2>/dev/null
+	@$(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False examples/mixmask_in_ten_minutes.ipynb 2>/dev/null
 
 wheel: $(READY) ## dist/mixmask-*.whl: the library, the stages of training and evaluation, their recipes
-	@$(BIN)/python -m build --no-isolation --outdir dist .
+	@set -o pipefail; $(BIN)/python -m build --no-isolation --outdir dist . | tail -n 1
 
 matrix: $(READY) ## the library's tests at the oldest and the newest versions allowed, each in an environment of its own
 	@$(PIP) install --quiet uv==0.13.9

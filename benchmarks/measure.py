@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import platform
 import resource
@@ -117,13 +118,25 @@ class Launches(TorchDispatchMode):
 
 
 def peak(device: torch.device, precision: str, repeats: int = 10) -> float:
-    """TFLOP/s of a large matrix product in the precision ("fp32" or "bf16"), the best of `repeats`."""
+    """TFLOP/s of a large matrix product in the precision ("bf16", or "fp32": on a GPU TF32, as in convolutions), the
+    best of `repeats`."""
     side = MATMUL[device.type]
     a, b = torch.randn(2, side, side, device=device, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
-    return 2 * side**3 / min(repeated(lambda: a @ b, device, repeats, warm=3)) / 1e12
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+    try:
+        return 2 * side**3 / min(repeated(lambda: a @ b, device, repeats, warm=3)) / 1e12
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 # --------------------------------------------------------------------------------------------------------- memory
+
+
+def free(device: torch.device) -> None:
+    """Give back what nobody holds any more, to the GPU too."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def forget_peak(device: torch.device) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import skimage
 import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
@@ -83,6 +82,8 @@ def _file(root: Path, index: int) -> Path:
 
 def photograph(index: int) -> Image.Image:
     """One of scikit-image's photographs, a part of it, at SIZE: no two alike."""
+    import skimage  # only here: `cifar` does without it
+
     source = Path(skimage.__file__).parent / "data" / PHOTOS[index % len(PHOTOS)]
     image = Image.open(source).convert("RGB")
     rng = np.random.Generator(np.random.PCG64(index))

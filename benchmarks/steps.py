@@ -72,9 +72,11 @@ class Ours:
     device: torch.device
     clock: Clock = field(default_factory=Clock)
     number: int = 0  # of images; 0: as many as the data set has
+    data: Resident | None = None  # what is trained on; none: random pixels
 
     def __post_init__(self) -> None:
-        self.data = images(self.config.dataset, number=self.number).to(self.device)
+        if self.data is None:
+            self.data = images(self.config.dataset, number=self.number).to(self.device)
         steps_per_epoch = len(self.data) // self.config.batch_size
         self.state = TrainState(*train.build(self.config, self.device), self.config.epochs, steps_per_epoch)
         self.batches = self.clock.waits(self.views())

@@ -107,7 +107,11 @@ def table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[Column]) -> s
 
 def read(name: str) -> dict[str, Any]:
     """The report benchmarks/results/NAME.json. Raises UserError where it is not one."""
-    path = RESULTS / f"{name}.json"
+    return load(RESULTS / f"{name}.json")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The report in a file. Raises UserError where it is not one."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

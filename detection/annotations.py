@@ -287,11 +287,11 @@ def _mask(thing: Mapping[str, Any], picture: Picture, testing: bool, polygons: b
 
 def _numbers(values: Mapping[str, Any], key: str, count: int | None = None) -> list[float]:
     """A list of finite numbers, `count` of them."""
-    found = values.get(key)
-    fits = isinstance(found, list) and set(map(type, found)) <= {int, float} and count in (None, len(found))
-    if not fits or not abs(sum(found)) < 1e300:  # false for NaN as well
-        raise Fault(f"{key}: expected {f'{count} ' if count else ''}numbers, found {str(found)[:60]}")
-    return found
+    numbers = values.get(key)
+    fits = isinstance(numbers, list) and set(map(type, numbers)) <= {int, float} and count in (None, len(numbers))
+    if not fits or not abs(sum(numbers)) < 1e300:  # false for NaN as well
+        raise Fault(f"{key}: expected {f'{count} ' if count else ''}numbers, found {str(numbers)[:60]}")
+    return numbers
 
 
 def _get(values: Mapping[str, Any], key: str, kind: type) -> Any:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from mixmask import config as configs
+from mixmask.backbones import ARCHITECTURES
 from mixmask.config import Convert, UserError
 from mixmask.formats import (
     FormatError,
@@ -129,8 +130,11 @@ def check_output(path: Path, output: Path, target: str) -> None:
 
 
 def check_target(source: Source, path: Path, target: str) -> None:
-    """Raises FormatError for a backbone that Detectron2's R50-C4 is not."""
+    """Raises FormatError for a backbone that Detectron2's R50-C4 is not, or that is not of the target's library."""
     backbone = source.backbone
+    library = "timm" if backbone.arch.startswith("timm/") else "torchvision"
+    if backbone.arch not in ARCHITECTURES and target not in ("detectron2", library):
+        raise FormatError(f"{path} holds a {describe(source)}, not {target}'s; --to {library} writes it as it is")
     if target == "detectron2" and (backbone.arch, backbone.width, backbone.stem) != ("resnet50", 64, "imagenet"):
         raise FormatError(
             f"{path} holds a {describe(source)}; Detectron2's R50-C4 takes a resnet50 of width 64 with the imagenet "
@@ -197,6 +201,8 @@ def convert_run(source: Source, path: Path, output: Path, target: str, directory
 
 
 def describe(source: Source) -> str:
+    if source.backbone.arch not in ARCHITECTURES:
+        return f"{source.backbone.arch} with the {source.backbone.stem} stem"
     return f"{source.backbone.arch} of width {source.backbone.width} with the {source.backbone.stem} stem"
 
 

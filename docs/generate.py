@@ -53,11 +53,11 @@ def current(path: Path, text: str) -> str:
     return MARK.sub(lambda found: _block(path, found), text)
 
 
-def _block(path: Path, found: re.Match[str]) -> str:
-    name, argument, _ = found.groups()
+def _block(path: Path, match: re.Match[str]) -> str:
+    name, argument, _ = match.groups()
     if name not in BLOCKS:
         raise UserError(f"{path}: unknown block '{name}' (blocks: {', '.join(BLOCKS)})")
-    opening = found.group().partition("\n")[0]
+    opening = match.group().partition("\n")[0]
     return f"{opening}\n{BLOCKS[name](*([argument] if argument else []))}\n<!-- end -->"
 
 
@@ -80,6 +80,24 @@ def results() -> str:
             values = [published, *(counts[key] for key in shown)]
             lines.append(f"| {table.title} | {' | '.join(map(str, values))} |")
     return "\n".join(lines)
+
+
+def kept() -> str:
+    """How many runs of each stage are in results/, and where they ran."""
+    from mixmask.runs import read_result
+
+    found = [
+        (path.parent.name, read_result(path)["device"]) for path in (ROOT / "results").glob("*/*") if path.is_dir()
+    ]
+    words = {
+        "pretrain": "pre-trainings",
+        "linear": "linear probes",
+        "finetune": "fine-tunings",
+        "detection": "detections",
+    }
+    counts = [f"{sum(s == stage for s, _ in found)} {word}" for stage, word in words.items()]
+    devices = ", ".join(sorted({device for _, device in found}))
+    return f"Kept in `results/`: {', '.join(c for c in counts if not c.startswith('0 '))} (device: {devices})."
 
 
 def claimed() -> str:
@@ -193,31 +211,30 @@ def lines(place: str) -> str:
 
 def costs() -> str:
     """What each table and figure costs at the published budget, as `slurm/launch.py --dry-run` estimates it."""
+    from paper import cost
     from paper.cells import select, tables
-    from paper.presets import budget
-    from slurm import cost, graph
 
-    cells = select(["all"])
-    jobs = graph.jobs(cells, budget("paper"), ROOT / "runs")
-    numbered = [cell for cell in cells if cell.published is not None or cell.recipe]  # rows of checkpoints alone: none
+    at_scale = [cell for name, table in tables().items() if not table.scale for cell in select([name])]
     rows = ["| target | what it is | numbers or curves | runs | GPU hours |", "|---|---|---|---|---|"]
-    for target in dict.fromkeys(cell.target for cell in cells):
-        own = [job for job in jobs if any(cell.split("/")[0] == target for cell in job.cells)]
-        counted = f"{sum(cell.target == target for cell in numbered)} | {len(own)} | {_hours(own):,.0f}"
-        rows.append(f"| `{target}` | {tables()[target].title.partition(': ')[2]} | {counted} |")
+    for target in dict.fromkeys(cell.target for cell in at_scale):
+        rows.append(f"| `{target}` | {tables()[target].title.partition(': ')[2]} | {_counted(target)} |")
     for cell in ("table4/imagenet/moco/mixmask/200", "table5/cifar100/moco/mixmask"):
-        own = graph.jobs(select([cell]), budget("paper"), ROOT / "runs")
-        rows.append(f"| `{cell}` | one cell | 1 | {len(own)} | {_hours(own):,.0f} |")
-    whole = (
-        f"{sum(cell.published is not None or bool(cell.recipe) for cell in cells)} | {len(jobs)} | {_hours(jobs):,.0f}"
-    )
-    rows.append(f"| `all` | each run once: tables share many | {whole} |")
+        rows.append(f"| `{cell}` | one cell | {_counted(cell)} |")
+    whole = "the paper's, each run once: tables share many; without `table11` and the trained rows of 6 and 7"
+    rows.append(f"| `all` | {whole} | {_counted('all')} |")
     return "\n".join([*rows, "", f"{cost.ASSUMPTION[:1].upper()}{cost.ASSUMPTION[1:]}."])
 
 
-def _hours(jobs: list) -> float:
-    """Of those that take a GPU."""
-    return sum(job.hours for job in jobs if job.resources.gpus)
+def _counted(target: str) -> str:
+    """Numbers or curves, runs, GPU hours."""
+    from paper.cells import select
+    from paper.presets import budget
+    from slurm import graph
+
+    cells = select([target])
+    jobs = graph.jobs(cells, budget("paper"), ROOT / "runs")
+    numbers = sum(cell.published is not None or bool(cell.recipe) for cell in cells)  # rows of checkpoints alone: none
+    return f"{numbers} | {len(jobs)} | {sum(job.hours for job in jobs if job.resources.gpus):,.0f}"
 
 
 def benchmark(what: str) -> str:
@@ -230,6 +247,7 @@ def benchmark(what: str) -> str:
 
 BLOCKS: dict[str, Callable[..., str]] = {
     "results": results,
+    "kept": kept,
     "claimed": claimed,
     "claims": claims,
     "costs": costs,

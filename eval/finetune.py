@@ -28,16 +28,16 @@ from torch.nn import functional as F
 
 from mixmask import checkpoint, datasets, formats, labels
 from mixmask import config as configs
-from mixmask.backbones import Encoder, build_backbone
+from mixmask.backbones import Encoder, build_backbone, feature_width
 from mixmask.config import Augment, ConfigError, Finetune
 from mixmask.datasets.settle import inherit, settle
 from mixmask.datasets.views import check_augment, train_batches
-from mixmask.features import accuracy, extract, resize_of
+from mixmask.features import accuracies, extract, resize_of
 from mixmask.formats import Source
 from mixmask.randomness import seed_globals, seed_of
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
-from mixmask.training.loop import Loop, epoch_lines, finished, last_and_best, seconds
+from mixmask.training.loop import Loop, epoch_lines, finished, seconds, test_results
 from mixmask.training.optim import build_optimizer, device_name, pick_device
 from mixmask.training.progress import say
 from mixmask.training.state import TrainState
@@ -151,10 +151,10 @@ def check_data(config: Finetune, train_set: Any, labelled: int) -> None:
 def build_model(config: Finetune, source: Source, classes: int) -> Encoder:
     """The backbone, with the checkpoint's weights or fresh ones, and a classifier N(0, 0.01), bias 0 (Barlow Twins)."""
     seed_globals(config.seed, "init")
-    backbone = build_backbone(dataclasses.replace(source.backbone, bn_groups=config.bn_groups))
+    backbone = build_backbone(dataclasses.replace(source.backbone, bn_groups=config.bn_groups), key="bn_groups")
     if config.init == "checkpoint":
         checkpoint.load_weights(backbone, source.weights, source.identity)
-    classifier = nn.Linear(backbone.features, classes)
+    classifier = nn.Linear(feature_width(backbone, config.augment.size), classes)
     with torch.no_grad():
         classifier.weight.normal_(0, 0.01, generator=torch.Generator().manual_seed(seed_of(config.seed, "classifier")))
         classifier.bias.zero_()
@@ -184,12 +184,12 @@ def batches(
 
 
 def test(model: Encoder, test_set: Any, augment: Augment, config: Finetune, device: torch.device) -> dict[str, float]:
-    """Top-1 accuracy with running statistics, in percent; the model goes back to training."""
+    """Top-1 and top-5 accuracy with running statistics, in percent; the model goes back to training."""
     scores = extract(
         model.eval(), test_set, augment, resize_of(config, test_set), device, config.run.workers, config.run.eval_batch
     )
     model.train()
-    return {"test_top1": accuracy(scores.argmax(dim=1), test_set.labels)}
+    return accuracies(scores, test_set.labels)
 
 
 # ------------------------------------------------------------------------------------------------------ after
@@ -203,7 +203,7 @@ def result_of(run: Run, config: Finetune, source: Source, labelled: str, device:
         "format": source.format,
         "init": config.init,
         "labels": labelled,
-        "metrics": last_and_best(lines, "test_top1", metric_name(config)),
+        "metrics": test_results(lines, metric_name(config)),
         "epochs": config.epochs,
         "device": device_name(device),
         "timing": seconds(lines),

@@ -1,4 +1,5 @@
-"""ResNet-18 and ResNet-50 with the stems of small images, and BatchNorm over parts of the batch (`batchnorm.py`).
+"""ResNet-18 and ResNet-50 with the stems of small images, and BatchNorm over parts of the batch (`batchnorm.py`); any
+other network (`networks.py`), with a head behind it.
 
 Blocks, layout, names and initialisation are torchvision's (He et al. 2016): with width 64 and the ImageNet stem the
 state dict is torchvision's, without `fc`.
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 from mixmask.batchnorm import SplitBatchNorm2d, Together, move_running_statistics
-from mixmask.config import Backbone
+from mixmask.config import Backbone, ConfigError
+from mixmask.networks import build_network, feature_width
 from mixmask.paths import compiler
 from mixmask.registry import ARCHITECTURES
+
+__all__ = ["ARCHITECTURES", "Encoder", "ResNet", "build_backbone", "compile_backbones", "feature_width", "views"]
 
 
 class ResNet(nn.Module):
@@ -55,20 +59,29 @@ def views(network: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
     Batches of one shape that follow each other share one pass, where every BatchNorm can keep them apart.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if not all(isinstance(norm, SplitBatchNorm2d) for norm in norms):
-        return [network(images) for images in batches]
+    if not norms or not all(isinstance(norm, SplitBatchNorm2d) for norm in norms):
+        return [rows_of(network, images) for images in batches]
     outputs: list[Tensor] = []
     for _, run in itertools.groupby(batches, key=lambda images: images.shape):
         images, together = list(run), Together(norms)
         for norm in norms:
             norm.views, norm.together = len(images), together
         try:
-            outputs += network(torch.cat(images) if len(images) > 1 else images[0]).chunk(len(images))
+            outputs += rows_of(network, torch.cat(images) if len(images) > 1 else images[0]).chunk(len(images))
             move_running_statistics(together.moves)
         finally:
             for norm in norms:
                 norm.views, norm.together = 1, None
     return outputs
+
+
+def rows_of(network: nn.Module, images: Tensor) -> Tensor:
+    """What the network gives for images (N, C, H, W), rows (N, D). Raises ConfigError where it gives anything else."""
+    output = network(images)
+    if not isinstance(output, Tensor) or output.shape[:-1] != images.shape[:1]:
+        what = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise ConfigError(f"the backbone, a {type(network).__name__}, gives {what}; expected features (N, D)")
+    return output
 
 
 def _layer(
@@ -91,16 +104,18 @@ def _initialise(model: ResNet, keep_stem: bool) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def build_backbone(backbone: Backbone) -> ResNet:
-    """The backbone that a recipe describes."""
+def build_backbone(backbone: Backbone, key: str = "backbone.bn_groups") -> nn.Module:
+    """The backbone that a recipe describes; `key`: of the recipe, that gives the groups. Raises ConfigError."""
+    if backbone.arch not in ARCHITECTURES:
+        return build_network(backbone, key)
     return ResNet(backbone.arch, backbone.stem, backbone.width, backbone.bn_groups, backbone.stem_init)
 
 
 def compile_backbones(network: nn.Module) -> None:
-    """torch.compile of every ResNet inside, in place: BatchNorm, ReLU and sums become one kernel each."""
+    """torch.compile of every backbone inside, in place: BatchNorm, ReLU and sums become one kernel each."""
     for module in network.modules():
-        if isinstance(module, ResNet):
-            module.compile(**compiler())
+        if isinstance(module, Encoder):
+            module.backbone.compile(**compiler())
 
 
 class Encoder(nn.Module):

@@ -6,8 +6,9 @@ compiler, which fuses it with what stands around it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,28 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.views = 1
         self.span = 1
         self.together: Together | None = None  # with the other BatchNorms of a pass, if somebody leads it
+        self.drop: nn.Module | None = None  # in timm's networks, as much of the layer as the activation behind it
+        self.act: nn.Module | None = None
+
+    @classmethod
+    def of(cls, norm: nn.BatchNorm2d, groups: int) -> SplitBatchNorm2d:
+        """`norm` with groups: its own weights, statistics, eps and momentum; timm's with the activation behind it."""
+        split = cls(norm.num_features, groups)
+        split.eps, split.momentum, split.training = norm.eps, norm.momentum, norm.training
+        split.weight, split.bias = norm.weight, norm.bias
+        split.running_mean, split.running_var = norm.running_mean, norm.running_var
+        split.num_batches_tracked = norm.num_batches_tracked
+        if hasattr(norm, "act"):
+            split.drop, split.act = norm.drop, norm.act
+        return split
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W), normalised in each group; same shape. Moves the running statistics while training."""
-        if not self.training:
-            return super().forward(x)
+        y = self.normalised(x) if self.training else super().forward(x)
+        return y if self.act is None else self.act(self.drop(y))
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """The same in training, without what follows."""
         parts = self.groups * self.views
         if len(x) % parts:
             raise ValueError(f"a batch of {len(x)} images cannot be split into {parts} BatchNorm groups")
@@ -70,6 +88,33 @@ def span_processes(network: nn.Module, processes: int) -> None:
     for norm in network.modules():
         if isinstance(norm, SplitBatchNorm2d):
             norm.span = processes
+
+
+@contextlib.contextmanager
+def groups_of_parts(network: nn.Module, parts: int) -> Iterator[Callable[[], None]]:
+    """Inside, a pass is of one of `parts` equal parts of a batch, each with its share of the groups.
+
+    Call what it gives before each part: all begin with the same running statistics, which end as their mean.
+    """
+    norms = [norm for norm in network.modules() if isinstance(norm, SplitBatchNorm2d)]
+    running = [s for norm in norms for s in (norm.running_mean, norm.running_var, norm.num_batches_tracked)]
+    before, ends = [s.clone() for s in running], []
+
+    def next_part() -> None:
+        ends.append([s.clone() for s in running])
+        for statistic, start in zip(running, before, strict=True):
+            statistic.copy_(start)
+
+    for norm in norms:
+        norm.groups //= parts
+    try:
+        yield next_part
+        next_part()
+        for statistic, *of_parts in zip(running, *ends[1:], strict=True):
+            statistic.copy_(torch.stack(of_parts).sum(0) / parts)
+    finally:
+        for norm in norms:
+            norm.groups *= parts
 
 
 # --------------------------------------------------------------------------------------- what layers share in a pass

@@ -6,8 +6,11 @@ PatrickHua/SimSiam. Majority: the nearest by Euclidean distance, one vote each, 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixmask import datasets
@@ -81,13 +84,30 @@ def evaluate(
     batch_size: int = EVAL_BATCH,
 ) -> dict[str, float]:
     """Top-1 accuracy in percent under its full name, {metric: percent}. Leaves the encoder in its mode."""
+    with evaluated(encoder, knn) as model:
+        bank, queries = (
+            extract(model, each, augment, shorter_side(augment, each), device, workers, batch_size)
+            for each in (train, test)
+        )
+    return score(knn, bank, queries.to(device), train, test)
+
+
+@contextlib.contextmanager
+def evaluated(encoder: Encoder, knn: KNN) -> Iterator[nn.Module]:
+    """What gives the features that k-NN compares, in evaluation mode; afterwards the encoder is in its own again."""
     training = encoder.training
     encoder.eval()
-    model = encoder if knn.features == "output" else encoder.backbone
-    bank, queries = (
-        extract(model, each, augment, shorter_side(augment, each), device, workers, batch_size)
-        for each in (train, test)
-    )
+    yield encoder if knn.features == "output" else encoder.backbone
     encoder.train(training)
-    predictions = predict(knn, bank, train.labels, queries.to(device), len(train.classes))
+
+
+def score(
+    knn: KNN,
+    bank: Tensor,
+    queries: Tensor,
+    train: datasets.Resident | datasets.Files,
+    test: datasets.Resident | datasets.Files,
+) -> dict[str, float]:
+    """Top-1 accuracy of the features (M, D) of the test images by those of the training images (N, D), by its name."""
+    predictions = predict(knn, bank, train.labels, queries, len(train.classes))
     return {knn_metric(knn, bank.shape[1]): accuracy(predictions, test.labels)}

@@ -25,8 +25,11 @@ MAX_REDRAWS = 100  # at most 4 block masks in 10 are drawn again (3x3, 8 cells):
 def sample_mask(mask: Mask, height: int, width: int, rng: np.random.Generator) -> Tensor:
     """One pixel mask as the recipe describes it: float (1, 1, H, W) on the CPU, 1 where image i is shown.
 
+    `none` shows it everywhere: what most masks of the released generator come to on a 2x2 grid (docs/fidelity.md).
     Raises ConfigError when the grid is finer than the image, and for a ratio that can only be 0 or only 1.
     """
+    if mask.type == "none":
+        return torch.ones(1, 1, height, width)
     check_grid("mask.grid", mask.grid, height, width)
     if mask.ratio in (0, 1, (0, 0), (1, 1)):
         shown = f"{mask.ratio:g}" if isinstance(mask.ratio, float) else list(mask.ratio)

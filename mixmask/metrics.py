@@ -19,5 +19,5 @@ def knn_metric(knn: KNN, dim: int) -> str:
 
 def pretraining_metric(config: Pretrain) -> str:
     """The k-NN accuracy that a pre-training logs and reports."""
-    pooled = registry.ARCHITECTURES[config.backbone.arch].features(config.backbone.width)
-    return knn_metric(config.knn, config.settings["dim"] if config.knn.features == "output" else pooled)
+    output = config.knn.features == "output"
+    return knn_metric(config.knn, config.settings["dim"] if output else registry.features(config.backbone))

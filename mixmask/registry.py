@@ -125,6 +125,24 @@ def find(known: Mapping[str, T], name: str, key: str) -> T:
     return known[name]
 
 
+def features(backbone: Any) -> int:
+    """Numbers in the pooled features of a `Backbone`. Raises ConfigError as `of_network`."""
+    arch = ARCHITECTURES.get(backbone.arch)
+    return arch.features(backbone.width) if arch else of_network("features", backbone)
+
+
+def of_network(fact: str, backbone: Any, *arguments: Any) -> Any:
+    """A fact of a network that does not stand here, from mixmask/networks.py. Raises ConfigError without torch."""
+    try:
+        networks = import_module("mixmask.networks")
+    except ImportError as error:
+        raise ConfigError(
+            f"backbone.arch: the width and the cost of {backbone.arch} are those of the network itself, which takes "
+            f"PyTorch to build, and {error.name} is not installed here"
+        ) from None
+    return getattr(networks, fact)(backbone, *arguments)
+
+
 def load(code: str | Callable) -> Any:
     """What MODULE:NAME names; a function or class is given back as it is."""
     if callable(code):

@@ -48,6 +48,7 @@ class Cell:
     evaluation: str = ""  # <stage>/<its recipe>; empty: the metric is the pre-training's own
     note: str = ""  # what a reader of our number must know
     scale: str = ""  # of a number that is not at the paper's scale: a word for it, such as `reduced`
+    extra: bool = False  # at the paper's scale, but no number that it asks for: no part of `all`
 
     @property
     def target(self) -> str:
@@ -136,8 +137,8 @@ def _cell(place: Mapping[str, Any], *parts: Mapping[str, Any]) -> Cell:
 def select(targets: Iterable[str]) -> list[Cell]:
     """The cells of `targets` (a table, a figure, a cell id, wildcards, `all`; none means all), each once, in order.
 
-    `all` is all of the paper: a table of another scale is named. A target of WITHOUT_RUNS has none. Raises ConfigError,
-    with the nearest name, for a target that names nothing.
+    `all` is all of the paper: what is at another scale, or extra, is named. A target of WITHOUT_RUNS has none. Raises
+    ConfigError, with the nearest name, for a target that names nothing.
     """
     cells = [cell for table in tables().values() for cell in table.cells]
     wanted = set()
@@ -151,7 +152,7 @@ def select(targets: Iterable[str]) -> list[Cell]:
 
 def _fits(cell: Cell, target: str) -> bool:
     if target == "all":
-        return not cell.scale
+        return not cell.scale and not cell.extra
     return fnmatchcase(cell.target, target) or fnmatchcase(cell.id, target)
 
 

@@ -258,7 +258,7 @@ def _legend(frame: pd.DataFrame) -> list[str]:
         + ".",
         "Supported: every comparison has its 95 % interval on the claimed side. Contradicted: one has it on the other "
         "side, also by Holm's correction over the claim's comparisons. A launch makes the cheapest comparison that is "
-        f"open; where no noise is known yet, with {FIRST_SEEDS} seeds. Hours are estimates (slurm/cost.py).",
+        f"open; where no noise is known yet, with {FIRST_SEEDS} seeds. Hours are estimates (paper/cost.py).",
     ]
 
 

@@ -1,4 +1,4 @@
-"""What more runs would settle: the command that launches them, and its GPU hours (slurm/cost.py). No torch here."""
+"""What more runs would settle: the command that launches them, and its GPU hours (paper/cost.py). No torch here."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paper.cells import Cell
+from paper.cost import hours
 from paper.presets import Budget, Step, chains, located
-from slurm.cost import hours
 
 
 @dataclass(frozen=True)

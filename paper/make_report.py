@@ -31,7 +31,7 @@ from paper.collect import UNREADABLE, collect
 from paper.make_figures import FIGURES, RUNS
 from paper.options import own, reading_parser
 from paper.presets import Budget, budget, presets
-from paper.report import numbers, prose
+from paper.report import features, numbers, prose
 from paper.report.records import Runs, record
 from paper.report.render import piece, render
 
@@ -84,6 +84,8 @@ def page(frames: dict[str, pd.DataFrame], budgets: Sequence[Budget], folders: Se
     runs = Runs.find(folders)
     parts = [*_tables(frames, runs), *_figures(frames, runs, budgets, folders), *_own(frames, runs)]
     parts.sort(key=lambda part: part.name.startswith(("table", "figure")))  # what was run at its own scale: first
+    if measured := features.sheet(runs.directories):
+        parts.append(Section(measured.name, measured.title, numbers.sheet(measured)))
     parts = [*_whole(budgets, folders), *parts]
     counts = numbers.count(frames.values())
     ledger = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8").partition("\n")[2]

@@ -94,7 +94,11 @@ class Budget:
         chosen = self.settings.get("pretrain", {}).get("seed", list(range(min(cell.seeds, self.preset.seeds))))
         if chosen == []:
             raise ConfigError("--set seed=[]: expected at least one seed")
-        return chosen if isinstance(chosen, list) else [chosen]
+        seeds = chosen if isinstance(chosen, list) else [chosen]
+        for seed in seeds:
+            if type(seed) is not int:
+                raise ConfigError(f"--set seed: expected a whole number, or a list of them, found {seed!r}")
+        return seeds
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -42,7 +44,7 @@ tags: [self-supervised, mixmask, {framework}]
 ---
 # {run}
 
-{architecture}, pre-trained with {title} and {method} on {dataset} for {epochs} epochs, seed {seed}, by the replication
+{architecture}, pre-trained with {title} and {method} on {dataset} for {epochs}, seed {seed}, by the replication
 of *MixMask: Revisiting Masking Strategy for Siamese ConvNets* (arXiv 2210.11456). A backbone without a classifier.
 
 ## To load it
@@ -92,7 +94,7 @@ OURS = """torchvision and timm have no such network; the replication's library h
 ```python
 import mixmask
 
-model, source = mixmask.load_backbone("DIR/model.safetensors", "cpu")
+model = mixmask.load_backbone("DIR/model.safetensors")
 ```
 """
 
@@ -148,8 +150,9 @@ def publish(run: Path, target: Path, folders: Sequence[Path]) -> None:
     """Fill the directory `target` with what is published of `run`; its evaluations lie in `folders`."""
     source = read(run / "checkpoint.pt")  # refuses what is not a pre-training of ours
     convert(source, run / "checkpoint.pt", target / "model.safetensors", "timm")
-    for name in ("config.yaml", "result.json"):
-        shutil.copyfile(run / name, target / name)
+    shutil.copyfile(run / "result.json", target / "result.json")
+    recipe = re.sub(r"^( *data_root:).*$", r"\1 data", (run / "config.yaml").read_text(encoding="utf-8"), flags=re.M)
+    (target / "config.yaml").write_text(recipe, encoding="utf-8")
     if _is_public(source):
         (target / "config.json").write_text(json.dumps(_timm_config(source), indent=1) + "\n", encoding="utf-8")
     (target / "README.md").write_text(card(run, source, folders), encoding="utf-8")
@@ -169,7 +172,7 @@ def card(run: Path, source: Source, folders: Sequence[Path]) -> str:
         method=registry.METHODS[config.method].title,
         architecture=f"{backbone.arch} of width {backbone.width} with the {backbone.stem} stem",
         dataset=dataset.title or config.dataset,
-        epochs=config.epochs,
+        epochs=f"{config.epochs} epoch{'s' * (config.epochs != 1)}",
         seed=config.seed,
         mean=", ".join(f"{value:g}" for value in source.mean),
         std=", ".join(f"{value:g}" for value in source.std),
@@ -179,9 +182,20 @@ def card(run: Path, source: Source, folders: Sequence[Path]) -> str:
         scale=_scale(config.dataset),
         commit=environment.get("commit") or "unknown",
         modified=", with changes that were not committed" if environment.get("modified") else "",
-        command=(run / "command.txt").read_text(encoding="utf-8").strip(),
+        command=_command((run / "command.txt").read_text(encoding="utf-8")),
         licence=LICENCES.get(config.dataset, OWN),
     )
+
+
+def _command(text: str) -> str:
+    """The run's command without the places of the machine: where the data are, where the run is."""
+    words = shlex.split(text)
+    for option in ("--run-dir", "--runs-dir"):
+        while option in words:
+            at = words.index(option)
+            del words[at : at + 2]
+    words = [word for word in words if not word.startswith("run.data_root=")]
+    return shlex.join(words[:-1] if words[-1] == "--set" else words)
 
 
 def _scale(dataset: str) -> str:
@@ -207,7 +221,7 @@ def _encoder(place: Path) -> str | None:
 
 def loading(source: Source) -> str:
     """Python that loads the weights with the libraries that have such a network."""
-    if source.backbone.width != 64:
+    if source.backbone.width != 64 or source.backbone.arch not in registry.ARCHITECTURES:
         return OURS
     small = source.backbone.stem != "imagenet"
     stem = (SMALL_STEM if small else "") + (NO_POOLING if source.backbone.stem == "cifar" else "")
@@ -217,7 +231,8 @@ def loading(source: Source) -> str:
 
 def _is_public(source: Source) -> bool:
     """Whether torchvision and timm build this network by its name alone."""
-    return source.backbone.width == 64 and source.backbone.stem == "imagenet"
+    known = source.backbone.arch in registry.ARCHITECTURES
+    return known and source.backbone.width == 64 and source.backbone.stem == "imagenet"
 
 
 def _timm_config(source: Source) -> dict[str, Any]:

@@ -11,6 +11,7 @@ stopped, and says so when it is finished. Several processes compute what one com
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,17 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixmask import checkpoint, collapse, datasets, formats, knn, networks, registry
 from mixmask import config as configs
-from mixmask import datasets, knn, registry
-from mixmask.batchnorm import span_processes
+from mixmask.batchnorm import SplitBatchNorm2d, span_processes
 from mixmask.config import Augment, ConfigError, Pretrain
 from mixmask.datasets.settle import settle
 from mixmask.datasets.verify import verify
 from mixmask.datasets.views import check_augment, train_batches
+from mixmask.features import extract, shorter_side
 from mixmask.frameworks import build_framework
+from mixmask.frameworks.base import Framework
 from mixmask.masks import check_grid, sample_mask
 from mixmask.methods import METHODS, Anchor, extra_crops
-from mixmask.objective import objective
+from mixmask.objective import in_parts, objective
 from mixmask.randomness import numpy_generator, seed_globals, torch_generator
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
@@ -57,7 +60,7 @@ def train(
     directory: its own; by default below `runs_dir`, named after the config and its data.
     Raises UserError for bad configs, data and checkpoints, and when the loss is no longer finite.
     """
-    config = settle(config)
+    config = settle_init(settle(config))
     check(config)
     directory = directory or run_directory(runs_dir, "pretrain", config)
     world = distributed.find()
@@ -80,14 +83,14 @@ def train(
         crops = framework.crops(config.augment)
         measure = functools.partial(evaluate, framework, train_set, test_set, config, device)
         if state.step == 0 and config.knn.every:
-            run.log("epoch", -1, epoch=0, **measure())
+            run.log("epoch", -1, epoch=0, **measure(trained=False))
 
         with loop.running():
             for epoch in loop.epochs():
                 for batch in loop.batches(views(config, train_set, epoch, loop.skip, device, crops)):
                     with loop.work.counted():
                         values, anchors = iterate(config, state, batch)
-                    loop.log(values, functools.partial(coefficients, anchors))
+                    loop.log(values, functools.partial(of_step, framework, anchors))
                     loop.save_if_due()
                 loop.end_epoch(measure if knn_is_due(config, epoch) else dict)
         return loop.finish(result_of(run, config, state.steps, device) if world.rank == 0 else {})
@@ -107,11 +110,15 @@ def iterate(config: Pretrain, state: TrainState, batch: list[Tensor]) -> tuple[d
     anchors = METHODS[config.method](config, x1, rngs, *crops[:of_method])
     framework.before_step(step)
     set_learning_rate(optimizer, learning_rates(config, state.steps_per_epoch, step)["lr"])
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        shuffle = torch_generator(device, config.seed, "shuffle", step)
-        loss, parts, targets = objective(framework, x1, x2, anchors, shuffle, crops[of_method:])
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    shuffle = torch_generator(device, config.seed, "shuffle", step)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    if config.run.accumulate > 1:
+        loss, parts, targets = in_parts(framework, x1, x2, anchors, config.run.accumulate, shuffle, autocast)
+    else:
+        with autocast():
+            loss, parts, targets = objective(framework, x1, x2, anchors, shuffle, crops[of_method:])
+        loss.backward()
     distributed.average(framework)
     optimizer.step()
     framework.after_step(targets, step, state.steps)
@@ -188,13 +195,49 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
     if device.type == "cpu":
         keep_freed_memory()
     seed_globals(config.seed, "init")
-    framework = build_framework(distributed.shard_config(config)).to(device).train()
+    framework = build_framework(distributed.shard_config(config), functools.partial(begin, config)).to(device).train()
     span_processes(framework, max(1, distributed.size() // config.backbone.bn_groups))
+    check_backbone(config, framework)
+    check_parts(config, framework)
     if config.run.channels_last:
         framework = framework.to(memory_format=torch.channels_last)
     if compiles(config.run.compile, device):
         framework.compile_parts()
     return framework, build_optimizer(config.optimizer, framework.parameters(), framework.fixed_lr_parameters())
+
+
+def begin(config: Pretrain, backbone: nn.Module) -> None:
+    """Give the backbone the weights of `run.init`, where it is set. Raises UserError for others than the run's."""
+    if not (config.run.init or config.init):
+        return
+    if not config.run.init:
+        raise ConfigError("init: the run begins with weights, which are not given; expected run.init=FILE")
+    source = formats.read_for(config.run.init, config.backbone)
+    if checkpoint.digest(source.weights)[:16] != config.init:
+        raise ConfigError(f"run.init: {config.run.init} holds other weights than those that the run began with")
+    checkpoint.load_weights(backbone, source.weights, config.run.init)
+
+
+def settle_init(config: Pretrain) -> Pretrain:
+    """The config with the digest of the weights of `run.init`. Raises UserError where they cannot be read, or do not
+    fit."""
+    if not config.run.init:
+        return config
+    source = formats.read_for(config.run.init, config.backbone)
+    say(f"note: the backbone begins with the weights of {source.identity}")
+    return dataclasses.replace(config, init=checkpoint.digest(source.weights)[:16])
+
+
+def check_backbone(config: Pretrain, framework: nn.Module) -> None:
+    """Raises ConfigError for a network of others that does not take the views, or that processes cannot share."""
+    backbone, groups = framework.encoder.backbone, config.backbone.bn_groups
+    if config.backbone.arch in registry.ARCHITECTURES:
+        return
+    networks.check_groups(backbone, groups, "backbone.bn_groups", config.backbone.arch)
+    if distributed.size() > 1 and (norms := networks.whole_batch_norms(backbone)):
+        raise ConfigError(f"{distributed.size()} processes do not share a BatchNorm of the whole batch ({norms[0]})")
+    for augment in (config.augment, *extra_crops(config), *framework.crops(config.augment)):
+        networks.feature_width(backbone, augment.size)
 
 
 # ----------------------------------------------------------------------------------------------------- during
@@ -219,20 +262,43 @@ def loss_parts(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"loss_{name}": part for name, part in parts.items()}
 
 
-def coefficients(anchors: list[Anchor]) -> dict[str, Tensor]:
-    """Mean mixture coefficient of each mixture in its normal order (Eq. 3)."""
+def of_step(framework: nn.Module, anchors: list[Anchor]) -> dict[str, Tensor]:
+    """For a step's line alone: the norm of all gradients, and of each mixture in its normal order the mean mixture
+    coefficient (Eq. 3). Nothing is computed in a step without a line."""
+    gradients = [p.grad for p in framework.parameters() if p.grad is not None]
     mixtures = [a for a in anchors if isinstance(a.weight, Tensor) and a.order is None]
-    return {f"lambda_{a.name}": a.weight.mean() for a in mixtures}
+    norm = {"gradient_norm": nn.utils.get_total_norm(gradients)}
+    return norm | {f"lambda_{a.name}": a.weight.mean() for a in mixtures}
 
 
-def evaluate(framework: nn.Module, train_set: Any, test_set: Any, config: Pretrain, device: torch.device) -> dict:
-    """k-NN accuracy of the encoder as it is now; the first process measures it, and the others wait."""
+def evaluate(
+    framework: nn.Module, train_set: Any, test_set: Any, config: Pretrain, device: torch.device, trained: bool = True
+) -> dict[str, float]:
+    """k-NN accuracy of the encoder as it is now, and whether its features collapse, which a line says where it is
+    `trained`. The first process measures, and the others wait; without test images there is no accuracy."""
     run = config.run
     with distributed.main_process_first():
-        if distributed.rank() or not len(test_set):
+        if distributed.rank():
             return {}
-        sets = (train_set, test_set)
-        return knn.evaluate(framework.encoder, *sets, config.augment, config.knn, device, run.workers, run.eval_batch)
+        with knn.evaluated(framework.encoder, config.knn) as model:
+            features = functools.partial(features_of, model, config=config, device=device)
+            bank, accuracy = features(train_set), {}
+            if len(test_set):
+                accuracy = knn.score(config.knn, bank, features(test_set).to(device), train_set, test_set)
+            if measured := collapse.measures(bank):
+                draws = (config.augment, config.seed, device, run.workers, run.eval_batch)
+                measured["alignment"] = collapse.alignment(model, train_set, *draws)
+        if trained and (line := collapse.warning(measured, bank.shape[1])):
+            say(line)
+        return {**accuracy, **measured}
+
+
+def features_of(model: nn.Module, dataset: Any, config: Pretrain, device: torch.device) -> Tensor:
+    """Features (N, D) of the images, as k-NN sees them; of a sample of them where nobody has labelled them."""
+    if not dataset.classes:
+        dataset = dataset.take(collapse.evenly(len(dataset), collapse.SAMPLE))
+    run, resize = config.run, shorter_side(config.augment, dataset)
+    return extract(model, dataset, config.augment, resize, device, run.workers, run.eval_batch)
 
 
 def knn_is_due(config: Pretrain, epoch: int) -> bool:
@@ -261,12 +327,11 @@ def result_of(run: Run, config: Pretrain, steps: int, device: torch.device) -> d
 
 def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, state: TrainState) -> str:
     """What is about to happen, with the numbers that are really used."""
-    b, o, processes = config.backbone, config.optimizer, distributed.size()
+    o, processes = config.optimizer, distributed.size()
     step, steps_per_epoch = state.step, state.steps_per_epoch
     lines = [
         f"{run.id}" + (f" (resumed at epoch {step / steps_per_epoch:.2f})" if step else ""),
-        f"  {config.framework}, {config.method}; {b.arch}, {b.stem} stem, width {b.width}, "
-        f"{b.bn_groups} BatchNorm group(s)",
+        f"  {config.framework}, {config.method}; {backbone_in_words(config, state.model)}",
         f"  {config.dataset}: {len(train_set)} images, {len(train_set.classes)} classes; "
         f"views of {config.augment.size} px",
         f"  total batch {config.batch_size} in {config.mix_groups} mix group(s), {steps_per_epoch} steps an epoch, "
@@ -277,6 +342,32 @@ def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, sta
         *(f"  note: {text}" for text in cautions(config.schedule, steps_per_epoch, config.epochs)),
     ]
     return "\n".join(lines)
+
+
+def check_parts(config: Pretrain, framework: nn.Module) -> None:
+    """Raises ConfigError for parts of a batch whose sum would be another step."""
+    parts, rows = config.run.accumulate, config.batch_size // distributed.size()
+    if parts == 1:
+        return
+    if type(framework).part is Framework.part:
+        reason = f"the head or the loss of {config.framework} takes the whole batch at once"
+        raise ConfigError(f"run.accumulate: {reason}; expected 1, found {parts}")
+    if extra_crops(config):
+        raise ConfigError(f"run.accumulate: {config.method}'s crops are other images; expected 1, found {parts}")
+    if whole := networks.whole_batch_norms(framework.encoder):
+        raise ConfigError(f"run.accumulate: {whole[0]}, takes the whole batch; expected 1, found {parts}")
+    norms = any(isinstance(module, SplitBatchNorm2d) for module in framework.encoder.modules())
+    groups = config.backbone.bn_groups // distributed.size() if norms else rows
+    if not groups or groups % parts or rows % parts:
+        key = f"backbone.bn_groups={config.backbone.bn_groups}" if norms else f"batch_size={config.batch_size}"
+        raise ConfigError(f"run.accumulate: {parts} parts would split {key}; expected a divisor of it")
+
+
+def backbone_in_words(config: Pretrain, framework: nn.Module) -> str:
+    b = config.backbone
+    if b.arch not in registry.ARCHITECTURES:
+        return networks.described(b, framework.encoder.backbone)
+    return f"{b.arch}, {b.stem} stem, width {b.width}, {b.bn_groups} BatchNorm group(s)"
 
 
 def main() -> None:

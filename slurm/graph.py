@@ -21,9 +21,9 @@ from mixmask.config import UserError
 from mixmask.runs import read_result
 from mixmask.stages import STAGES
 from paper.cells import Cell
+from paper.cost import hours
 from paper.presets import Budget, Step, chains, directory
 from slurm.cluster import Cluster, cluster
-from slurm.cost import hours
 
 IMAGES = ("dataset", "folder", "task", "data", "allow_partial_data")  # keys that say which images, with run.data_root
 
@@ -78,12 +78,12 @@ def jobs(cells: Iterable[Cell], budget: Budget, runs_dir: Path, profile: str = "
             parent = None
             for step in chain:
                 where = directory(runs_dir, step)
-                known = graph.get(where) or _job(step, where, chain[0].config, parent, resources[step.stage])
-                parent = graph[where] = _used_by(known, cell)
+                known = graph.get(where) or new_job(step, where, chain[0].config, parent, resources[step.stage])
+                parent = graph[where] = used_by(known, cell)
     return list(graph.values())
 
 
-def _job(step: Step, where: Path, origin: configs.Config, parent: Job | None, resources: Cluster) -> Job:
+def new_job(step: Step, where: Path, origin: configs.Config, parent: Job | None, resources: Cluster) -> Job:
     """The run that lives in `where`, used by no cell yet."""
     words = ("python", STAGES[step.stage].script, *_arguments(step, parent, where), "--run-dir", str(where))
     parents = (parent.directory,) if parent else ()
@@ -103,7 +103,7 @@ def _arguments(step: Step, parent: Job | None, where: Path) -> list[str]:
     return words
 
 
-def _used_by(job: Job, cell: Cell) -> Job:
+def used_by(job: Job, cell: Cell) -> Job:
     """The job, used by one cell more."""
     return job if cell.id in job.cells else dataclasses.replace(job, cells=(*job.cells, cell.id))
 

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from slurm import cost, squeue
+from paper import cost
+from slurm import squeue
 from slurm.graph import Job
 
 TAIL = 65_536  # bytes at the end of a log that are read

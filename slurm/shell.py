@@ -53,7 +53,8 @@ def run(*words: str, patience: float | None = None) -> subprocess.CompletedProce
     try:
         return subprocess.run(words, capture_output=True, text=True, timeout=patience or PATIENCE, env=clean())
     except subprocess.TimeoutExpired:
-        raise UserError(f"{NO_ANSWER}: {words[0]} has waited for {patience or PATIENCE:g} s") from None
+        waited = f"{words[0]} has waited for {patience or PATIENCE:g} s"
+        raise UserError(waited if words[0] == "sacct" else f"{NO_ANSWER}: {waited}") from None  # accounting is another
     except OSError as error:
         raise UserError(f"cannot run {words[0]}: {error.strerror}") from None
 

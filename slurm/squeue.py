@@ -24,6 +24,7 @@ from slurm import shell
 AGAIN = 2.0  # seconds until a second look: between two of its states a job may be in none
 ENDING = 30.0  # seconds to wait for jobs that are ending: some of them are about to be requeued
 ACCOUNTING = 10.0  # seconds for an answer of sacct, without which `status` knows less
+silent: set[str] = set()  # programs that have not answered this process in time, and are not asked again
 MINE = f"--user={os.getuid()}"  # `squeue --me` is younger
 
 # Why a job waits, where no end of waiting is in sight: a hold, or what it asks for.
@@ -82,12 +83,12 @@ def live_jobs() -> dict[str, Live]:
 
 def all_jobs() -> list[tuple[str, Live]]:
     """`live_jobs`, where a run may have more than one. Raises UserError."""
-    found = []
+    jobs = []
     for line in shell.ask("squeue", "--noheader", MINE, "--array", "--format=%i|%T|%R|%k").splitlines():
         job, state, reason, comment = (word.strip() for word in line.split("|", 3))
         if directory := _directory(job, comment):
-            found.append((directory, Live(job, state, reason.strip("()"))))
-    return found
+            jobs.append((directory, Live(job, state, reason.strip("()"))))
+    return jobs
 
 
 def without_pickle(directories: set[str], runs_dir: Path) -> dict[str, str]:
@@ -145,12 +146,13 @@ def ended_as(jobs: Iterable[str]) -> dict[str, str]:
 
 def _accounted(wanted: list[str]) -> dict[str, str]:
     """As `sacct` says; nothing, and a note, where it does not answer in time."""
-    if not wanted or not shutil.which("sacct"):
+    if not wanted or not shutil.which("sacct") or "sacct" in silent:
         return {}
     words = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State", "--jobs"]
     try:
         answer = shell.run(*words, ",".join(wanted), patience=ACCOUNTING).stdout
     except UserError:
+        silent.add("sacct")
         print(f"note: sacct has not answered within {ACCOUNTING:g} s; how jobs of the past ended is not known")
         return {}
     lines = [line.split("|") for line in answer.splitlines() if line.count("|") == 1]

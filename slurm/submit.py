@@ -52,8 +52,8 @@ def launch(jobs: list[Job], runs_dir: Path) -> None:
         for job in jobs:
             placing.say(job, placing.skip_reason(job))
         sbatch.check_nodes(placing.todo)
-        for group in _groups(placing.todo):
-            placing.submit(group)
+        for group in groups(placing.todo):
+            placing.submit(group, placing.earlier_array(group[0]))
         lost = placing.lost() if placing.new else {}
         placing.say_left()
     if lost:
@@ -143,6 +143,14 @@ class Placing:
             self._submitted(job, number, waited, excluded)
         return numbers[0].partition("_")[0]
 
+    def earlier_array(self, like: Job) -> str:
+        """The last live job of an earlier launch that counts for `parallel`; empty where there is none."""
+        if not like.resources.parallel:
+            return ""
+        alike = {key_of(job.directory): job for job in self.jobs if _kind(job) == _kind(like)}
+        live = [(self.live[key].job, alike[key]) for key in alike.keys() & self.live.keys() - self.new.keys()]
+        return str(max((int(n.partition("_")[0]) for n, job in live if "_" in n or not job.parents), default=""))
+
     def _manifest(self, group: list[Job]) -> Path:
         """The file that lists the runs of an array's tasks, by which they are recognised."""
         directories = [key_of(job.directory) for job in group]
@@ -201,13 +209,18 @@ class Placing:
             print(f"{number} {job.stage} {job.id} ({', '.join(job.cells)}): {state}", flush=True)
 
 
-def _groups(todo: list[Job]) -> Iterator[list[Job]]:
+def _kind(job: Job) -> tuple[Any, Any]:
+    """What the jobs of an array have in common."""
+    return job.resources, sbatch.layout(job)
+
+
+def groups(todo: list[Job]) -> Iterator[list[Job]]:
     """What is submitted together: arrays of equal jobs that wait for none, where their number at once is limited."""
     waiting = {job.directory for job in todo}
     free = [job for job in todo if job.resources.parallel and not waiting & set(job.parents)]
     alike: dict[Any, list[Job]] = {}
     for job in free:
-        alike.setdefault((job.resources, sbatch.layout(job)), []).append(job)
+        alike.setdefault(_kind(job), []).append(job)
     yield from alike.values()
     together = {job.directory for job in free}
     yield from ([job] for job in todo if job.directory not in together)

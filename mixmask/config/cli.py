@@ -47,7 +47,8 @@ def keys(config: type, where: str = "") -> Iterator[tuple[str, str, str]]:
             yield "<framework>.*", "the section named after the framework", ""
         else:
             default = "" if spec.default is dataclasses.MISSING else f" (default: {spec.default!r})"
-            yield name, in_words(hint, spec.metadata.get("low"), spec.metadata.get("high")), default
+            words = spec.metadata.get("words")
+            yield name, words or in_words(hint, spec.metadata.get("low"), spec.metadata.get("high")), default
 
 
 def in_words(hint: Any, low: float | None = None, high: float | None = None) -> str:

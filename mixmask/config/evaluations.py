@@ -29,7 +29,8 @@ class KNNEval:
     dataset: str
     seed: int = within(0)
     knn: KNN
-    checkpoint: str = ""  # the pre-training run's identity, filled in by eval/knn.py
+    size: int = within(0, default=0)  # of test views, pixels; 0: that of the pre-training, 224 for a public checkpoint
+    checkpoint: str = ""  # the identity of the weights, filled in by eval/knn.py
     allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
     folder: Folder = Folder()
     data: str = ""  # which images, where they are not a published set, verified; filled in (datasets/settle.py)

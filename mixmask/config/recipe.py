@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from mixmask.config.errors import ConfigError
 from mixmask.config.evaluations import GIVEN
 from mixmask.config.fields import build, convert, dotted, flatten, nearest, type_hints
-from mixmask.config.schema import Pretrain
+from mixmask.config.schema import OPTIONAL_SETTINGS, Pretrain
 from mixmask.config.values import read_yaml
 
 T = TypeVar("T")
@@ -30,9 +30,10 @@ def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any], cls
     """
     result = copy.deepcopy(values)
     known = set(flatten(result)) | _dotted_fields(cls)
+    known |= {key for key in OPTIONAL_SETTINGS if key.split(".")[0] in result}
     for key, value in overrides.items():
         if key not in known and key not in GIVEN:  # those are refused with their reason
-            raise ConfigError(f"unknown key '{key}'{nearest(key, known)}")
+            raise ConfigError(f"unknown key '{key}'{nearest(key, known) or '; --keys lists those that there are'}")
         *sections, last = key.split(".")
         target = result
         for section in sections:
@@ -80,8 +81,11 @@ def _take_settings(values: dict[str, Any], original: Mapping[str, Any]) -> dict[
         sections = [key for key, value in values.items() if isinstance(value, Mapping) and key not in fields]
         missing = f"framework: the recipe has no section '{name}:' with its settings"
         raise ConfigError(f"{missing}{nearest(name, sections)}")
-    section, given = values.pop(name), original.get(name, {})
-    values["settings"] = {k: _setting(v, given.get(k, v), f"{name}.{k}") for k, v in section.items()}
+    section = values.pop(name)
+    optional = {key.split(".")[1]: value for key, value in OPTIONAL_SETTINGS.items() if key.startswith(f"{name}.")}
+    given = {**optional, **original.get(name, {})}
+    settings = {k: _setting(v, given.get(k, v), f"{name}.{k}") for k, v in section.items()}
+    values["settings"] = {k: v for k, v in settings.items() if k not in optional or v != optional[k]}
     return values
 
 

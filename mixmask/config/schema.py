@@ -8,6 +8,8 @@ hash (`identity`), so that adding one does not rename the runs that exist.
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -22,20 +24,37 @@ Permutation = Literal["reverse", "random", "derangement"]  # derangement: a rand
 
 @dataclass(frozen=True)
 class Backbone:
-    """ResNet and its stem (Tables 8, 9; stems: docs/fidelity.md)."""
+    """ResNet and its stem (Tables 8, 9; stems: docs/fidelity.md), or a network of others (mixmask/networks.py)."""
 
-    arch: Literal["resnet18", "resnet50"]
+    arch: str = field(metadata={"words": "resnet18, resnet50, timm/NAME, torchvision/NAME, or MODULE:FUNCTION"})
     stem: Literal["cifar", "tiny", "imagenet"]
     width: int = within(1)  # channels of the first stage; 64 in the paper
     bn_groups: int = within(1)  # split BatchNorm: how many parts of the batch have their own statistics
     stem_init: Literal["default", "kaiming"] = "default"  # of a small stem: PyTorch's own, or as all other convolutions
+
+    def __post_init__(self) -> None:
+        if self.arch in ("resnet18", "resnet50"):
+            return
+        module = re.fullmatch(r"(?!\d)(\w+)(\.\w+)*:[^\W\d]\w*", self.arch)
+        if module is None and not re.fullmatch(r"(timm|torchvision)/[\w.]+", self.arch):
+            words = type(self).__dataclass_fields__["arch"].metadata["words"]
+            hint = f"; torchvision/{self.arch}, or timm/{self.arch}?" if re.fullmatch(r"\w+", self.arch) else ""
+            raise ConfigError(f"backbone.arch: expected {words}; found {self.arch!r}{hint}")
+        if module and module[1] in sys.stdlib_module_names:  # a checkpoint names it: nothing of it may run
+            raise ConfigError(f"backbone.arch: {self.arch} is Python's own, and makes no network")
+        if self.width != 64:
+            raise ConfigError(f"backbone.width: {self.arch} is as wide as it is; expected 64, found {self.width}")
+
+
+# Settings of frameworks that a recipe need not write, with their defaults, which the hash leaves out.
+OPTIONAL_SETTINGS = {"moco.own_view": True}
 
 
 @dataclass(frozen=True)
 class Mask:
     """Section 4.1 and Table 1: which cells of a grid show image i."""
 
-    type: Literal["block", "discrete"]
+    type: Literal["block", "discrete", "none"]  # none: nothing is mixed, x1 itself is scored a second time
     block_impl: Literal["repaired", "literal"]
     grid: int = within(2)  # cells along a side
     ratio: float | tuple[float, float] = within(0, 1, interval=True)  # lambda aimed at; [a, b]: U(a, b) per mask
@@ -188,14 +207,19 @@ class Execution:
     workers: int = within(0, default=8)  # processes that decode images (ImageNet)
     eval_batch: int = within(1, default=500)  # images at a time where features are taken: less memory with fewer
     log_every: int = within(1, default=10)  # iterations between log lines
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # shown there, too (mixmask/runs/trackers.py)
     checkpoint_every: int = within(1, default=1)  # epochs between checkpoints
     checkpoint_minutes: float = within(0, default=15.0)  # and within a long epoch: minutes between checkpoints
+    keep_every: int = within(0, default=0)  # epochs between checkpoints that stay, checkpoint.epochN.pt; 0: none
+    accumulate: int = within(1, default=1)  # pre-training: parts of a batch, one after the other, in memory for one
+    init: str = ""  # pre-training: the file whose backbone it begins with; its weights are in the run's identity
     channels_last: bool = True
     # torch.compile of augmentation, backbones and loss: a minute at the start, and a C++ compiler on a CPU.
     compile: Literal["auto", True, False] = "auto"  # auto: on GPUs where it was tested (training/optim.py)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data_root", os.path.expanduser(self.data_root))
+        for name in ("data_root", "init"):
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -227,4 +251,5 @@ class Pretrain:
     allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
     folder: Folder = Folder()
     data: str = ""  # which images, where they are not a published set, verified; filled in (datasets/settle.py)
+    init: str = ""  # a digest of the weights of run.init, filled in
     run: Execution = Execution()

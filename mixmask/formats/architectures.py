@@ -26,10 +26,15 @@ STEMS = {(3, 7, 7): "imagenet", (3, 3, 3): "cifar"}  # conv1: channels, height, 
 
 
 @functools.cache
-def shapes(backbone: Backbone) -> dict[str, torch.Size]:
-    """The names and shapes of all tensors, in torchvision's order."""
+def layout(backbone: Backbone) -> dict[str, Tensor]:
+    """All tensors, without memory, in the order of whoever built the network (of a ResNet: torchvision's)."""
     with torch.device("meta"):
-        return {k: v.shape for k, v in build_backbone(backbone).state_dict().items()}
+        return dict(build_backbone(backbone).state_dict())
+
+
+def shapes(backbone: Backbone) -> dict[str, torch.Size]:
+    """The names and shapes of all tensors."""
+    return {name: tensor.shape for name, tensor in layout(backbone).items()}
 
 
 def names_of(arch: str) -> Collection[str]:
@@ -76,11 +81,11 @@ def check_complete(
 
 def lacking(names: Collection[str], prefix: str) -> str:
     """What is missing of the nearest architecture, and what is too much."""
-    arch, found, count = nearest(names)
+    arch, shared, count = nearest(names)
     missing, extra = names_of(arch) - names, set(names) - set(names_of(arch))
     where = f" under '{prefix}'" if prefix else ""
     return (
-        f"holds no whole {arch}{where}: {found} of {count} keys"
+        f"holds no whole {arch}{where}: {shared} of {count} keys"
         + (f"; missing {some(missing)}" if missing else "")
         + (f"; unexpected {some(extra)}" if extra else "")
     )
@@ -118,9 +123,8 @@ def _cast(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]
 
 def check_shapes(weights: Mapping[str, Tensor], backbone: Backbone, path: Path) -> None:
     """Raises FormatError for the first tensor of another shape or type."""
-    for name, shape in shapes(backbone).items():
-        value, counter = weights[name], name.endswith(COUNTER)
-        dtype = torch.int64 if counter else torch.float32
+    for name, expected in layout(backbone).items():
+        value, counter, shape, dtype = weights[name], name.endswith(COUNTER), expected.shape, expected.dtype
         if value.shape != shape or value.dtype != dtype:
             castable = value.shape == shape and (counter or value.dtype in CASTABLE)
             raise FormatError(

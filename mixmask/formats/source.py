@@ -50,6 +50,8 @@ class Reading:
     take: str | None = None  # which of several backbones: what stands before its names; "." for nothing
     dtype: str | None = None  # "float32": cast what is of another precision
     allow_unit_statistics: bool = False  # accept BatchNorms whose statistics no training leaves
+    arch: str | None = None  # whose tensors they are, of a network that is no ResNet of ours: timm/NAME, ...
+    stem: str = "imagenet"  # of that network
 
 
 def reading_options() -> argparse.ArgumentParser:
@@ -63,12 +65,13 @@ def reading_options() -> argparse.ArgumentParser:
         action="store_true",
         help="accept running means of 0 and variances of 1, as in Caffe's form (BGR) or before training",
     )
+    parser.add_argument("--arch", metavar="NAME", help="whose tensors they are: timm/NAME, torchvision/NAME")
     return parser
 
 
 def reading(args: argparse.Namespace) -> dict[str, Any]:
     """The options as they were given, for `read`."""
-    return {spec.name: getattr(args, spec.name) for spec in fields(Reading)}
+    return {spec.name: getattr(args, spec.name) for spec in fields(Reading) if hasattr(args, spec.name)}
 
 
 def check_file(path: Path) -> None:

@@ -17,10 +17,21 @@ import torch
 from torch import Tensor
 
 from mixmask.backbones import ARCHITECTURES
-from mixmask.formats.architectures import PART, check_complete, complete, lacking, names_of, nearest
+from mixmask.config import Backbone
+from mixmask.formats.architectures import (
+    PART,
+    check_complete,
+    check_shapes,
+    complete,
+    lacking,
+    names_of,
+    nearest,
+    own,
+    shapes,
+)
 from mixmask.formats.detectron2_files import detectron2_name
 from mixmask.formats.layouts import LAYOUTS, Layout
-from mixmask.formats.source import IMAGENET, FormatError, Reading, Source
+from mixmask.formats.source import IMAGENET, FormatError, Reading, Source, some
 
 WRAPPERS = {  # words of a key that say how a network was run, not what it is
     *("module", "_module"),  # DataParallel, DistributedDataParallel, AveragedModel, DeepSpeed
@@ -96,6 +107,8 @@ def _unwrapped(key: str) -> str:
 def backbone_of(tensors: dict[str, Tensor], path: Path, options: Reading) -> Source:
     """The one backbone among `tensors`, or the one that `options.take` names. Raises FormatError."""
     tensors = unwrapped(tensors)
+    if options.arch is not None and options.arch not in ARCHITECTURES:
+        return of_network(tensors, path, options)
     before, layout = next(_listed(tensors), ("", None))
     if layout is not None and (options.take is None or _is(options.take, f"{before}{layout.prefix}")):
         names, dropped, _ = layout.sort(key.removeprefix(before) for key in tensors)
@@ -110,6 +123,23 @@ def backbone_of(tensors: dict[str, Tensor], path: Path, options: Reading) -> Sou
     weights = {name: tensors[key] for name, key in part.names.items()}
     weights, fields = check_complete(weights, path, options, part.prefix, part.pooled)
     return Source(weights=weights, mean=mean, std=std, identity="", sha256="", **known, **fields)
+
+
+def of_network(tensors: dict[str, Tensor], path: Path, options: Reading) -> Source:
+    """The network `options.arch`, all of it; beside it nothing but a head. Raises FormatError."""
+    backbone = Backbone(options.arch, options.stem, 64, 1)
+    expected = shapes(backbone)
+    strange = [key for key in tensors if key not in expected and not HEAD.fullmatch(key.split(".")[0])]
+    if missing := expected.keys() - tensors.keys():
+        strange = [key for key in tensors if key not in expected]
+    if missing or strange:
+        lacks = f"lacks {some(missing)}" if missing else "lacks nothing"
+        has = f" and has {some(strange)} besides" if strange else ""
+        raise FormatError(f"{path} is no {options.arch}: of its {len(expected)} tensors it {lacks}{has}")
+    weights = {name: own(tensors[name]) for name in expected}
+    check_shapes(weights, backbone, path)
+    dropped = _dropped(Part("", {name: name for name in expected}), tensors)
+    return Source("state dict", weights, backbone, dropped, *IMAGENET, identity="", sha256="")
 
 
 def _listed(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Layout]]:
@@ -137,16 +167,16 @@ def _common(keys: Iterable[str]) -> Iterator[str]:
 
 def parts(tensors: dict[str, Tensor]) -> list[Part]:
     """All complete backbones, and then what holds half of one or more."""
-    found: dict[str, Part] = {}
+    by_prefix: dict[str, Part] = {}
     for naming in NAMINGS:
         marked = ((key, mark) for key in tensors for mark in naming.marks if f".{key}".endswith(f".{mark}"))
         for prefix in dict.fromkeys(key.removesuffix(mark) for key, mark in marked):
             inside = ((naming.name(key.removeprefix(prefix)), key) for key in tensors if key.startswith(prefix))
             part = Part(prefix, {name: key for name, key in inside if name}, naming.pooled)
             _, shared, count = nearest(part.names.keys())
-            if shared >= NEAR * count and (prefix not in found or part.whole):
-                found[prefix] = part
-    return sorted(found.values(), key=lambda part: not part.whole)
+            if shared >= NEAR * count and (prefix not in by_prefix or part.whole):
+                by_prefix[prefix] = part
+    return sorted(by_prefix.values(), key=lambda part: not part.whole)
 
 
 def titles(tensors: dict[str, Tensor], take: str = "") -> list[str]:
@@ -154,10 +184,10 @@ def titles(tensors: dict[str, Tensor], take: str = "") -> list[str]:
     return [p.title for p in parts(unwrapped(tensors)) if p.whole and (not take or _is(take, p.prefix))]
 
 
-def _distinct(found: list[Part], tensors: dict[str, Tensor]) -> list[list[Part]]:
+def _distinct(backbones: list[Part], tensors: dict[str, Tensor]) -> list[list[Part]]:
     """Parts that hold the same values belong together: a network is often registered under two names."""
     groups: list[list[Part]] = []
-    for part in found:
+    for part in backbones:
         group = next((group for group in groups if _same(group[0], part, tensors)), None)
         if group is None:
             groups.append([part])
@@ -255,12 +285,12 @@ def _misfit(tensors: dict[str, Tensor]) -> str:
 
 def prefixes(keys: Iterable[str]) -> str:
     """What stands before the names of a ResNet's tensors, or else the first word of each key; with counts."""
-    found = Counter()
+    counts = Counter()
     for key in keys:
         inside = re.search(r"(^|\.)(conv1|bn1|layer[1-9])\.", key)
-        found[key[: inside.start() + len(inside[1])] if inside else key.split(".")[0]] += 1
-    parts = [f"'{prefix}' ({count} keys)" for prefix, count in found.most_common(6)]
-    return ", ".join(parts) + (", ..." if len(found) > 6 else "") if parts else "no keys at all"
+        counts[key[: inside.start() + len(inside[1])] if inside else key.split(".")[0]] += 1
+    parts = [f"'{prefix}' ({count} keys)" for prefix, count in counts.most_common(6)]
+    return ", ".join(parts) + (", ..." if len(counts) > 6 else "") if parts else "no keys at all"
 
 
 def _expected() -> str:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mixmask.backbones import Encoder, ResNet
+from mixmask.backbones import Encoder, feature_width
 from mixmask.config import within
 from mixmask.frameworks.base import Framework
 from mixmask.frameworks.heads import cosine, spread
@@ -45,10 +45,10 @@ class BarlowTwins(Framework):
 
     Settings = Settings
 
-    def __init__(self, backbone: ResNet, settings: Settings):
+    def __init__(self, backbone: nn.Module, settings: Settings):
         super().__init__()
         self.settings = settings
-        head = projector(backbone.features, settings.hidden, settings.hidden, settings.dim)
+        head = projector(feature_width(backbone), settings.hidden, settings.hidden, settings.dim)
         self.encoder = Encoder(backbone, head)
 
     def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Targets:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mixmask.backbones import Encoder, ResNet
+from mixmask.backbones import Encoder, feature_width
 from mixmask.config import within
 from mixmask.frameworks.base import Framework
 from mixmask.frameworks.heads import cosine, mlp, spread
@@ -46,10 +46,10 @@ class BYOL(Framework):
 
     Settings = Settings
 
-    def __init__(self, backbone: ResNet, settings: Settings):
+    def __init__(self, backbone: nn.Module, settings: Settings):
         super().__init__()
         self.settings = settings
-        self.encoder = Encoder(backbone, mlp(backbone.features, settings.hidden, settings.dim))
+        self.encoder = Encoder(backbone, mlp(feature_width(backbone), settings.hidden, settings.dim))
         self.predictor = mlp(settings.dim, settings.hidden, settings.dim)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
 

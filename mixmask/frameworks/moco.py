@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmask.backbones import Encoder, ResNet
+from mixmask.backbones import Encoder, feature_width
 from mixmask.config import ConfigError, within
 from mixmask.frameworks.base import Framework
 from mixmask.frameworks.heads import unit
@@ -32,6 +32,7 @@ class Settings:
     mlp: bool = False
     symmetric: bool = False
     shuffle_bn: bool = True
+    own_view: bool = True  # symmetric: a mixture is scored against the key of x1 too, as in Un-Mix's CIFAR code
 
 
 @dataclass
@@ -52,10 +53,10 @@ class MoCo(Framework):
     Settings = Settings
     compiled = ("with_negatives", "infonce")
 
-    def __init__(self, backbone: ResNet, settings: Settings):
+    def __init__(self, backbone: nn.Module, settings: Settings):
         super().__init__()
         self.settings = settings
-        self.encoder = Encoder(backbone, _head(backbone.features, settings))
+        self.encoder = Encoder(backbone, _head(feature_width(backbone), settings))
         self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(settings.queue, settings.dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
@@ -93,9 +94,19 @@ class MoCo(Framework):
         loss = self.infonce(embedding, targets.k2)
         if clean:
             targets.positive_similarity = (embedding[0] * targets.k2).sum(dim=1).mean().detach()
-        if self.settings.symmetric:
+        if self.settings.symmetric and (clean or self.settings.own_view):
             loss = loss + self.infonce(targets.q2 if clean else embedding, targets.k1)
         return loss
+
+    def part(self, targets: Targets, rows: slice | Tensor) -> Targets:
+        """Of some rows: the queue, which all share, is not among the targets."""
+        k1 = None if targets.k1 is None else targets.k1[rows]
+        return Targets(targets.x1[rows], targets.x2[rows], targets.k2[rows], k1)
+
+    def joined(self, targets: Targets, parts: Sequence[Targets]) -> None:
+        """The mean similarity."""
+        found = [part.positive_similarity for part in parts if part.positive_similarity is not None]
+        targets.positive_similarity = torch.stack(found).mean() if found else None
 
     def infonce(self, embedding: tuple[Tensor, Tensor], keys: Tensor) -> Tensor:
         """-log of exp(q.k / T) over itself plus the sum over the queue of exp(q.u / T) (Eq. 5). (N,)"""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmask.backbones import Encoder, ResNet, views
+from mixmask.backbones import Encoder, feature_width, views
 from mixmask.config import within
 from mixmask.frameworks.base import Framework
 from mixmask.frameworks.heads import cosine, mlp, spread, unit
@@ -43,10 +43,10 @@ class SimCLR(Framework):
 
     Settings = Settings
 
-    def __init__(self, backbone: ResNet, settings: Settings):
+    def __init__(self, backbone: nn.Module, settings: Settings):
         super().__init__()
         self.settings = settings
-        head = mlp(backbone.features, settings.hidden, settings.dim)
+        head = mlp(feature_width(backbone), settings.hidden, settings.dim)
         self.encoder = Encoder(backbone, nn.Sequential(*head, nn.BatchNorm1d(settings.dim)))
 
     def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Targets:

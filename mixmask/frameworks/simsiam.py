@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mixmask.backbones import Encoder, ResNet
+from mixmask.backbones import Encoder, feature_width
 from mixmask.config import within
 from mixmask.frameworks.base import Framework
 from mixmask.frameworks.heads import cosine, mlp, spread
@@ -44,10 +44,10 @@ class SimSiam(Framework):
 
     Settings = Settings
 
-    def __init__(self, backbone: ResNet, settings: Settings):
+    def __init__(self, backbone: nn.Module, settings: Settings):
         super().__init__()
         self.settings = settings
-        projector = mlp(backbone.features, settings.hidden, settings.dim)
+        projector = mlp(feature_width(backbone), settings.hidden, settings.dim)
         self.encoder = Encoder(backbone, nn.Sequential(*projector, nn.BatchNorm1d(settings.dim)))
         self.predictor = mlp(settings.dim, settings.predictor_hidden, settings.dim)
 

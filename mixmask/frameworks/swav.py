@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmask.backbones import Encoder, ResNet
+from mixmask.backbones import Encoder, feature_width
 from mixmask.config import Augment, ConfigError, within
 from mixmask.frameworks.base import Framework
 from mixmask.frameworks.heads import cosine, spread, unit
@@ -58,10 +58,10 @@ class SwAV(Framework):
 
     Settings = Settings
 
-    def __init__(self, backbone: ResNet, settings: Settings):
+    def __init__(self, backbone: nn.Module, settings: Settings):
         super().__init__()
         self.settings = settings
-        self.encoder = Encoder(backbone, projector(backbone.features, settings.hidden, settings.dim, bias=True))
+        self.encoder = Encoder(backbone, projector(feature_width(backbone), settings.hidden, settings.dim, bias=True))
         self.prototypes = nn.Linear(settings.dim, settings.prototypes, bias=False)
         self.register_buffer("queue", torch.zeros(2, settings.queue, settings.dim))
         self.step = 0  # the iteration under way

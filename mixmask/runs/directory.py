@@ -33,6 +33,7 @@ from mixmask.config import ConfigError, UserError
 from mixmask.runs.files import discard, write_atomically
 from mixmask.runs.provenance import CODE, CONTINUATION, ORDER, environment, short
 from mixmask.runs.records import read_environments, read_log, read_result
+from mixmask.runs.trackers import Trackers, check_trackers
 
 try:
     import fcntl
@@ -97,13 +98,17 @@ def is_busy(directory: str | Path) -> bool:
 class Run:
     """An open run directory, held by one process at a time. Use as a context manager."""
 
+    _trackers: Trackers | None = None  # from `rewind` on
+
     def __init__(self, directory: str | Path, config: Any):
         """Create or re-open; nothing but a lock is written before `describe`.
 
-        Raises UserError where the directory cannot be written, holds another config, or another process works in it.
+        Raises UserError where the directory cannot be written, holds another config, or another process works in it,
+        and ConfigError for a tracker that is not installed.
         """
         self.directory = Path(directory)
         self.config = config
+        check_trackers(config.run.trackers)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.directory / "lock", "a+")  # noqa: SIM115 - held until close()
@@ -137,15 +142,16 @@ class Run:
         if not path.exists():
             return
         try:
-            found = _deciding(configs.load(path, cls=type(self.config)))
+            recorded = _deciding(configs.load(path, cls=type(self.config)))
         except ConfigError as error:
             raise UserError(f"{path} is not a config of this stage: {error}") from None
         wanted = _deciding(self.config)
-        differing = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+        differing = sorted(k for k in recorded.keys() | wanted.keys() if recorded.get(k) != wanted.get(k))
         if differing:
             key = differing[0]
             raise UserError(
-                f"{self.directory} holds a run of another config ({key}: {found.get(key)} there, {wanted.get(key)} now"
+                f"{self.directory} holds a run of another config ({key}: "
+                f"{recorded.get(key)} there, {wanted.get(key)} now"
                 + (f"; {len(differing) - 1} more keys differ" if differing[1:] else "")
                 + "); give another --run-dir"
             )
@@ -208,14 +214,17 @@ class Run:
         return {"run": self.id, "stage": self.config.stage, "config": configs.to_dict(self.config)}
 
     def rewind(self, step: int, epoch: int | None = None) -> None:
-        """Drop log lines of `step` and after, and those of whole epochs after `epoch`: they will be made again."""
+        """Drop log lines of `step` and after, and those of whole epochs after `epoch`: they will be made again.
+
+        The trackers begin here: they are told what is dropped.
+        """
         ended = math.inf if epoch is None else epoch
-        kept = [
-            line
-            for line in read_log(self.directory)
-            if line["step"] < step and not (line.get("kind") == "epoch" and line["epoch"] > ended)
-        ]
+        kept, dropped = [], []
+        for line in read_log(self.directory):
+            again = line["step"] >= step or (line.get("kind") == "epoch" and line["epoch"] > ended)
+            (dropped if again else kept).append(line)
         write_atomically(self.directory / "log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        self._trackers = Trackers(self, step + 1, kept, dropped)
 
     def log(self, kind: str, step: int, **values: Any) -> None:
         """Append one JSON line; everything measured in seconds belongs under `timing`.
@@ -229,6 +238,8 @@ class Run:
             self._log.flush()
         except OSError as error:
             raise UserError(f"cannot write {self.directory / 'log.jsonl'}: {error.strerror}") from None
+        if self._trackers is not None:
+            self._trackers.log({"kind": kind, "step": step, **values})
 
     def sync(self) -> None:
         """Force the log to disk: called before a checkpoint, so that the log never ends before its checkpoint.
@@ -250,6 +261,8 @@ class Run:
 
     def close(self) -> None:
         """Give the lock back; a directory with nothing but a lock in it is removed."""
+        if self._trackers is not None:
+            self._trackers.close()
         with contextlib.suppress(OSError):  # a disk that was full already is still full
             if self._log is not None:
                 self._log.close()

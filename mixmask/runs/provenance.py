@@ -18,7 +18,7 @@ SNAPSHOT = "COMMIT.json"  # at the root of a copy of the code
 CODE = ("commit", "modified", "changes", "snapshot")  # keys of an environment that say which code it was
 ORDER = ("threads", "processes")  # ... and in which order sums are made
 CONTINUATION = ("step", "time", "changed")  # what a line of environments.jsonl has besides an environment
-PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-image", "pandas", "submitit")
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "timm", "scikit-image", "pandas", "submitit")
 
 
 def environment() -> dict[str, Any]:

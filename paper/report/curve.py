@@ -11,16 +11,17 @@ from paper.report.render import render
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 300, 110, 44, 16, 16  # of the picture and of what surrounds its curve
 POINTS = 150  # more are thinned out: no eye tells the difference at this size
-DRAWN = ("loss", "knn_", "test_", "box_AP", "mask_AP")  # how the names of what is drawn begin
+# How the names of what is drawn begin.
+DRAWN = ("loss", "knn_", "test_", "box_AP", "mask_AP", "feature_std", "effective_rank", "alignment", "uniformity")
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
-    """One SVG for the loss, one for each accuracy that has been logged more than once."""
+    """One SVG for the loss, one for each accuracy and measure of the features that has been logged more than once."""
     return [draw(name, sorted(points.items())) for name, points in quantities(lines).items() if len(points) > 1]
 
 
 def quantities(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """Loss and accuracies, each by epoch; by iteration in a log that knows no epochs (detection)."""
+    """Loss, accuracies, measures of the features, by epoch; by iteration where a log knows no epochs (detection)."""
     by_name: dict[str, dict[int, float]] = {}
     by = unit(lines)
     for line in (line for line in lines if by == "iteration" or line["kind"] == "epoch"):

@@ -1,5 +1,7 @@
 """slurm/cluster.py and sbatch.py: what a job asks for, from cluster.yaml, profiles and --set, stage by stage."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from mixmask.config import ConfigError, UserError
 from paper.cells import select
 from paper.presets import budget
-from slurm import graph, sbatch, shell
+from slurm import graph, launch, sbatch, shell
 from slurm.cluster import OWN, cluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,3 +180,38 @@ def test_a_job_that_no_node_holds_is_refused_with_what_the_largest_has(tmp_path,
         UserError, match=r"1 GPUs, 100 CPUs, 64 GB of a node, .* partition big .* 4 GPUs, 64 CPUs, 250 GB"
     ):
         launch("cluster.partition=big", "cluster.cpus=100")
+
+
+def test_both_images_install_the_lock_and_nothing_else_of_python_s():
+    docker, apptainer = ((ROOT / "containers" / name).read_text() for name in ("Dockerfile", "mixmask.def"))
+    base = re.search(r"^FROM (\S+)$", docker, re.M)[1]
+    assert f"Bootstrap: docker\nFrom: {base}\n" in apptainer
+    assert re.findall(r"^%(\w+)$", apptainer, re.M) == ["files", "post", "environment", "runscript"]
+    installed = [re.findall(r"^\s*(?:RUN )?(python -m pip .*)$", text, re.M) for text in (docker, apptainer)]
+    assert installed[0] == installed[1] and len(installed[0]) == 1
+    assert installed[0][0].endswith("--require-hashes --no-deps -r /opt/requirements.lock")
+    copies = [
+        re.search(r"^(?:COPY|\s+)\s*(requirements\.lock /opt/requirements\.lock)$", t, re.M)
+        for t in (docker, apptainer)
+    ]
+    assert all(copies)
+    lock = (ROOT / "requirements.lock").read_text()
+    blocks = re.split(r"\n(?=\S)", lock.strip())
+    assert all("--hash=sha256:" in block for block in blocks if not block.startswith("#")) and "git+" not in lock
+
+
+def test_each_row_of_the_page_s_table_reaches_the_batch_script(tmp_path, capsys):
+    """docs/slurm.md, "your cluster asks for": what stands in each row's second column, typed."""
+
+    def shown(*words):
+        launch.main(["table4", "--dry-run", "--executor", "slurm", "--runs-dir", str(tmp_path), *words])
+        return capsys.readouterr().out
+
+    rows = (ROOT / "docs" / "slurm.md").read_text().split("| your cluster asks for | `--set` |")[1].split("\n\n")[0]
+    typed = [code for row in rows.splitlines()[2:] for code in re.findall(r"`([^`]+)`", row.split("|")[2])]
+    typed = [shlex.split(code) for code in typed if code.startswith(("cluster.", "linear.", "--cluster "))]
+    assert len(typed) > 20
+    plain = shown()
+    for words in typed:
+        assert shown(*(words if words[0] == "--cluster" else ["--set", *words])) != plain, words
+    assert "one array: #SBATCH --array=0-5%8, of imagenet_moco-" in shown("--set", "cluster.parallel=8")

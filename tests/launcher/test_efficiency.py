@@ -66,3 +66,12 @@ def test_without_accounting_it_says_so(jobs, tmp_path, cli):
     assert status == 1 and errors == (
         "error: --efficiency asks SLURM's accounting: sacct failed: Slurm accounting storage is disabled\n"
     )
+
+
+def test_an_accounting_that_does_not_answer_is_not_taken_for_the_controller(jobs, tmp_path, cli, monkeypatch):
+    (tmp_path / "runs" / "slurm").mkdir(parents=True)
+    squeue.record(tmp_path / "runs", directory=str(jobs[0].directory.resolve()), job="7")
+    (tmp_path / "sacct").write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(squeue, "ACCOUNTING", 0.2)
+    _, _, errors = cli(launch.main, "status", "--efficiency", "table4", "--runs-dir", tmp_path / "runs")
+    assert errors == "error: --efficiency asks SLURM's accounting: sacct has waited for 0.2 s\n"

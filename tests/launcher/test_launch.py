@@ -14,9 +14,10 @@ import pytest
 
 from mixmask import config as configs
 from mixmask.config import Backbone, ConfigError, UserError
+from paper import cost
 from paper.cells import select
 from paper.presets import budget, steps
-from slurm import cost, graph, launch, local, shell, squeue
+from slurm import graph, launch, local, shell, squeue
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -185,8 +185,8 @@ def test_a_runs_directory_that_cannot_be_written_or_locked_is_one_line(tmp_path,
 
 def test_equal_jobs_that_wait_for_none_are_an_array_where_their_number_is_limited(tmp_path):
     jobs = table4(tmp_path, "cluster.parallel=3")[:4]
-    assert list(submit._groups(jobs)) == [[jobs[0], jobs[2]], [jobs[1]], [jobs[3]]]
-    assert all(len(group) == 1 for group in submit._groups(table4(tmp_path)))
+    assert list(submit.groups(jobs)) == [[jobs[0], jobs[2]], [jobs[1]], [jobs[3]]]
+    assert all(len(group) == 1 for group in submit.groups(table4(tmp_path)))
     asked = sbatch.array_options([jobs[0], jobs[2]], tmp_path, tmp_path / "a.json")
     assert asked["comment"].endswith("a.json") and "dependency" not in asked
     assert sbatch.array_options(jobs[:1], tmp_path, tmp_path, before="7")["dependency"] == "afterany:7"

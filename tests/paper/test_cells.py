@@ -77,11 +77,15 @@ def test_figures_5_6_and_7_are_30_2_and_8_curves_or_points_without_a_printed_num
     assert all(cell.published is None for cells in figures.values() for cell in cells)
 
 
-def test_the_papers_cells_need_92_distinct_pretrainings_and_all_cells_144():
-    assert len(pretrainings()) == 144
-    trained_here = {"imagenet_swav", "imagenet_barlow_twins"}  # rows of ours in Tables 6 and 7
-    of_the_paper = set().union(*(pretrainings(name) for name in tables() if re.match(r"table[1-7]$|figure", name)))
-    assert len([run for run in of_the_paper if run.partition("-")[0] not in trained_here]) == 92
+def test_the_papers_cells_need_92_distinct_pretrainings_and_ours_another_52():
+    assert len(pretrainings()) == 92
+    at_scale = [name for name, table in tables().items() if not table.scale]
+    assert len(set().union(*map(pretrainings, at_scale))) == 92 + 52
+    extra = {cell.id for cell in select(at_scale) if cell.extra}
+    assert extra == {
+        cell.id for cell in select(["table11", "table[67]/*swav/vanilla*", "table[67]/*barlow_twins/vanilla*"])
+    }
+    assert not extra & {cell.id for cell in select(["all"])}
     each = {f"table{n}": len(pretrainings(f"table{n}")) for n in range(1, 8)}
     assert each == {"table1": 28, "table2": 12, "table3": 3, "table4": 6, "table5": 28, "table6": 5, "table7": 5}
     assert len(pretrainings("table11")) == 70
@@ -91,21 +95,27 @@ def test_the_papers_cells_need_92_distinct_pretrainings_and_all_cells_144():
 def test_seeds_are_three_on_cifar100_and_tiny_imagenet_and_one_on_imagenet():
     datasets = {job.id.rpartition("-s")[0]: job.config.dataset for job in jobs() if job.stage == "pretrain"}
     imagenet = sum(dataset == "imagenet" for dataset in datasets.values())
-    assert imagenet == 22 and sum(job.stage == "pretrain" for job in jobs()) == 3 * (144 - imagenet) + imagenet
+    assert imagenet == 20 and sum(job.stage == "pretrain" for job in jobs()) == 3 * (92 - imagenet) + imagenet
 
 
 def test_reduced_cells_are_named_to_be_launched_and_are_no_part_of_the_papers_counts():
     own = [table for table in tables().values() if table.scale]
-    assert {table.name for table in own} == {"reduced", "reduced_frameworks", "reduced_long", "reduced_masks"}
+    assert {table.name for table in own} == {
+        "reduced",
+        "reduced_bf16",
+        "reduced_frameworks",
+        "reduced_long",
+        "reduced_masks",
+    }
     assert all(table.about for table in own)
     cells = select(["reduced*"])
-    assert len(cells) == 77 and {cell.scale for cell in cells} == {"reduced"}
+    assert len(cells) == 89 and {cell.scale for cell in cells} == {"reduced"}
     assert all(cell.published is None and not cell.source for cell in cells)
     assert not {cell.id for cell in cells} & {cell.id for cell in select([])}
     assert len(pretrainings("reduced")) == 5 and len(pretrainings("reduced_masks")) == 5
-    assert len(pretrainings("reduced_long")) == 6
+    assert len(pretrainings("reduced_long")) == 8 and len(pretrainings("reduced_bf16")) == 4
     runs = [job for job in jobs("reduced*") if job.stage == "pretrain"]
-    assert len(runs) == 13 + 2 + 20 + 18 + 18 and {job.config.dataset for job in runs} == {
+    assert len(runs) == 13 + 2 + 20 + 24 + 18 + 6 and {job.config.dataset for job in runs} == {
         "cifar100_reduced",
         "cifar100",
     }
@@ -114,7 +124,7 @@ def test_reduced_cells_are_named_to_be_launched_and_are_no_part_of_the_papers_co
     assert found == {(framework, method) for framework in frameworks for method in methods}
     assert frameworks >= {"moco", "simclr", "byol", "simsiam"} and len(methods) >= 6  # all of the paper's
     linear = [job for job in jobs("reduced*") if job.stage == "linear"]
-    assert len(linear) == 13 + 18 and {job.config.dataset for job in linear} == {"cifar100_reduced"}
+    assert len(linear) == 13 + 24 + 6 and {job.config.dataset for job in linear} == {"cifar100_reduced"}
     for table in own:
         for config in (job.config for job in jobs(table.name) if job.stage == "pretrain"):
             assert {str(config.backbone.width), str(config.epochs)} <= set(re.findall(r"\d+", table.about))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mixmask.config import flatten, read_yaml, to_dict
+from mixmask.config import ConfigError, flatten, read_yaml, to_dict
 from paper.cells import ROOT, Cell, select
 from paper.presets import STAGES, Budget, Epochs, Preset, budget, chains, presets, steps
 
@@ -80,6 +80,12 @@ def test_seeds_are_the_cell_s_within_the_preset_s_unless_the_user_chooses():
         given = Budget(dataclasses.replace(presets()["paper"], seeds=most), {"pretrain": user})
         assert given.seeds(found) == expected
         assert [chain[0].config.seed for chain in chains(found, given)] == expected
+
+
+@pytest.mark.parametrize("value", ["010", "yes", "null", "", "true", "1.5", "[0, 010]", "[[0]]", "{a: 1}"])
+def test_a_seed_that_is_no_decimal_number_is_refused_in_one_line(value):
+    with pytest.raises(ConfigError, match="--set seed: expected a whole number, or a list of them, found"):
+        budget("paper", [f"seed={value}"]).seeds(select(["table4"])[0])
 
 
 # ----------------------------------------------------------------------------------------------------------- labels

@@ -97,6 +97,19 @@ def test_the_card_has_recipe_seed_commit_terms_and_each_number_with_its_protocol
     assert configs.resolve(recipe, {}, configs.Pretrain) == tiny("seed=3", "method=both")
 
 
+def test_no_place_of_the_machine_goes_out(tiny, cli, tmp_path):
+    run = tmp_path / "runs/pretrain/a"
+    finished(run, tiny(f"run.data_root={tmp_path}/data"))
+    words = (
+        f"python pretrain/train.py --config a.yaml --set epochs=2 --run-dir '{run}' --set run.data_root={tmp_path}/data"
+    )
+    (run / "command.txt").write_text(words + "\n")
+    assert cli(publish.main, run, tmp_path / "out")[0] == 0
+    texts = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert [name for name, text in texts.items() if str(tmp_path).encode() in text] == []
+    assert b"\npython pretrain/train.py --config a.yaml --set epochs=2\n" in texts["README.md"]
+
+
 def test_what_went_out_is_read_again_as_that_runs_weights(full, cli, tmp_path):
     encoder, backbone = finished(tmp_path / "runs/pretrain/a", full)
     assert cli(publish.main, tmp_path / "runs/pretrain/a", tmp_path / "out")[0] == 0

@@ -182,6 +182,20 @@ def test_an_unfinished_run_is_named_with_its_last_epoch(tmp_path, quick):
     assert f"{name}: epoch 2" in made(tmp_path).part("runs")
 
 
+def test_the_features_of_each_pretraining_stand_in_columns_and_old_logs_have_none(tmp_path, quick):
+    measured = {"knn_k5": 61.25, "feature_std": 0.0702, "effective_rank": 41.5, "alignment": 0.3, "uniformity": -2.5}
+    (tmp_path / "pretrain" / "old").mkdir(parents=True)
+    describe(tmp_path, "old")
+    assert "features" not in made(tmp_path).ids
+    for name, lines in ("new", [EPOCHS[0] | measured, EPOCHS[1]]), ("newer", [EPOCHS[0], EPOCHS[1] | measured]):
+        (tmp_path / "pretrain" / name).mkdir()
+        describe(tmp_path, name, lines)
+    cells = re.findall(r"<t[dh]\b[^>]*>([^<]*)", made(tmp_path).part("features"))
+    heads = ["run", "epoch", "k-NN", "feature_std", "effective_rank", "alignment", "uniformity"]
+    values = ["61.2", "0.0702", "41.5", "0.3", "-2.5"]
+    assert cells == [*heads, "new", "1", *values, "newer", "2", *values]
+
+
 def test_the_search_finds_a_number_by_table_data_set_framework_method_metric_and_state(tmp_path, quick):
     finish(tmp_path, MIXMASK, 57.3, "smoke")
     (number,) = re.findall(rf'data-text="([^"]*)"><a href="#{MIXMASK}"', made(tmp_path).text)

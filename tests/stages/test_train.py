@@ -126,14 +126,16 @@ def test_log_lines_hold_what_is_promised(tiny, undisturbed):
     assert [line["step"] for line in steps] == [0, 2, 4, 6, 8, 10]
     timing = {"seconds", "images_per_second", "tflops_per_second", "data_wait"}
     for line in steps:
-        assert line.keys() == {"kind", "step", "epoch", "lr", "lambda_mixmask", "timing", *parts}
+        assert line.keys() == {"kind", "step", "epoch", "lr", "lambda_mixmask", "gradient_norm", "timing", *parts}
+        assert line["gradient_norm"] > 0
         assert line["timing"].keys() == timing and 0 <= line["timing"]["data_wait"] <= 1
         terms = line["loss_clean"] + line["loss_mixmask"] + line["loss_mixmask_switch"]
         assert line["loss"] == pytest.approx(terms, rel=1e-6)
     before, *epochs = [line for line in lines if line["kind"] == "epoch"]
-    assert before.keys() == {"kind", "step", "epoch", "knn_k5_t0.1_out8"} and before["epoch"] == 0
+    measured = {"knn_k5_t0.1_out8", "feature_std", "effective_rank", "alignment", "uniformity"}
+    assert before.keys() == {"kind", "step", "epoch", *measured} and before["epoch"] == 0
     for number, line in enumerate(epochs, 1):
-        assert line.keys() == {"kind", "step", "epoch", "lr", "timing", "knn_k5_t0.1_out8", *parts}
+        assert line.keys() == {"kind", "step", "epoch", "lr", "timing", *measured, *parts}
         assert (line["epoch"], line["step"]) == (number, 6 * number - 1) and line["timing"].keys() == timing
 
 

@@ -357,7 +357,7 @@ def test_chunks_change_no_bit(recipe: str, monkeypatch: pytest.MonkeyPatch) -> N
     augment, images = RECIPES[recipe], photographs(32, 32, 50)
     parameters = aug.sample(augment, 50, 32, 32, generator(10), "cpu")
     whole = aug.apply(augment, images, parameters)
-    monkeypatch.setattr(aug, "CPU_PIXELS", 7 * 32 * 32)
+    monkeypatch.setattr(aug.pipeline, "CPU_PIXELS", 7 * 32 * 32)
     assert torch.equal(aug.apply(augment, images, parameters), whole)
 
 
@@ -369,7 +369,7 @@ images = torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8, generator=torch.
 parameters = aug.sample(augment, 50, 32, 32, torch.Generator().manual_seed(1), "cpu")
 torch.set_num_threads(1)
 alone = aug.apply(augment, images, parameters)
-aug.CPU_PIXELS = 7 * 32 * 32
+aug.pipeline.CPU_PIXELS = 7 * 32 * 32
 torch.set_num_threads(3)
 print(torch.equal(aug.apply(augment, images, parameters), alone), torch.get_num_threads())
 """
@@ -415,7 +415,7 @@ def test_number_of_draws_does_not_depend_on_the_images() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_view_does_not_depend_on_the_rest_of_the_batch(recipe: str) -> None:
-    chunk = aug.CPU_PIXELS // 32**2
+    chunk = aug.pipeline.CPU_PIXELS // 32**2
     images = photographs(32, 32, chunk + 12)
     parameters = aug.sample(RECIPES[recipe], len(images), 32, 32, generator(), "cpu")
     together = aug.apply(RECIPES[recipe], images, parameters)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from mixmask import config as configs
+from mixmask import registry
 from mixmask.config import ConfigError, Detection, Linear, Pretrain
 from mixmask.frameworks import build_framework
 
@@ -298,3 +299,18 @@ def test_help_of_a_stage_lists_the_keys_of_its_recipe():
     assert {key for key in recipe if not key.startswith("moco.")} <= lines.keys()
     assert lines["mask.ratio"] == "a number from 0 to 1 or 2 values, each: a number from 0 to 1"
     assert lines["optimizer.lr"] == "a number, at least 0" and lines["run.eval_batch"].endswith("(default: 500)")
+
+
+def test_an_optional_setting_of_a_framework_is_hashed_only_away_from_its_default():
+    plain, default, other = (
+        configs.load(CIFAR, each) for each in ({}, {"moco.own_view": True}, {"moco.own_view": False})
+    )
+    assert configs.hash8(plain) == configs.hash8(default) != configs.hash8(other)
+    assert plain == default and other.settings["own_view"] is False
+    for key, value in configs.schema.OPTIONAL_SETTINGS.items():
+        framework, name = key.split(".")
+        assert getattr(registry.load(registry.FRAMEWORKS[framework].code).Settings, name) == value
+    with pytest.raises(ConfigError, match=r"unknown key 'moco.own_view'"):
+        configs.load(CIFAR.with_name("cifar100_simclr.yaml"), {"moco.own_view": False})
+    with pytest.raises(ConfigError, match=r"moco.own_view: expected true or false"):
+        configs.load(CIFAR, {"moco.own_view": 3})

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from mixmask.batchnorm import SplitBatchNorm2d
-from mixmask.config import ConfigError
+from mixmask.config import ConfigError, Mask
 from mixmask.frameworks import build_framework
 from mixmask.frameworks.moco import MoCo, Settings
-from mixmask.methods import METHODS, vanilla
+from mixmask.methods import METHODS, mixmask, vanilla
 from mixmask.objective import objective
 from mixmask.randomness import numpy_generator
 from tests import reference
@@ -202,6 +202,22 @@ def test_logits_far_apart_do_not_overflow():
     q = F.normalize(torch.randn(3, 4, dtype=torch.float64), dim=1)
     loss = moco.infonce((q, torch.logsumexp(q @ moco.queue.T / 1e-4, dim=1)), -q)
     assert torch.isfinite(loss).all() and (loss > 1e3).all()
+
+
+@pytest.mark.parametrize("own_view", [False, True])
+def test_a_mask_of_nothing_scores_x1_again_against_the_key_of_x2_and_of_its_own_view(own_view: bool):
+    moco = build(symmetric=True, own_view=own_view)
+    x1, x2 = views(6, 0)
+    mask = Mask(type="none", block_impl="repaired", grid=2, ratio=0.5)
+    anchors = vanilla(x1) + mixmask(x1, mask, [numpy_generator("mix", 0)])
+    _, parts, targets = objective(moco, x1, x2, anchors)
+    q1 = moco.embed([x1], targets)[0][0]
+    expected = 0.0
+    for keys in [targets.k2, targets.k1] if own_view else [targets.k2]:
+        logits = torch.cat(((q1 * keys).sum(1, keepdim=True), q1 @ moco.queue.T), dim=1) / 0.1
+        expected += F.cross_entropy(logits, torch.zeros(6, dtype=torch.long))
+    torch.testing.assert_close(parts["mixmask"], expected.detach())
+    assert parts["mixmask_switch"] == 0
 
 
 # ------------------------------------------------------------------------------------------------ several steps

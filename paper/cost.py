@@ -19,10 +19,10 @@ DETECTION = 0.57 * 8 / 16 / 2 / 3600  # hours an image of a training iteration, 
 CONVERSION = 0.01  # hours, anywhere
 
 ASSUMPTION = (
-    "estimate: counted FLOPs on one A100 at an assumed 49 (ResNet-50) or 77 (ResNet-18) TFLOP/s in bf16, "
+    "estimate: counted FLOPs on one A100 at an assumed 49 (ResNet-50, others) or 77 (ResNet-18) TFLOP/s in bf16, "
     "half of it in fp32; data loading not counted"
 )
-TERAFLOPS = {"resnet50": 49.0, "resnet18": 77.0}
+TERAFLOPS = {"resnet50": 49.0, "resnet18": 77.0}  # any other network: as ResNet-50
 CPU_TERAFLOPS = 0.05
 
 RESNET50 = Backbone("resnet50", "imagenet", 64, 1)  # public checkpoints
@@ -30,7 +30,10 @@ RESNET50 = Backbone("resnet50", "imagenet", 64, 1)  # public checkpoints
 
 @functools.cache
 def forward_gflop(backbone: Backbone, size: int) -> float:
-    """GFLOP of one forward pass of one image of `size` x `size` pixels (convolutions only)."""
+    """GFLOP of one forward pass of one image of `size` x `size` pixels (convolutions only; of a network of others as
+    PyTorch counts it, on which ConfigError is raised where there is none)."""
+    if backbone.arch not in registry.ARCHITECTURES:
+        return registry.of_network("forward_gflop", backbone, size)
     arch, width = registry.ARCHITECTURES[backbone.arch], backbone.width
     bottleneck = arch.bottleneck
     side = size // 2 if backbone.stem == "imagenet" else size
@@ -102,7 +105,7 @@ def hours(config: Config, origin: Config, gpus: int) -> float:
         return detection_hours(config)
     backbone = origin.backbone if isinstance(origin, Pretrain) else RESNET50
     half = isinstance(origin, Pretrain) and origin.precision == "bf16"
-    rate = TERAFLOPS[backbone.arch] / (1 if half else 2)
+    rate = TERAFLOPS.get(backbone.arch, 49.0) / (1 if half else 2)
     return _pflop(config, backbone) * 1e3 / (rate if gpus else CPU_TERAFLOPS) / 3600
 
 
