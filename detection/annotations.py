@@ -177,6 +177,12 @@ def check_coco(folder: Path, split: str, testing: bool, polygons: bool = True) -
     return Annotations(list(pictures.values()), counted, categories, len(ids))
 
 
+def coco_files(folder: Path, split: str) -> list[Path]:
+    """The image files that the annotations of a split name. Raises DataError."""
+    path = folder / "annotations" / f"instances_{split}.json"
+    return [picture.file for picture in _coco_pictures(_json(path)["images"], folder / split, path).values()]
+
+
 def _json(path: Path) -> dict[str, list[dict]]:
     """The file's three lists of objects."""
     try:
@@ -281,11 +287,11 @@ def _mask(thing: Mapping[str, Any], picture: Picture, testing: bool, polygons: b
 
 def _numbers(values: Mapping[str, Any], key: str, count: int | None = None) -> list[float]:
     """A list of finite numbers, `count` of them."""
-    found = values.get(key)
-    fits = isinstance(found, list) and set(map(type, found)) <= {int, float} and count in (None, len(found))
-    if not fits or not abs(sum(found)) < 1e300:  # false for NaN as well
-        raise Fault(f"{key}: expected {f'{count} ' if count else ''}numbers, found {str(found)[:60]}")
-    return found
+    numbers = values.get(key)
+    fits = isinstance(numbers, list) and set(map(type, numbers)) <= {int, float} and count in (None, len(numbers))
+    if not fits or not abs(sum(numbers)) < 1e300:  # false for NaN as well
+        raise Fault(f"{key}: expected {f'{count} ' if count else ''}numbers, found {str(numbers)[:60]}")
+    return numbers
 
 
 def _get(values: Mapping[str, Any], key: str, kind: type) -> Any:

@@ -6,7 +6,7 @@ DATA_ROOT/coco                                                   annotations, tr
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -84,7 +84,7 @@ def prepare(config: Detection, directory: Path) -> Data:
     check_counts(config, splits, found["images"])
     before = _note(directory / NOTE)
     if before and (directory / "config.yaml").exists() and before["content"] != found["content"]:
-        there, here = (" + ".join(f"{n:,}" for n in note["images"]) for note in (before, found))
+        there, here = (_sum(note["images"]) for note in (before, found))
         raise DataError(
             f"{directory} is a run on other data: {there} images there, {here} now, or others of the same number; give "
             f"another --run-dir, or its own data as run.data_root"
@@ -94,11 +94,34 @@ def prepare(config: Detection, directory: Path) -> Data:
     return Data(splits[:-1], splits[-1], found["absent"], _remarks(config, splits, found))
 
 
-def check_unchanged(config: Detection, directory: Path) -> None:
-    """Of a finished run on a part of the data: raises DataError where the data that are given now are others."""
-    if config.allow_partial_data and (directory / NOTE).exists():
-        with contextlib.suppress(NoFolderError):  # the data are gone: there is nothing that differs
-            prepare(config, directory)
+def settle(config: Detection) -> Detection:
+    """The config with the identity of its images and annotations. Raises DataError."""
+    content = identity(config)
+    return config if content == config.content else dataclasses.replace(config, content=content)
+
+
+def identity(config: Detection) -> str:
+    """Which images and annotations the config's are: "" for as many as VOC and COCO have. Raises DataError.
+
+    How many, and eight digits of the SHA-256 of the images' names and sizes and of the annotations.
+    """
+    if not config.allow_partial_data or config.data == "photos":
+        return ""
+    splits = find(config, Path())
+    images = [_images(split) for split in splits]
+    counts = [len(files) for files in images]
+    return "" if counts == _wanted(config) else f"{_sum(counts)} images, {content(splits, images)[:8]}"
+
+
+def _images(split: Found) -> list[Path]:
+    """The image files of a split. Raises DataError where they cannot be listed."""
+    if (split.path / "ImageSets").is_dir():
+        return [split.path / "JPEGImages" / f"{name}.jpg" for name in annotations.voc_names(*split)]
+    return annotations.coco_files(*split)
+
+
+def _sum(counts: Sequence[int]) -> str:
+    return " + ".join(f"{n:,}" for n in counts)
 
 
 def find(config: Detection, directory: Path) -> list[Found]:
@@ -146,7 +169,7 @@ def check(config: Detection, splits: Sequence[Found]) -> dict[str, Any]:
     classes = annotations.VOC_CLASSES if config.task == "voc" else ()
     return {
         "stamp": stamp(splits),
-        "content": content(splits, annotated),
+        "content": content(splits, [[picture.file for picture in split.pictures] for split in annotated]),
         "images": [len(split.pictures) for split in annotated],
         "objects": [split.objects for split in annotated],
         "absent": [name for label, name in enumerate(classes) if label not in annotated[-1].counted],
@@ -221,17 +244,20 @@ def stamp(splits: Sequence[Found]) -> str:
     return digest.hexdigest()
 
 
-def content(splits: Sequence[Found], annotated: Sequence[Annotations]) -> str:
-    """SHA-256 of the images' names and sizes, and of the annotations, wherever they lie."""
+def content(splits: Sequence[Found], images: Sequence[Sequence[Path]]) -> str:
+    """SHA-256 of the images' names and sizes, and of the annotations, wherever they lie. Raises DataError."""
     digest = hashlib.sha256()
-    for (path, split), own in zip(splits, annotated, strict=True):
-        for file, *_ in own.pictures:
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        files = [path / "Annotations" / f"{picture.file.stem}.xml" for picture in own.pictures]
-        if not files[0].exists():
+    try:
+        for (path, split), own in zip(splits, images, strict=True):
+            for file in own:
+                digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             files = [path / "annotations" / f"instances_{split}.json"]
-        for file in files:
-            digest.update(file.read_bytes())
+            if (path / "ImageSets").is_dir():
+                files = [path / "Annotations" / f"{file.stem}.xml" for file in own]
+            for file in files:
+                digest.update(file.read_bytes())
+    except OSError as error:
+        raise DataError(f"{error.filename} is missing or unreadable: {error.strerror}") from None
     return digest.hexdigest()
 
 

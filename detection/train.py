@@ -42,19 +42,21 @@ if importlib.util.find_spec("detectron2"):  # `require_detectron2` says how to i
     from detection import evaluation, loading, model
 
 
-def train(config: Detection, backbone: weights.Weights, directory: Path) -> dict[str, Any]:
+def train(
+    config: Detection, backbone: weights.Weights, directory: Path | None = None, runs_dir: Path = Path("runs")
+) -> dict[str, Any]:
     """Train and test a detector on `backbone`; returns what result.json holds.
 
+    directory: the run's own; by default below `runs_dir`, named after the config and its data.
     Raises UserError for bad configs, weights and data, and when the loss is no longer finite.
     """
     datasets.check_task(config.task, config.detectron2)
     weights.check_recipe(config.detectron2, backbone.note)
     world, device, cfg = prepare(config)
     check_norm(cfg.MODEL.RESNETS.NORM, device, world.size)
+    config = datasets.settle(config)
+    directory = directory or run_directory(runs_dir, "detection", config)
     with distributed.start(world, device), distributed.open_run(directory, config) as run:
-        with distributed.main_process_first():
-            if run.result is not None:
-                datasets.check_unchanged(config, directory)
         if result := finished(run):
             return result
         with distributed.main_process_first():
@@ -185,13 +187,16 @@ def test(run: Run, task: Any, state: TrainState) -> dict[str, float]:
     return metrics
 
 
-def test_only(config: Detection, directory: Path) -> dict[str, Any]:
+def test_only(config: Detection, directory: Path | None = None, runs_dir: Path = Path("runs")) -> dict[str, Any]:
     """Test the last checkpoint of a run again; returns what evaluation.json in its directory holds.
 
+    directory: as of `train`.
     The weights of a finished run are tested as they are, others with BatchNorm's precise statistics.
     Raises UserError where there is no checkpoint, and as `train` does.
     """
     world, device, cfg = prepare(config)
+    config = datasets.settle(config)
+    directory = directory or run_directory(runs_dir, "detection", config)
     with distributed.start(world, device), distributed.open_run(directory, config) as run:
         with distributed.main_process_first():
             saved = checkpoint.load_last(run.checkpoint)
@@ -266,8 +271,8 @@ def main() -> None:
         parser.error("--config and --weights are needed; with --eval-only, --run-dir is enough")
     config, backbone = configs.load(args.config, overrides, Detection), weights.read(args.weights)
     config = dataclasses.replace(config, checkpoint=backbone.note["identity"])
-    directory = args.run_dir or run_directory(args.runs_dir, "detection", config)
-    test_only(config, directory) if args.eval_only else train(config, backbone, directory)
+    places = {"directory": args.run_dir, "runs_dir": args.runs_dir}
+    test_only(config, **places) if args.eval_only else train(config, backbone, **places)
 
 
 if __name__ == "__main__":

@@ -53,11 +53,11 @@ def current(path: Path, text: str) -> str:
     return MARK.sub(lambda found: _block(path, found), text)
 
 
-def _block(path: Path, found: re.Match[str]) -> str:
-    name, argument, _ = found.groups()
+def _block(path: Path, match: re.Match[str]) -> str:
+    name, argument, _ = match.groups()
     if name not in BLOCKS:
         raise UserError(f"{path}: unknown block '{name}' (blocks: {', '.join(BLOCKS)})")
-    opening = found.group().partition("\n")[0]
+    opening = match.group().partition("\n")[0]
     return f"{opening}\n{BLOCKS[name](*([argument] if argument else []))}\n<!-- end -->"
 
 

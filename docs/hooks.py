@@ -81,19 +81,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return "".join(parts)
 
 
-def link(found: re.Match[str], source: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def link(match: re.Match[str], source: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """A link of the repository's file `source` as the page needs it: one to code is plain where no source is known."""
-    image, text, target = found.groups()
+    image, text, target = match.groups()
     name, hash_, anchor = target.partition("#")
     if not name or "://" in name or name.startswith("mailto:"):
-        return found[0]
+        return match[0]
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), name))
     wanted = COPIED.get(path, path.removeprefix("docs/"))
     if files.get_file_from_path(wanted):
         relative = posixpath.relpath(wanted, posixpath.dirname(page.file.src_uri) or ".")
         return f"{image}[{text}]({relative}{hash_}{anchor})"
     if not (ROOT / path).exists():
-        return found[0]  # MkDocs complains
+        return match[0]  # MkDocs complains
     kind = "tree" if (ROOT / path).is_dir() else "blob"
     return f"[{text}]({config.repo_url.rstrip('/')}/{kind}/main/{path})" if config.repo_url else text
 

@@ -32,25 +32,29 @@ from mixmask.backbones import Encoder, build_backbone, feature_width
 from mixmask.config import Augment, ConfigError, Finetune
 from mixmask.datasets.settle import inherit, settle
 from mixmask.datasets.views import check_augment, train_batches
-from mixmask.features import accuracy, extract, resize_of
+from mixmask.features import accuracies, extract, resize_of
 from mixmask.formats import Source
 from mixmask.randomness import seed_globals, seed_of
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
-from mixmask.training.loop import Loop, epoch_lines, finished, last_and_best, seconds
+from mixmask.training.loop import Loop, epoch_lines, finished, seconds, test_results
 from mixmask.training.optim import build_optimizer, device_name, pick_device
 from mixmask.training.progress import say
 from mixmask.training.state import TrainState
 
 
-def finetune(config: Finetune, source: Source, directory: Path) -> dict[str, Any]:
+def finetune(
+    config: Finetune, source: Source, directory: Path | None = None, runs_dir: Path = Path("runs")
+) -> dict[str, Any]:
     """Train and test the network that `source` begins; returns what result.json holds.
 
+    directory: the run's own; by default below `runs_dir`, named after the config and its data.
     Raises UserError for bad configs, data and checkpoints, and when the loss is no longer finite.
     """
+    config = settle(config)
     check(config)
     device = pick_device(config.run.device)
-    with Run(directory, config) as run:
+    with Run(directory or run_directory(runs_dir, "finetune", config), config) as run:
         if result := finished(run):
             return result
         train_set, test_set, indices, labelled = load_data(config, device)
@@ -180,12 +184,12 @@ def batches(
 
 
 def test(model: Encoder, test_set: Any, augment: Augment, config: Finetune, device: torch.device) -> dict[str, float]:
-    """Top-1 accuracy with running statistics, in percent; the model goes back to training."""
+    """Top-1 and top-5 accuracy with running statistics, in percent; the model goes back to training."""
     scores = extract(
         model.eval(), test_set, augment, resize_of(config, test_set), device, config.run.workers, config.run.eval_batch
     )
     model.train()
-    return {"test_top1": accuracy(scores.argmax(dim=1), test_set.labels)}
+    return accuracies(scores, test_set.labels)
 
 
 # ------------------------------------------------------------------------------------------------------ after
@@ -199,7 +203,7 @@ def result_of(run: Run, config: Finetune, source: Source, labelled: str, device:
         "format": source.format,
         "init": config.init,
         "labels": labelled,
-        "metrics": last_and_best(lines, "test_top1", metric_name(config)),
+        "metrics": test_results(lines, metric_name(config)),
         "epochs": config.epochs,
         "device": device_name(device),
         "timing": seconds(lines),
@@ -253,8 +257,7 @@ def main() -> None:
     config, note = labels.settle(resolve(args.config, args.set, source))
     if note:
         say(f"note: {note}")
-    config = settle(config)
-    finetune(config, source, args.run_dir or run_directory(args.runs_dir, "finetune", config))
+    finetune(config, source, args.run_dir, args.runs_dir)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 Example:
     python eval/knn.py --checkpoint runs/pretrain/RUN/checkpoint.pt
     python eval/knn.py --checkpoint runs/pretrain/RUN/checkpoint.pt --config eval/configs/knn_euclidean.yaml
+    python eval/knn.py --checkpoint moco_v2_800ep_pretrain.pth.tar --config eval/configs/knn.yaml \\
+        --set dataset=imagenet run.data_root=DIR knn.features=backbone
 
 Without --config the protocol is that of the pre-training's own recipe: the number that it logged.
 """
@@ -15,24 +17,36 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixmask import checkpoint, datasets, knn
 from mixmask import config as configs
-from mixmask.config import ConfigError, KNNEval, Pretrain
+from mixmask import datasets, formats, knn
+from mixmask.config import Augment, ConfigError, KNNEval, Pretrain
 from mixmask.datasets.settle import settle
+from mixmask.formats import Source, frozen_encoder
 from mixmask.runs import Run, run_directory
 from mixmask.training.optim import pick_device
 from mixmask.training.progress import say
 
 
-def evaluate(config: KNNEval, path: Path, directory: Path) -> dict[str, Any]:
-    """k-NN of the checkpoint at `path`, on the data set of `config`; returns what result.json holds."""
-    device = pick_device(config.run.device)
-    with Run(directory, config) as run:
+def evaluate(
+    config: KNNEval,
+    path: Path,
+    augment: Augment,
+    foreign: Source | None = None,
+    directory: Path | None = None,
+    runs_dir: Path = Path("runs"),
+) -> dict[str, Any]:
+    """k-NN of the checkpoint at `path`, on the data set of `config`; returns what result.json holds.
+
+    augment: of it the size and the normalisation of images. foreign: as for `frozen_encoder`. directory: the run's own;
+    by default below `runs_dir`, named after the config and its data.
+    """
+    config, device = settle(config), pick_device(config.run.device)
+    with Run(directory or run_directory(runs_dir, "knn", config), config) as run:
         if run.result is None:
-            encoder, recipe, _ = checkpoint.load_encoder(path, device)
+            encoder, *_ = frozen_encoder(path, foreign, device)
             train, test = (datasets.load_split(config, split) for split in ("train", "test"))
             values = knn.evaluate(
-                encoder, train, test, recipe.augment, config.knn, device, config.run.workers, config.run.eval_batch
+                encoder, train, test, augment, config.knn, device, config.run.workers, config.run.eval_batch
             )
             run.describe()
             run.finish({"run": run.id, "metrics": {f"{name}_last": value for name, value in values.items()}})
@@ -45,16 +59,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[configs.run_options(KNNEval)],
+        parents=[formats.reading_options(), configs.run_options(KNNEval)],
     )
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a pre-training run's checkpoint.pt")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint.pt of ours, or a public format's")
     parser.add_argument("--config", help="another protocol, such as eval/configs/knn.yaml")
     args = parser.parse_args()
-    state = checkpoint.load(args.checkpoint)
-    recipe, identity = checkpoint.pretraining(state, args.checkpoint)
-    config = dataclasses.replace(_config(args.config, args.set, recipe), checkpoint=identity, seed=recipe.seed)
-    config = settle(config)
-    evaluate(config, args.checkpoint, args.run_dir or run_directory(args.runs_dir, "knn", config))
+    source = formats.read(args.checkpoint, **formats.reading(args))
+    recipe = source.recipe
+    config = _config(args.config, args.set, recipe) if recipe else _public(args.config, args.set, args.checkpoint)
+    seed = recipe.seed if recipe else config.seed
+    config = dataclasses.replace(config, checkpoint=source.identity, seed=seed)
+    augment = recipe.augment if recipe else Augment(order=(), size=224, mean=source.mean, std=source.std)
+    augment = dataclasses.replace(augment, size=config.size or augment.size)
+    evaluate(config, args.checkpoint, augment, None if recipe else source, args.run_dir, args.runs_dir)
 
 
 def _config(path: str | None, items: Sequence[str], recipe: Pretrain) -> KNNEval:
@@ -74,6 +91,16 @@ def _config(path: str | None, items: Sequence[str], recipe: Pretrain) -> KNNEval
         return configs.resolve({**inherited, **protocol}, overrides, KNNEval)
     except ConfigError as error:
         raise ConfigError(f"{error} (in {path})") from None
+
+
+def _public(path: str | None, items: Sequence[str], checkpoint: Path) -> KNNEval:
+    """The protocol at `path`, for a checkpoint that has no head and no recipe. Raises ConfigError for what it needs."""
+    if not path:
+        raise ConfigError(f"{checkpoint} names no protocol; expected --config, such as eval/configs/knn.yaml")
+    config = configs.load(path, configs.parse_overrides(items), KNNEval)
+    if config.knn.features == "output":
+        raise ConfigError(f"knn.features: {checkpoint} has no head whose output could be compared; expected backbone")
+    return config
 
 
 if __name__ == "__main__":

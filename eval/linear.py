@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,29 +25,36 @@ from torch.nn import functional as F
 
 from mixmask import checkpoint, datasets, formats
 from mixmask import config as configs
-from mixmask.backbones import Encoder, build_backbone, feature_width
+from mixmask.backbones import feature_width
 from mixmask.config import Augment, ConfigError, Linear, UserError
 from mixmask.datasets.settle import inherit, settle
 from mixmask.datasets.views import check_augment, train_batches
-from mixmask.features import accuracy, extract, resize_of
-from mixmask.formats import Source
+from mixmask.features import accuracies, extract, resize_of
+from mixmask.formats import Source, frozen_encoder
 from mixmask.randomness import seed_of
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
-from mixmask.training.loop import Loop, epoch_lines, finished, last_and_best, seconds
+from mixmask.training.loop import Loop, epoch_lines, finished, seconds, test_results
 from mixmask.training.optim import build_optimizer, device_name, pick_device, set_learning_rate
 from mixmask.training.progress import say
 from mixmask.training.state import TrainState
 
 
-def probe(config: Linear, path: Path, directory: Path, foreign: Source | None = None) -> dict[str, Any]:
+def probe(
+    config: Linear,
+    path: Path,
+    directory: Path | None = None,
+    foreign: Source | None = None,
+    runs_dir: Path = Path("runs"),
+) -> dict[str, Any]:
     """Train and test the classifier on the encoder of the checkpoint at `path`; returns what result.json holds.
 
+    directory: the run's own; by default below `runs_dir`, named after the config and its data.
     foreign: what was read from it, where it is somebody else's.
     Raises UserError for bad configs, data and checkpoints, and if the encoder did not stay as it was.
     """
-    device = pick_device(config.run.device)
-    with Run(directory, config) as run:
+    config, device = settle(config), pick_device(config.run.device)
+    with Run(directory or run_directory(runs_dir, "linear", config), config) as run:
         if result := finished(run):
             return result
         train_set, test_set = (load(config, split, device) for split in ("train", "test"))
@@ -56,8 +62,8 @@ def probe(config: Linear, path: Path, directory: Path, foreign: Source | None = 
             raise ConfigError(f"batch_size: {config.batch_size} exceeds the {len(train_set)} training images")
         if config.features == "augmented":
             check_augment(train_set, config.augment)
-        encoder, mean, std, origin = frozen(path, foreign, device)
-        backbone, before = encoder.backbone, fingerprint(encoder)
+        encoder, mean, std, origin = frozen_encoder(path, foreign, device)
+        backbone, before = encoder.backbone, checkpoint.digest(encoder.state_dict())
         mean, std = config.augment.mean or mean, config.augment.std or std
         augment = dataclasses.replace(config.augment, mean=mean, std=std)
         width = feature_width(backbone, config.augment.size)
@@ -82,20 +88,9 @@ def probe(config: Linear, path: Path, directory: Path, foreign: Source | None = 
                     loop.log(fit(state, features, labels, rates(state.step)["lr"]))
                     loop.save_if_due()
                 loop.end_epoch(measure)
-        if fingerprint(encoder) != before:
+        if checkpoint.digest(encoder.state_dict()) != before:
             raise UserError(f"{run.id}: the frozen encoder changed during the probe; the result is not valid")
         return loop.finish(result_of(run, config, foreign.format if foreign else "mixmask", device))
-
-
-def frozen(path: Path, foreign: Source | None, device: torch.device) -> tuple[Encoder, tuple, tuple, str]:
-    """The encoder in evaluation mode without gradients, mean and std of its images, and what it is, in words."""
-    if foreign is None:
-        encoder, recipe, _ = checkpoint.load_encoder(path, device)
-        return encoder, recipe.augment.mean, recipe.augment.std, f"{recipe.framework}, {recipe.method}"
-    backbone = build_backbone(foreign.backbone)
-    checkpoint.load_weights(backbone, foreign.weights, path)
-    encoder = Encoder(backbone, nn.Identity()).requires_grad_(False).eval().to(device)
-    return encoder, foreign.mean, foreign.std, f"{foreign.format}; {foreign.backbone.arch}"
 
 
 def fit(state: TrainState, features: Tensor, labels: Tensor, rate: float) -> dict[str, Tensor]:
@@ -123,15 +118,6 @@ def load(config: Linear, split: str, device: torch.device) -> datasets.Resident 
     """The verified data set; held on the device where it fits in memory."""
     dataset = datasets.load_split(config, split)
     return dataset.to(device) if isinstance(dataset, datasets.Resident) else dataset
-
-
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over every parameter and buffer, bit by bit."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def build_classifier(features: int, classes: int, seed: int, init: str = "normal") -> nn.Linear:
@@ -179,9 +165,9 @@ def training_features(
 
 @torch.no_grad()
 def test(classifier: nn.Module, features: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1 accuracy on the test images' features (N, D), in percent."""
+    """Top-1 and top-5 accuracy on the test images' features (N, D), in percent."""
     scores = classifier(features.to(next(classifier.parameters()).device))
-    return {"test_top1": accuracy(scores.argmax(dim=1), labels)}
+    return accuracies(scores, labels)
 
 
 def result_of(run: Run, config: Linear, source: str, device: torch.device) -> dict[str, Any]:
@@ -190,7 +176,7 @@ def result_of(run: Run, config: Linear, source: str, device: torch.device) -> di
     return {
         "checkpoint": config.checkpoint,
         "format": source,
-        "metrics": last_and_best(lines, "test_top1", metric_name(config)),
+        "metrics": test_results(lines, metric_name(config)),
         "epochs": config.epochs,
         "device": device_name(device),
         "timing": seconds(lines),
@@ -229,8 +215,8 @@ def main() -> None:
     if source.recipe is not None:
         values = inherit(values, configs.to_dict(source.recipe))
     config = configs.resolve(values, configs.parse_overrides(args.set), Linear)
-    config = settle(dataclasses.replace(config, checkpoint=source.identity))
-    probe(config, args.checkpoint, args.run_dir or run_directory(args.runs_dir, "linear", config), foreign)
+    config = dataclasses.replace(config, checkpoint=source.identity)
+    probe(config, args.checkpoint, args.run_dir, foreign, args.runs_dir)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mixmask
 
-MASK = mixmask.Mask("block", "repaired", grid=4, ratio=0.5, switch=True, permutation="reverse")
+mix = mixmask.MixMask(grid=4)  # cells along a side
 
 
 class SimSiam(nn.Module):
@@ -48,7 +47,7 @@ def similarity_loss(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor])
 def train(images: Tensor, steps: int = 150, batch: int = 64, with_mixmask: bool = True, seed: int = 0) -> list[float]:
     """SimSiam on images (N, 3, H, W); the loss of the clean pairs at each step."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed)
     model = SimSiam()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     losses = []
@@ -59,10 +58,10 @@ def train(images: Tensor, steps: int = 150, batch: int = 64, with_mixmask: bool 
         loss = clean = similarity_loss(out1, out2).mean()
 
         if with_mixmask:  # ------------------------------------------------------------------------- from here
-            mixed, switched = mixmask.mixmask(x1, MASK, [rng])  # one batch of mixtures, read in two orders
-            prediction, projection = model(mixed.images)
-            for anchor, order in ((mixed, slice(None)), (switched, switched.order)):
-                scores = similarity_loss((prediction[order], projection[order]), out2)
+            anchors = mix(x1, generator)  # one batch of mixtures, read in two orders
+            prediction, projection = model(anchors[0].images)
+            for anchor in anchors:
+                scores = similarity_loss((anchor.rows(prediction), anchor.rows(projection)), out2)
                 loss = loss + (anchor.weight * scores).mean()  # lambda, and 1 - lambda: Eq. 6
         # ----------------------------------------------------------------------------------------------- to here
 

@@ -6,8 +6,9 @@ compiler, which fuses it with what stands around it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,33 @@ def span_processes(network: nn.Module, processes: int) -> None:
     for norm in network.modules():
         if isinstance(norm, SplitBatchNorm2d):
             norm.span = processes
+
+
+@contextlib.contextmanager
+def groups_of_parts(network: nn.Module, parts: int) -> Iterator[Callable[[], None]]:
+    """Inside, a pass is of one of `parts` equal parts of a batch, each with its share of the groups.
+
+    Call what it gives before each part: all begin with the same running statistics, which end as their mean.
+    """
+    norms = [norm for norm in network.modules() if isinstance(norm, SplitBatchNorm2d)]
+    running = [s for norm in norms for s in (norm.running_mean, norm.running_var, norm.num_batches_tracked)]
+    before, ends = [s.clone() for s in running], []
+
+    def next_part() -> None:
+        ends.append([s.clone() for s in running])
+        for statistic, start in zip(running, before, strict=True):
+            statistic.copy_(start)
+
+    for norm in norms:
+        norm.groups //= parts
+    try:
+        yield next_part
+        next_part()
+        for statistic, *of_parts in zip(running, *ends[1:], strict=True):
+            statistic.copy_(torch.stack(of_parts).sum(0) / parts)
+    finally:
+        for norm in norms:
+            norm.groups *= parts
 
 
 # --------------------------------------------------------------------------------------- what layers share in a pass

@@ -6,10 +6,12 @@ archive that torch.save writes do not cover its directory, where a flipped bit c
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import random
 import re
+import shutil
 import struct
 import zipfile
 import zlib
@@ -57,6 +59,37 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         causes = [getattr(e, "strerror", None) for e in (error, error.__context__)]
         reason = next(filter(None, causes), f"is the disk full? {_one_line(error)}")
         raise CheckpointError(f"cannot write {path}: {reason}; {_left(path)}") from None
+
+
+def keep(path: Path, epoch: int) -> None:
+    """Give the checkpoint at `path` a second name, which no later one takes. Raises CheckpointError."""
+    kept = kept_checkpoint(path, epoch)
+    temporary = kept.with_name(f".{kept.name}.new")
+    try:
+        discard(temporary)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, temporary)
+        write_atomically(digest_file(kept), "".join(f"{digest}\n" for digest in _digests(path)[:1]))
+        os.replace(temporary, kept)
+    except OSError as error:
+        discard(temporary)
+        raise CheckpointError(f"cannot write {kept}: {error.strerror}; {_left(path)}") from None
+
+
+def kept_checkpoint(path: Path, epoch: int) -> Path:
+    """Where `keep` keeps it: checkpoint.epoch0100.pt."""
+    return path.with_name(f"{path.stem}.epoch{epoch:04}{path.suffix}")
+
+
+def digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over every tensor with its name, bit by bit."""
+    sha = hashlib.sha256()
+    for name, value in weights.items():
+        sha.update(name.encode())
+        sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
 
 
 def _left(path: Path) -> str:

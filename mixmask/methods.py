@@ -31,6 +31,10 @@ class Anchor:
     order: Tensor | None = None  # (N,): row i is scored with the embedding of images[order[i]]; None: as they are
     clean: bool = False  # x1 itself, which the framework scores in all its directions
 
+    def rows(self, embedding: Tensor) -> Tensor:
+        """The rows of what a network made of `images`, (N, ...), in the anchor's order; row i is about image i."""
+        return embedding if self.order is None else embedding[self.order]
+
 
 def vanilla(x1: Tensor) -> list[Anchor]:
     """The framework's own loss, of x1 (N, C, H, W), and nothing else (Eq. 5)."""

@@ -22,6 +22,8 @@ class Stage:
     package: str = ""  # what it needs beside the environment
     repeatable: bool = False  # it takes seconds: a lost product is simply made again
     resources: Mapping[str, Any] = field(default_factory=dict)  # where it needs less than slurm/cluster.yaml says
+    data: str = "data"  # the key of its configs that says which images, where they are not the published ones
+    identity: str = "mixmask.datasets.settle:identity"  # MODULE:FUNCTION, which of a config gives that key's value
 
 
 STAGES = {
@@ -39,5 +41,7 @@ STAGES = {
         *("detection/train.py", "detection/configs", configs.Detection, "convert"),
         takes="--weights",
         package="detectron2",
+        data="content",
+        identity="detection.datasets:identity",
     ),
 }

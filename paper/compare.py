@@ -1,12 +1,13 @@
-"""Compare a run with a reference: which settings differ, and the first epoch at which their curves part.
+"""Compare runs: a table of any number, named by the keys in which they differ; of two, the epoch where they part.
 
 examples:
+  python paper/compare.py runs/pretrain/*                       a table, and their curves in one picture
   python paper/compare.py runs/pretrain/RUN results/pretrain/REFERENCE
   python paper/compare.py runs/pretrain/RUN results/pretrain/REFERENCE --tolerance 0.01 --out curves.png
 
-Versions, commit and machine are compared, too. Two values part when they differ by more than the tolerance times the
-greater of the two. The curves are overlaid in a PNG. The exit status is 0 where they agree over all the
-epochs that both have, else 1.
+Of two, versions, commit and machine are compared, too. Two values part when they differ by more than the tolerance
+times the greater of the two. The curves are overlaid in a PNG. The exit status of two is 0 where they agree over all
+the epochs that both have, else 1.
 """
 
 from __future__ import annotations
@@ -20,9 +21,19 @@ from typing import Any
 
 from mixmask.config import UserError, flatten, main_guard, read_yaml
 from mixmask.runs import read_environments, read_log
+from paper import overview
+from paper.overview import panels, save
 from paper.report.curve import quantities, unit
 
 Curve = Mapping[int, float]  # epoch -> value
+LATER = (
+    "timing",
+    "gradient_norm",
+    "feature_std",
+    "effective_rank",
+    "alignment",
+    "uniformity",
+)  # not compared bit by bit
 
 
 @dataclass(frozen=True)
@@ -36,21 +47,27 @@ class Verdict:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print what differs and where, draw the curves; status 1 where they part."""
+    """Print what differs and where, draw the curves; status 1 where two part."""
     options = _parse(arguments)
-    run, reference = Path(options.run), Path(options.reference)
-    for directory in (run, reference):
+    runs = [Path(run) for run in dict.fromkeys(options.runs)]
+    for directory in runs:
         if not (directory / "config.yaml").exists():
             raise UserError(f"{directory} is no run directory: it has no config.yaml")
-    configs = [read_yaml(directory / "config.yaml") for directory in (run, reference)]
-    if ("checkpoint" in configs[0]) != ("checkpoint" in configs[1]):
-        raise UserError("one run is a pre-training, the other an evaluation: expected two runs of one stage")
-    print("\n".join([*settings(*configs), *machines(run, reference)]))
-    ours, theirs = read_log(run), read_log(reference)
-    result = verdict(ours, theirs, options.tolerance)
+    configs = [read_yaml(directory / "config.yaml") for directory in runs]
+    if len({"checkpoint" in config for config in configs}) > 1:
+        raise UserError("some runs are pre-trainings, others evaluations: expected runs of one stage")
+    logs, out = [read_log(directory) for directory in runs], Path(options.out)
+    names = overview.names(runs)
+    print(overview.table(names, logs))
+    if len(runs) != 2:
+        overview.draw(names, logs, out)
+        print(f"written: {out}")
+        return
+    print("\n".join([*settings(*configs), *machines(*runs)]))
+    result = verdict(*logs, options.tolerance)
     print(result.text)
-    draw(quantities(ours), quantities(theirs), result, unit(theirs), Path(options.out))
-    print(f"written: {options.out}")
+    draw(*map(quantities, logs), result, unit(logs[1]), out)
+    print(f"written: {out}")
     if not result.same:
         raise SystemExit(1)
 
@@ -63,8 +80,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", help="a run directory")
-    parser.add_argument("reference", metavar="REFERENCE", help="another, of the same stage")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="run directories of one stage; of two the second is the reference"
+    )
     parser.add_argument("--tolerance", type=float, default=0.05, metavar="X", help="relative (default: %(default)s)")
     parser.add_argument("--out", default="paper/output/compare.png", metavar="FILE", help="default: %(default)s")
     options = parser.parse_args(arguments)
@@ -141,22 +159,18 @@ def distance(a: float, b: float) -> float:
 
 
 def _numbers(lines: Sequence[Mapping[str, Any]], last: int) -> list[dict[str, Any]]:
-    """All that was logged up to the epoch (or iteration) `last`, but for timings."""
+    """All that was logged up to the epoch (or iteration) `last`, but for timings and for what old logs lack."""
     upto = [line for line in lines if line.get("epoch", line["step"]) <= last]
-    return [{key: value for key, value in line.items() if key != "timing"} for line in upto]
+    return [{key: value for key, value in line.items() if key not in LATER} for line in upto]
 
 
 def draw(run: Mapping[str, Curve], reference: Mapping[str, Curve], result: Verdict, by: str, out: Path) -> None:
     """A panel for each curve that either has: the reference broad and pale, the run over it; a line where they part."""
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-
     from paper.figures import style
 
-    style.use()
     names = list(dict.fromkeys([*run, *reference]))
-    figure, row = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.6), layout="constrained", squeeze=False)
-    for axes, name in zip(row[0], names, strict=True):
+    figure, row = panels(names, by)
+    for axes, name in zip(row, names, strict=True):
         for label, curves, look in (
             ("reference", reference, {"color": style.SECOND, "linewidth": 3.5}),
             ("run", run, {"color": style.FIRST, "linewidth": 1.2, "marker": ".", "markersize": 3}),
@@ -166,15 +180,8 @@ def draw(run: Mapping[str, Curve], reference: Mapping[str, Curve], result: Verdi
         if result.parting is not None:
             label = f"{result.curve} parts at {by} {result.parting}"
             axes.axvline(result.parting, color=style.ACCENT, linestyle=":", label=label)
-        axes.set(title=name, xlabel=by)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, steps=[1, 2, 5, 10]))
-    figure.legend(*row[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
-    plt.close(figure)
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    save(figure, out)
 
 
 if __name__ == "__main__":

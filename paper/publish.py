@@ -94,7 +94,7 @@ OURS = """torchvision and timm have no such network; the replication's library h
 ```python
 import mixmask
 
-model, source = mixmask.load_backbone("DIR/model.safetensors", "cpu")
+model = mixmask.load_backbone("DIR/model.safetensors")
 ```
 """
 

@@ -11,6 +11,7 @@ stopped, and says so when it is finished. Several processes compute what one com
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,18 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixmask import collapse, datasets, knn, networks, registry
+from mixmask import checkpoint, collapse, datasets, formats, knn, networks, registry
 from mixmask import config as configs
-from mixmask.batchnorm import span_processes
+from mixmask.batchnorm import SplitBatchNorm2d, span_processes
 from mixmask.config import Augment, ConfigError, Pretrain
 from mixmask.datasets.settle import settle
 from mixmask.datasets.verify import verify
 from mixmask.datasets.views import check_augment, train_batches
 from mixmask.features import extract, shorter_side
 from mixmask.frameworks import build_framework
+from mixmask.frameworks.base import Framework
 from mixmask.masks import check_grid, sample_mask
 from mixmask.methods import METHODS, Anchor, extra_crops
-from mixmask.objective import objective
+from mixmask.objective import in_parts, objective
 from mixmask.randomness import numpy_generator, seed_globals, torch_generator
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
@@ -50,12 +52,17 @@ from mixmask.training.progress import say
 from mixmask.training.state import TrainState
 
 
-def train(config: Pretrain, directory: Path, command: list[str] | None = None) -> dict[str, Any]:
-    """Run (or resume) the pre-training that `config` describes in `directory`; returns what result.json holds.
+def train(
+    config: Pretrain, directory: Path | None = None, command: list[str] | None = None, runs_dir: Path = Path("runs")
+) -> dict[str, Any]:
+    """Run (or resume) the pre-training that `config` describes; returns what result.json holds.
 
+    directory: its own; by default below `runs_dir`, named after the config and its data.
     Raises UserError for bad configs, data and checkpoints, and when the loss is no longer finite.
     """
+    config = settle_init(settle(config))
     check(config)
+    directory = directory or run_directory(runs_dir, "pretrain", config)
     world = distributed.find()
     check_processes(config, world.size)
     device = world.device(pick_device(config.run.device))
@@ -103,11 +110,15 @@ def iterate(config: Pretrain, state: TrainState, batch: list[Tensor]) -> tuple[d
     anchors = METHODS[config.method](config, x1, rngs, *crops[:of_method])
     framework.before_step(step)
     set_learning_rate(optimizer, learning_rates(config, state.steps_per_epoch, step)["lr"])
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        shuffle = torch_generator(device, config.seed, "shuffle", step)
-        loss, parts, targets = objective(framework, x1, x2, anchors, shuffle, crops[of_method:])
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    shuffle = torch_generator(device, config.seed, "shuffle", step)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    if config.run.accumulate > 1:
+        loss, parts, targets = in_parts(framework, x1, x2, anchors, config.run.accumulate, shuffle, autocast)
+    else:
+        with autocast():
+            loss, parts, targets = objective(framework, x1, x2, anchors, shuffle, crops[of_method:])
+        loss.backward()
     distributed.average(framework)
     optimizer.step()
     framework.after_step(targets, step, state.steps)
@@ -184,14 +195,37 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
     if device.type == "cpu":
         keep_freed_memory()
     seed_globals(config.seed, "init")
-    framework = build_framework(distributed.shard_config(config)).to(device).train()
+    framework = build_framework(distributed.shard_config(config), functools.partial(begin, config)).to(device).train()
     span_processes(framework, max(1, distributed.size() // config.backbone.bn_groups))
     check_backbone(config, framework)
+    check_parts(config, framework)
     if config.run.channels_last:
         framework = framework.to(memory_format=torch.channels_last)
     if compiles(config.run.compile, device):
         framework.compile_parts()
     return framework, build_optimizer(config.optimizer, framework.parameters(), framework.fixed_lr_parameters())
+
+
+def begin(config: Pretrain, backbone: nn.Module) -> None:
+    """Give the backbone the weights of `run.init`, where it is set. Raises UserError for others than the run's."""
+    if not (config.run.init or config.init):
+        return
+    if not config.run.init:
+        raise ConfigError("init: the run begins with weights, which are not given; expected run.init=FILE")
+    source = formats.read_for(config.run.init, config.backbone)
+    if checkpoint.digest(source.weights)[:16] != config.init:
+        raise ConfigError(f"run.init: {config.run.init} holds other weights than those that the run began with")
+    checkpoint.load_weights(backbone, source.weights, config.run.init)
+
+
+def settle_init(config: Pretrain) -> Pretrain:
+    """The config with the digest of the weights of `run.init`. Raises UserError where they cannot be read, or do not
+    fit."""
+    if not config.run.init:
+        return config
+    source = formats.read_for(config.run.init, config.backbone)
+    say(f"note: the backbone begins with the weights of {source.identity}")
+    return dataclasses.replace(config, init=checkpoint.digest(source.weights)[:16])
 
 
 def check_backbone(config: Pretrain, framework: nn.Module) -> None:
@@ -310,6 +344,25 @@ def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, sta
     return "\n".join(lines)
 
 
+def check_parts(config: Pretrain, framework: nn.Module) -> None:
+    """Raises ConfigError for parts of a batch whose sum would be another step."""
+    parts, rows = config.run.accumulate, config.batch_size // distributed.size()
+    if parts == 1:
+        return
+    if type(framework).part is Framework.part:
+        reason = f"the head or the loss of {config.framework} takes the whole batch at once"
+        raise ConfigError(f"run.accumulate: {reason}; expected 1, found {parts}")
+    if extra_crops(config):
+        raise ConfigError(f"run.accumulate: {config.method}'s crops are other images; expected 1, found {parts}")
+    if whole := networks.whole_batch_norms(framework.encoder):
+        raise ConfigError(f"run.accumulate: {whole[0]}, takes the whole batch; expected 1, found {parts}")
+    norms = any(isinstance(module, SplitBatchNorm2d) for module in framework.encoder.modules())
+    groups = config.backbone.bn_groups // distributed.size() if norms else rows
+    if not groups or groups % parts or rows % parts:
+        key = f"backbone.bn_groups={config.backbone.bn_groups}" if norms else f"batch_size={config.batch_size}"
+        raise ConfigError(f"run.accumulate: {parts} parts would split {key}; expected a divisor of it")
+
+
 def backbone_in_words(config: Pretrain, framework: nn.Module) -> str:
     b = config.backbone
     if b.arch not in registry.ARCHITECTURES:
@@ -326,10 +379,10 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a recipe, such as pretrain/configs/cifar100_moco.yaml")
     parser.add_argument("--verify", action="store_true", help="decode every image once before training")
     args = parser.parse_args()
-    config = settle(configs.load(args.config, configs.parse_overrides(args.set)))
+    config = configs.load(args.config, configs.parse_overrides(args.set))
     for split in ("train", "test") if args.verify else ():
         verify(datasets.load_split(config, split))
-    train(config, args.run_dir or run_directory(args.runs_dir, "pretrain", config))
+    train(config, args.run_dir, runs_dir=args.runs_dir)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmask import config as configs
+from mixmask import registry
 from mixmask.config import UserError
 from mixmask.runs import read_result
 from mixmask.stages import STAGES
@@ -23,6 +24,8 @@ from paper.cells import Cell
 from paper.cost import hours
 from paper.presets import Budget, Step, chains, directory
 from slurm.cluster import Cluster, cluster
+
+IMAGES = ("dataset", "folder", "task", "data", "allow_partial_data")  # keys that say which images, with run.data_root
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,12 @@ def jobs(cells: Iterable[Cell], budget: Budget, runs_dir: Path, profile: str = "
             parent = None
             for step in chain:
                 where = directory(runs_dir, step)
-                known = graph.get(where) or _job(step, where, chain[0].config, parent, resources[step.stage])
-                parent = graph[where] = _used_by(known, cell)
+                known = graph.get(where) or new_job(step, where, chain[0].config, parent, resources[step.stage])
+                parent = graph[where] = used_by(known, cell)
     return list(graph.values())
 
 
-def _job(step: Step, where: Path, origin: configs.Config, parent: Job | None, resources: Cluster) -> Job:
+def new_job(step: Step, where: Path, origin: configs.Config, parent: Job | None, resources: Cluster) -> Job:
     """The run that lives in `where`, used by no cell yet."""
     words = ("python", STAGES[step.stage].script, *_arguments(step, parent, where), "--run-dir", str(where))
     parents = (parent.directory,) if parent else ()
@@ -100,7 +103,7 @@ def _arguments(step: Step, parent: Job | None, where: Path) -> list[str]:
     return words
 
 
-def _used_by(job: Job, cell: Cell) -> Job:
+def used_by(job: Job, cell: Cell) -> Job:
     """The job, used by one cell more."""
     return job if cell.id in job.cells else dataclasses.replace(job, cells=(*job.cells, cell.id))
 
@@ -149,6 +152,33 @@ def check_products(jobs: Iterable[Job]) -> None:
                     f"{child.directory} needs {product}, which is gone, though its run is finished ({result}): put it "
                     f"there again, or move {result} away, and launching again makes it anew"
                 )
+
+
+def check_data(jobs: Iterable[Job]) -> None:
+    """Raises UserError where a run was made, or begun, with other images than those that are given now.
+
+    A run's id here comes from its recipe alone, without the identity of images that are no published set: it is
+    compared with what the run has noted. Images that cannot be seen from here are passed over, with a note.
+    """
+    known: dict[str, str] = {}  # each data set is listed once
+    for job in jobs:
+        own = getattr(job.config, "dataset", "") == "folder" or getattr(job.config, "allow_partial_data", False)
+        file = (job.finished_in or job.directory) / "config.yaml"
+        if not own or not file.exists():
+            continue
+        stage, key = STAGES[job.stage], repr([getattr(job.config, k, "") for k in IMAGES] + [job.config.run.data_root])
+        try:
+            if key not in known:
+                known[key] = registry.load(stage.identity)(job.config)
+        except UserError as error:
+            print(f"note: {job.id}: whether its images are those that it was made with is not known: {error}")
+            continue
+        there = configs.read_yaml(file).get(stage.data) or ""
+        if there != known[key]:
+            raise UserError(
+                f"{file.parent} is of other images ({there or 'a whole published set'} there, "
+                f"{known[key] or 'a whole published set'} now); give another --runs-dir"
+            )
 
 
 def missing_package(job: Job) -> str:

@@ -12,6 +12,9 @@ examples:
   python slurm/launch.py status table4                             what is finished, running, waiting, failed
   python slurm/launch.py status table4 --efficiency                what its jobs asked for, and what they used
   python slurm/launch.py cancel table4                             end its jobs; what was saved is kept
+  python slurm/launch.py --config RECIPE --set optimizer.lr=[0.03,0.06,0.1] seed=[0,1] --then PROBE_RECIPE
+                                                                   a recipe of yours: every combination, and a probe
+  python slurm/launch.py status --config RECIPE --set ...          what has become of them
 
 Finished runs are skipped, unfinished ones go on, equal ones are shared: launching again is always safe.
 """
@@ -19,26 +22,28 @@ Finished runs are skipped, unfinished ones go on, equal ones are shared: launchi
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import shlex
 import signal
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): no traceback of Ctrl-C during the imports
 
 
-from mixmask.config import UserError, main_guard
+from mixmask.config import UserError, main_guard, recipe_file
 from paper import cost
 from paper.cells import WITHOUT_RUNS, Cell, select, tables
 from paper.presets import Budget, budget, label, missing_file, offer, presets, remark
-from slurm import efficiency, graph, local, sbatch, shell, status, submit
+from slurm import efficiency, graph, local, sbatch, shell, status, submit, sweep
 from slurm.graph import Job
 
 ROOT = Path(__file__).resolve().parents[1]
 
+VERBS = ("status", "cancel")
 NOT_NEEDED = "not needed"  # of a run that is not finished, and is not made: what needs it is finished
 
 
@@ -47,19 +52,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     verb = options.targets[0] if options.targets[:1] in (["status"], ["cancel"]) else ""
     targets = options.targets[bool(verb) :]
-    if verb == "cancel" and not targets:
-        raise UserError("cancel: expected a target, such as table4, or all")
-    if options.efficiency and verb != "status":
-        raise UserError("--efficiency: of `status` alone, which launches nothing: launch.py status --efficiency TARGET")
-    cells = select(targets)
-    chosen = budget(options.preset, options.set)
+    _check(options, verb, targets)
+    recipes = [recipe_file(name).resolve() for name in (options.config, options.then) if name]
+    cells = [] if recipes else select(targets)
+    targets = targets or [options.config] * bool(recipes)
+    chosen = sweep.own_budget(options.set) if recipes else budget(options.preset or "paper", options.set)
     profile = str(Path(options.cluster).resolve()) if Path(options.cluster).suffix else options.cluster
     runs_dir = _enter_repository(options.runs_dir)
     launching = not (verb or options.dry_run)
-    executor = _executor(options.executor, chosen) if launching and cells else ""
+    executor = _executor(options.executor, chosen) if launching and (cells or recipes) else ""
     if executor == "slurm":
         runs_dir = runs_dir.resolve()  # its jobs run elsewhere: in a copy of the code
-    jobs = graph.jobs(cells, chosen, runs_dir, profile)
+    if recipes:
+        cells, jobs = sweep.plan(recipes, chosen, runs_dir, profile)
+    else:
+        jobs = graph.jobs(cells, chosen, runs_dir, profile)
+    if verb != "cancel":
+        graph.check_data(jobs)
     for target in set(targets) & set(WITHOUT_RUNS):
         print(f"{target} needs no runs: {WITHOUT_RUNS[target]}")
     if not cells:
@@ -67,7 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if verb == "status" and options.efficiency:
         efficiency.print_efficiency(jobs, runs_dir)
     elif verb == "status":
-        status.print_status(cells, jobs, runs_dir)
+        brief = not targets
+        (status.print_brief if brief else status.print_status)(cells, jobs, runs_dir)
+        if not recipes:
+            print_other_presets(cells, chosen, options, runs_dir)
     elif verb == "cancel":
         status.cancel(jobs)
     elif options.dry_run:
@@ -76,6 +88,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_header(cells, jobs, chosen, targets, _states(jobs))
         execute(jobs, executor, runs_dir)
         print_next(cells, jobs, options, runs_dir)
+
+
+def _check(options: argparse.Namespace, verb: str, targets: Sequence[str]) -> None:
+    """Raises UserError for words that do not go together."""
+    if verb == "cancel" and not (targets or options.config):
+        raise UserError("cancel: expected a target, such as table4, or all")
+    if options.efficiency and verb != "status":
+        raise UserError("--efficiency: of `status` alone, which launches nothing: launch.py status --efficiency TARGET")
+    meant = difflib.get_close_matches(options.targets[0], VERBS, n=1) if options.targets and not verb else []
+    if meant:
+        raise UserError(f"unknown target '{options.targets[0]}'; did you mean '{meant[0]}'?")
+    if options.config and (targets or options.preset):
+        what = f"the target {targets[0]}" if targets else f"--preset {options.preset}"
+        raise UserError(f"--config launches a recipe of yours: expected no other target and no preset, found {what}")
+    if options.then and not options.config:
+        raise UserError("--then: of --config alone; a table's cells name their evaluation themselves")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -87,7 +115,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="table4, figure5, a cell id, wildcards; none: all")
-    parser.add_argument("--preset", default="paper", help=f"{', '.join(presets())} (default: paper)")
+    parser.add_argument("--preset", help=f"{', '.join(presets())} (default: paper)")
+    parser.add_argument(
+        "--config", metavar="RECIPE", help="a recipe of yours in place of targets; --set may list values"
+    )
+    parser.add_argument("--then", metavar="RECIPE", help="of --config: a probe or fine-tuning of each (eval/configs)")
     parser.add_argument("--executor", choices=["auto", "slurm", "local"], default="auto")
     parser.add_argument("--runs-dir", metavar="DIR", help="where the runs live (default: runs, in the repository)")
     parser.add_argument("--cluster", default="", metavar="NAME", help="a profile of slurm/clusters, or a YAML file")
@@ -99,7 +131,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="keys of the pre-training recipe; of later stages as linear.KEY, finetune.KEY, detection.KEY "
+        help="keys of the pre-training recipe (with --config a list is a sweep: every combination of such values); of "
+        "later stages as linear.KEY, finetune.KEY, detection.KEY "
         "(detection.run.data_root); of slurm/cluster.yaml as cluster.KEY, or linear.cluster.KEY; "
         "public checkpoints as checkpoints.NAME=PATH",
     )
@@ -119,12 +152,12 @@ def _enter_repository(given: str | None) -> Path:
 
 
 def _executor(name: str, chosen: Budget) -> str:
-    """`auto` is SLURM where there is one; without it the smoke preset runs here, and the paper's budget asks first."""
+    """`auto` is SLURM where there is one; else smoke and the user's own run here, and the paper's budget asks first."""
     if name == "local":
         return "local"
     if shell.available():
         return "slurm"
-    if name == "auto" and chosen.preset.name == "smoke":
+    if name == "auto" and chosen.preset.name in ("smoke", sweep.OWN.name):
         return "local"
     raise UserError(
         "no SLURM was found (no sbatch on PATH, or no configuration): type --executor local to run on this "
@@ -257,24 +290,56 @@ def _duration(job: Job) -> str:
 
 def print_next(cells: list[Cell], jobs: list[Job], options: argparse.Namespace, runs_dir: Path) -> None:
     """Where the results are, how to see what is to come, and what turns them into tables and figures."""
-    left = len(graph.needed(jobs))
+    left, found = len(graph.needed(jobs)), [job.finished_in for job in jobs]
+    kept = [place for job, place in zip(jobs, found, strict=True) if place and place != job.directory]
+    where = [] if len(kept) == len(jobs) else [str(runs_dir.resolve())]
+    where += [f"{kept[0].parents[1]} ({len(kept)} of {len(jobs)} runs are kept there)"] if kept else []
+    print(f"\nresults are in {' and '.join(where)}" + (f"; {left} of {len(jobs)} runs are to come:" if left else ""))
     own = ["--runs-dir", str(runs_dir)] if options.runs_dir else []
-    print(f"\nresults are in {runs_dir.resolve()}" + (f"; {left} of {len(jobs)} runs are to come:" if left else ""))
     if left:
-        print(_status(options, own))
+        print(
+            shlex.join(
+                ["python", "slurm/launch.py", "status", *options.targets, *_chosen(options), *own, *_set(options)]
+            )
+        )
     print("what to make of them:")
-    tail = [*own, *(["--preset", options.preset, "--set", *options.set] if options.set else [])]
-    targets = dict.fromkeys(cell.target for cell in cells)
-    for kind in ("table", "figure"):
-        names = [target for target in targets if target.startswith(kind)]
-        if names:
-            print(shlex.join(["python", f"paper/make_{kind}s.py", *names, *tail]))
+    if options.config:
+        last = [job for job in jobs if not any(job.directory in other.parents for other in jobs)]
+        print(shlex.join(["python", "paper/compare.py", *(str(job.finished_in or job.directory) for job in last)]))
+    tail = [*own, *(["--preset", options.preset or "paper", *_set(options)] if options.set else [])]
+    targets = dict.fromkeys(cell.target for cell in cells if not options.config)
+    for script, names in _scripts(targets).items():
+        print(shlex.join(["python", script, *names, *tail]))
 
 
-def _status(options: argparse.Namespace, own: list[str]) -> str:
-    """The command that says what has become of this launch."""
-    words = ["python", "slurm/launch.py", "status", *options.targets, "--preset", options.preset, *own]
-    return shlex.join(words + (["--set", *options.set] if options.set else []))
+def _scripts(targets: Iterable[str]) -> dict[str, list[str]]:
+    """Which script makes each table and figure; a table at its own scale is a table, whatever it is called."""
+    made: dict[str, list[str]] = {}
+    for target in targets:
+        kind = "figures" if target.startswith("figure") else "tables"
+        made.setdefault(f"paper/make_{kind}.py", []).append(target)
+    return made
+
+
+def _chosen(options: argparse.Namespace) -> list[str]:
+    """What was launched, but for targets and --set."""
+    words = {"--config": options.config, "--then": options.then, "--preset": options.preset}
+    return [word for key, value in words.items() if value for word in (key, value)]
+
+
+def _set(options: argparse.Namespace) -> list[str]:
+    return ["--set", *options.set] if options.set else []
+
+
+def print_other_presets(cells: list[Cell], chosen: Budget, options: argparse.Namespace, runs_dir: Path) -> None:
+    """A line for each other preset of which there are runs: a demo is no run of the published budget."""
+    for name in presets():
+        if name != chosen.preset.name:
+            begun = Counter(job.state for job in graph.jobs(cells, budget(name, options.set), runs_dir))
+            new = begun.pop("new", 0)
+            if begun:
+                counts = ", ".join(f"{number} {state}" for state, number in begun.items())
+                print(f"preset {name}: {counts}" + (f", {new} not started" if new else "") + f" (--preset {name})")
 
 
 if __name__ == "__main__":

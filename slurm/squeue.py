@@ -83,12 +83,12 @@ def live_jobs() -> dict[str, Live]:
 
 def all_jobs() -> list[tuple[str, Live]]:
     """`live_jobs`, where a run may have more than one. Raises UserError."""
-    found = []
+    jobs = []
     for line in shell.ask("squeue", "--noheader", MINE, "--array", "--format=%i|%T|%R|%k").splitlines():
         job, state, reason, comment = (word.strip() for word in line.split("|", 3))
         if directory := _directory(job, comment):
-            found.append((directory, Live(job, state, reason.strip("()"))))
-    return found
+            jobs.append((directory, Live(job, state, reason.strip("()"))))
+    return jobs
 
 
 def without_pickle(directories: set[str], runs_dir: Path) -> dict[str, str]:

@@ -167,14 +167,43 @@ def print_status(cells: list[Cell], jobs: list[Job], runs_dir: Path) -> None:
     seen = reports(jobs, runs_dir)
     for cell in cells:
         print(cell.id)
-        for job in jobs:
-            if cell.id in job.cells:
-                report = seen[job.directory]
-                text = f": {report.text}" if report.text else ""
-                print(printable(f"  {report.state:<12}{job.directory}{text}"))
-    states = ", ".join(f"{number} {state}" for state, number in Counter(r.state for r in seen.values()).items())
-    whole = [c for c in cells if all(seen[j.directory].state in ("finished", "not needed") for j in _of(c, jobs))]
-    print(f"\n{len(jobs)} runs in {runs_dir}: {states}; {len(whole)} of {len(cells)} cells are complete")
+        for job in _of(cell, jobs):
+            report = seen[job.directory]
+            text = f": {report.text}" if report.text else ""
+            print(printable(f"  {report.state:<12}{job.directory}{text}"))
+        if not _of(cell, jobs):
+            print("  no run       of ours leads to it" + (": a public checkpoint does" if cell.checkpoint else ""))
+    print(f"\n{_summary(cells, jobs, seen, runs_dir)}")
+
+
+def print_brief(cells: list[Cell], jobs: list[Job], runs_dir: Path) -> None:
+    """Per table and figure, how many of its cells are complete and how many of its runs are in each state."""
+    seen = reports(jobs, runs_dir)
+    targets = list(dict.fromkeys(cell.target for cell in cells))
+    for target in targets:
+        own = [cell for cell in cells if cell.target == target]
+        ids = {cell.id for cell in own}
+        states = _counts(seen[job.directory] for job in jobs if ids & set(job.cells))
+        whole = f"{len(_complete(own, jobs, seen))} of {len(own)} cells complete"
+        print(f"{target:<{max(map(len, targets))}}  {whole}; runs: {states or 'none'}")
+    print(f"\n{_summary(cells, jobs, seen, runs_dir)}\neach run: python slurm/launch.py status TARGET")
+
+
+def _summary(cells: list[Cell], jobs: list[Job], seen: dict[Path, Report], runs_dir: Path) -> str:
+    without = sum(not _of(cell, jobs) for cell in cells)
+    text = f"{len(jobs)} runs in {runs_dir}: {_counts(seen.values())}; " if jobs else ""
+    text += f"{len(_complete(cells, jobs, seen))} of {len(cells) - without} cells are complete"
+    return text + (f"; {without} more have no run of ours" if without else "")
+
+
+def _counts(reports: Iterable[Report]) -> str:
+    return ", ".join(f"{number} {state}" for state, number in Counter(r.state for r in reports).items())
+
+
+def _complete(cells: list[Cell], jobs: list[Job], seen: dict[Path, Report]) -> list[Cell]:
+    """Those whose runs, of which there are some, are all finished."""
+    done = {path for path, report in seen.items() if report.state in ("finished", "not needed")}
+    return [cell for cell in cells if (own := _of(cell, jobs)) and all(job.directory in done for job in own)]
 
 
 def printable(text: str) -> str:

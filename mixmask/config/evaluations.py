@@ -29,7 +29,8 @@ class KNNEval:
     dataset: str
     seed: int = within(0)
     knn: KNN
-    checkpoint: str = ""  # the pre-training run's identity, filled in by eval/knn.py
+    size: int = within(0, default=0)  # of test views, pixels; 0: that of the pre-training, 224 for a public checkpoint
+    checkpoint: str = ""  # the identity of the weights, filled in by eval/knn.py
     allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
     folder: Folder = Folder()
     data: str = ""  # which images, where they are not a published set, verified; filled in (datasets/settle.py)
@@ -134,6 +135,7 @@ class Detection:
     checkpoint: str = ""  # the identity of the weights, filled in by detection/train.py
     eval_every: int = field(default=0, metadata={"low": 0, "hashed": False})  # iterations; 0: only after the last
     allow_partial_data: bool = False  # accept other numbers of images than VOC's and COCO's: not the paper's data
+    content: str = ""  # which images and annotations, where not all of these; filled in (detection/datasets.py)
     run: Execution = Execution()
 
     def __post_init__(self) -> None:

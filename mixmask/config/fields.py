@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 type_hints = functools.cache(typing.get_type_hints)
 
+LISTED = 24  # names that a message lists; more would bury it
+
 DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 OTHERWISE = re.compile(rf"(?!{DECIMAL.pattern}$)[-+]?[0-9][0-9a-fA-F_:xob.]*")  # octal, hexadecimal, base 60, 1_000
 
@@ -117,10 +119,18 @@ def dotted(where: str, key: str) -> str:
 
 
 def nearest(key: str, known: Iterable[str], where: str = "") -> str:
-    """A hint: '; did you mean X?', or the list of what there is (in the section `where`)."""
-    known = sorted(map(str, known))
-    close = difflib.get_close_matches(str(key), known, n=1)
-    return f"; did you mean '{dotted(where, close[0])}'?" if close else f"; known keys: {', '.join(known)}"
+    """A hint: '; did you mean X?', or the list of what there is (in the section `where`) where that is short.
+
+    A dotted key is found by its last part, too.
+    """
+    key, known = str(key), sorted(map(str, known))
+    last = {name: name.rpartition(".")[2] for name in known}
+    close = [name for name in known if last[name] == key] or difflib.get_close_matches(key, known, n=1)
+    if not close and (part := difflib.get_close_matches(key.rpartition(".")[2], set(last.values()), n=1)):
+        close = [name for name in known if last[name] == part[0]]
+    if close:
+        return f"; did you mean {' or '.join(repr(dotted(where, name)) for name in close)}?"
+    return f"; known keys: {', '.join(known)}" if len(known) <= LISTED else ""
 
 
 def flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:

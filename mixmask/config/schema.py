@@ -210,12 +210,16 @@ class Execution:
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # shown there, too (mixmask/runs/trackers.py)
     checkpoint_every: int = within(1, default=1)  # epochs between checkpoints
     checkpoint_minutes: float = within(0, default=15.0)  # and within a long epoch: minutes between checkpoints
+    keep_every: int = within(0, default=0)  # epochs between checkpoints that stay, checkpoint.epochN.pt; 0: none
+    accumulate: int = within(1, default=1)  # pre-training: parts of a batch, one after the other, in memory for one
+    init: str = ""  # pre-training: the file whose backbone it begins with; its weights are in the run's identity
     channels_last: bool = True
     # torch.compile of augmentation, backbones and loss: a minute at the start, and a C++ compiler on a CPU.
     compile: Literal["auto", True, False] = "auto"  # auto: on GPUs where it was tested (training/optim.py)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data_root", os.path.expanduser(self.data_root))
+        for name in ("data_root", "init"):
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -247,4 +251,5 @@ class Pretrain:
     allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
     folder: Folder = Folder()
     data: str = ""  # which images, where they are not a published set, verified; filled in (datasets/settle.py)
+    init: str = ""  # a digest of the weights of run.init, filled in
     run: Execution = Execution()

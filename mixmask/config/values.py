@@ -50,8 +50,8 @@ def recipe_file(name: str | Path) -> Path:
     if path.exists() or len(path.parts) > 1:
         return path
     homes = (package, package.parent)  # in a wheel the stages lie in the package, in a checkout beside it
-    found = [home / stage / "configs" / f"{path.stem}.yaml" for home in homes for stage in ("pretrain", "eval")]
-    return next((file for file in found if file.exists()), path)
+    candidates = [home / stage / "configs" / f"{path.stem}.yaml" for home in homes for stage in ("pretrain", "eval")]
+    return next((file for file in candidates if file.exists()), path)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -180,12 +180,12 @@ def _training_images(path: Path) -> Entries:
     """Of an archive of archives, one a class: <wnid>.tar."""
 
     def walk(tar: tarfile.TarFile) -> list[tuple[str, int, int]]:
-        found = []
+        members = []
         for member in tar:
             with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
                 wnid, start = member.name.removesuffix(".tar"), member.offset_data
-                found += [(f"{wnid}/{m.name}", start + m.offset_data, m.size) for m in inner if m.isfile()]
-        return found
+                members += [(f"{wnid}/{m.name}", start + m.offset_data, m.size) for m in inner if m.isfile()]
+        return members
 
     return _members(path, walk)
 
@@ -193,10 +193,10 @@ def _training_images(path: Path) -> Entries:
 def _members(path: Path, walk: Callable[[tarfile.TarFile], list[tuple[str, int, int]]]) -> Entries:
     try:
         with tarfile.open(path, mode="r:") as tar:
-            found = walk(tar)
+            members = walk(tar)
     except (tarfile.TarError, OSError, EOFError, AttributeError, TypeError) as error:
         raise DataError(f"{path} is cut off or no archive of ImageNet ({one_line(error)})") from None
-    if not found:
+    if not members:
         raise DataError(f"{path} holds no images")
-    names, places, sizes = zip(*found, strict=True)
+    names, places, sizes = zip(*members, strict=True)
     return list(names), list(places), list(sizes)

@@ -26,21 +26,38 @@ def settle(config: Stage) -> Stage:
 
     Raises DataError for images that cannot be listed, and ConfigError where nothing fits.
     """
-    own = config.dataset == "folder"
-    spec = registry.DATASETS.get(config.dataset)  # of an unknown one `load` says what is known
-    if spec is None or not spec.files or not (own or config.allow_partial_data):
+    listings = _listings(config)
+    if config.data != (data := _identity(config, *listings)):
+        config = dataclasses.replace(config, data=data)
+    if config.dataset != "folder":
         return config
-    train, test = (list_split(config, split) for split in ("train", "test"))
-    if own or train.note or test.note:
-        config = dataclasses.replace(config, data=f"train: {train.identity()}; test: {test.identity()}")
-    if not own:
-        return config
+    train, test = listings
     if not isinstance(config, Pretrain):
         check_labels(train, test, config.run.data_root)
     config, changes = fit(config, train)
     for change in changes:
         say(f"note: {change}")
     return config
+
+
+def identity(config: Stage) -> str:
+    """Which images the config's are, as `data` of a settled one has it: "" for the published ones. Raises DataError."""
+    return _identity(config, *_listings(config))
+
+
+def _listings(config: Stage) -> tuple[Listing, ...]:
+    """Of both splits, where they can be other images than the published ones; else nothing."""
+    spec = registry.DATASETS.get(config.dataset)  # of an unknown one `load` says what is known
+    if spec is None or not spec.files or not (config.dataset == "folder" or config.allow_partial_data):
+        return ()
+    return tuple(list_split(config, split) for split in ("train", "test"))
+
+
+def _identity(config: Stage, *listings: Listing) -> str:
+    if not (config.dataset == "folder" or any(listing.note for listing in listings)):
+        return ""
+    train, test = listings
+    return f"train: {train.identity()}; test: {test.identity()}"
 
 
 def check_labels(train: Listing, test: Listing, root: str) -> None:

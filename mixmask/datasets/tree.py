@@ -80,11 +80,11 @@ def by_class(names: Sequence[str], classes: Sequence[str], where: Path) -> tuple
     Raises DataError for a class that is not among `classes`.
     """
     index = {name: i for i, name in enumerate(classes)}
-    found = [name.split("/", 1)[0] for name in names]
-    if strangers := sorted(set(found) - set(classes)):
+    wnids = [name.split("/", 1)[0] for name in names]
+    if strangers := sorted(set(wnids) - set(classes)):
         raise DataError(f"{where}: images of {some(strangers)}, of which there are none for training")
-    order = sorted(range(len(names)), key=lambda i: (index[found[i]], names[i]))
-    return order, torch.tensor([index[found[i]] for i in order], dtype=torch.long)
+    order = sorted(range(len(names)), key=lambda i: (index[wnids[i]], names[i]))
+    return order, torch.tensor([index[wnids[i]] for i in order], dtype=torch.long)
 
 
 def check_counts(
@@ -103,21 +103,21 @@ def check_counts(
     """
     counts = torch.bincount(labels, minlength=len(classes))  # (classes,)
     total, present = len(labels), int((counts > 0).sum())
-    found = f"{title} {split}: found {total:,} images in {present} classes under {where}, " + (
+    difference = f"{title} {split}: found {total:,} images in {present} classes under {where}, " + (
         f"expected {expected.images(split):,} in {expected.classes}"
     )
     if (total, present) == (expected.images(split), expected.classes):
         if balanced and int(counts.min()) != int(counts.max()):
             each = expected.images(split) // expected.classes
-            raise DataError(f"{found}, but not {each} in each class{_least(counts, classes)}; unpack it anew")
+            raise DataError(f"{difference}, but not {each} in each class{_least(counts, classes)}; unpack it anew")
         return ""
     if total > expected.images(split) or len(classes) > expected.classes or total == 0:
-        raise DataError(f"{found}; unpack the official archive anew")
-    found += _least(counts, classes)
+        raise DataError(f"{difference}; unpack the official archive anew")
+    difference += _least(counts, classes)
     if not allow_partial:
-        raise DataError(f"{found}; complete it, or say allow_partial_data=true (results are then not comparable)")
-    log.warning("%s: a partial data set; results are not comparable", found)
-    return f"partial: {found}"
+        raise DataError(f"{difference}; complete it, or say allow_partial_data=true (results are then not comparable)")
+    log.warning("%s: a partial data set; results are not comparable", difference)
+    return f"partial: {difference}"
 
 
 def _least(counts: Tensor, classes: Sequence[str]) -> str:

@@ -61,15 +61,15 @@ def train_batches(
 def check_augment(dataset: Resident | Files, augment: Augment) -> None:
     """Raises ConfigError for an augmentation that cannot be done, in its order, to these images."""
     if isinstance(dataset, Files) and augment.order[:1] != ("crop",):
-        found = ", ".join(augment.order) or "nothing"
+        given = ", ".join(augment.order) or "nothing"
         raise ConfigError(
-            f"augment.order: workers crop image files as they read them; expected crop first, found {found}"
+            f"augment.order: workers crop image files as they read them; expected crop first, found {given}"
         )
     if isinstance(dataset, Resident) and "crop" not in augment.order:
         height, width = dataset.images.shape[2:]
         if (height, width) != (augment.size, augment.size):
-            found = f"{augment.size}, but no crop resizes the images of {width}x{height} pixels"
-            raise ConfigError(f"augment.size: {found}")
+            given = f"{augment.size}, but no crop resizes the images of {width}x{height} pixels"
+            raise ConfigError(f"augment.size: {given}")
 
 
 def without_crop(augment: Augment) -> Augment:

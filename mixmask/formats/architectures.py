@@ -81,11 +81,11 @@ def check_complete(
 
 def lacking(names: Collection[str], prefix: str) -> str:
     """What is missing of the nearest architecture, and what is too much."""
-    arch, found, count = nearest(names)
+    arch, shared, count = nearest(names)
     missing, extra = names_of(arch) - names, set(names) - set(names_of(arch))
     where = f" under '{prefix}'" if prefix else ""
     return (
-        f"holds no whole {arch}{where}: {found} of {count} keys"
+        f"holds no whole {arch}{where}: {shared} of {count} keys"
         + (f"; missing {some(missing)}" if missing else "")
         + (f"; unexpected {some(extra)}" if extra else "")
     )

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixmask import checkpoint
-from mixmask.backbones import ARCHITECTURES, ResNet, build_backbone
+from mixmask.backbones import ARCHITECTURES, Encoder, build_backbone, feature_width
+from mixmask.config import Backbone
 from mixmask.formats.architectures import check_statistics, check_values
 from mixmask.formats.detectron2_files import from_detectron2, is_detectron2, unpickle
 from mixmask.formats.notes import read_sidecar, with_sidecar
@@ -62,12 +63,42 @@ def read(path: str | Path, trust_pickle: bool = False, **options: Any) -> Source
 
 def load_backbone(
     path: str | Path, device: torch.device | str = "cpu", trust_pickle: bool = False, **options: Any
-) -> tuple[ResNet, Source]:
-    """A ResNet with the weights of `read(path, ...)`, in training mode, and where they are from."""
+) -> nn.Module:
+    """The network with the weights of `read(path, ...)`, images (N, 3, H, W) -> pooled features (N, D), in evaluation
+    mode. Its `source` says where they are from and how images are normalised; it prints as one line."""
     source = read(path, trust_pickle, **options)
     model = build_backbone(source.backbone)
     checkpoint.load_weights(model, source.weights, path)
-    return model.to(device), source
+    text = f"{source.backbone.arch}, {feature_width(model)} features, of {source.identity} ({source.format})"
+    model.__class__ = type(type(model).__name__, (type(model),), {"__repr__": lambda _: text})
+    model.source = replace(source, weights={})  # the network holds them
+    return model.eval().to(device)
+
+
+def read_for(path: str | Path, backbone: Backbone) -> Source:
+    """`read`, for a network that begins with what the file holds. Raises FormatError where that is another one."""
+    source = read(path, arch=None if backbone.arch in ARCHITECTURES else backbone.arch, stem=backbone.stem)
+    asked, found = ((b.arch, b.width, b.stem) for b in (backbone, source.backbone))
+    if found[0] in ARCHITECTURES and source.recipe is None and found[2] != "imagenet" != asked[2]:
+        found = (*found[:2], asked[2])  # a file of others does not say which of the small stems it has
+    if asked != found:
+        words = "{} of width {} with the {} stem".format
+        raise FormatError(f"{path} holds a {words(*found)}; expected a {words(*asked)}")
+    return source
+
+
+def frozen_encoder(path: Path, foreign: Source | None, device: torch.device) -> tuple[Encoder, tuple, tuple, str]:
+    """The encoder in evaluation mode without gradients, mean and std of its images, and what it is, in words.
+
+    `foreign`: what was read from the file, where it is somebody else's: there the head is missing.
+    """
+    if foreign is None:
+        encoder, recipe, _ = checkpoint.load_encoder(path, device)
+        return encoder, recipe.augment.mean, recipe.augment.std, f"{recipe.framework}, {recipe.method}"
+    backbone = build_backbone(foreign.backbone)
+    checkpoint.load_weights(backbone, foreign.weights, path)
+    encoder = Encoder(backbone, nn.Identity()).requires_grad_(False).eval().to(device)
+    return encoder, foreign.mean, foreign.std, f"{foreign.format}; {foreign.backbone.arch}"
 
 
 def _read(path: Path, options: Reading) -> Source:

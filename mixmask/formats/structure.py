@@ -167,16 +167,16 @@ def _common(keys: Iterable[str]) -> Iterator[str]:
 
 def parts(tensors: dict[str, Tensor]) -> list[Part]:
     """All complete backbones, and then what holds half of one or more."""
-    found: dict[str, Part] = {}
+    by_prefix: dict[str, Part] = {}
     for naming in NAMINGS:
         marked = ((key, mark) for key in tensors for mark in naming.marks if f".{key}".endswith(f".{mark}"))
         for prefix in dict.fromkeys(key.removesuffix(mark) for key, mark in marked):
             inside = ((naming.name(key.removeprefix(prefix)), key) for key in tensors if key.startswith(prefix))
             part = Part(prefix, {name: key for name, key in inside if name}, naming.pooled)
             _, shared, count = nearest(part.names.keys())
-            if shared >= NEAR * count and (prefix not in found or part.whole):
-                found[prefix] = part
-    return sorted(found.values(), key=lambda part: not part.whole)
+            if shared >= NEAR * count and (prefix not in by_prefix or part.whole):
+                by_prefix[prefix] = part
+    return sorted(by_prefix.values(), key=lambda part: not part.whole)
 
 
 def titles(tensors: dict[str, Tensor], take: str = "") -> list[str]:
@@ -184,10 +184,10 @@ def titles(tensors: dict[str, Tensor], take: str = "") -> list[str]:
     return [p.title for p in parts(unwrapped(tensors)) if p.whole and (not take or _is(take, p.prefix))]
 
 
-def _distinct(found: list[Part], tensors: dict[str, Tensor]) -> list[list[Part]]:
+def _distinct(backbones: list[Part], tensors: dict[str, Tensor]) -> list[list[Part]]:
     """Parts that hold the same values belong together: a network is often registered under two names."""
     groups: list[list[Part]] = []
-    for part in found:
+    for part in backbones:
         group = next((group for group in groups if _same(group[0], part, tensors)), None)
         if group is None:
             groups.append([part])
@@ -285,12 +285,12 @@ def _misfit(tensors: dict[str, Tensor]) -> str:
 
 def prefixes(keys: Iterable[str]) -> str:
     """What stands before the names of a ResNet's tensors, or else the first word of each key; with counts."""
-    found = Counter()
+    counts = Counter()
     for key in keys:
         inside = re.search(r"(^|\.)(conv1|bn1|layer[1-9])\.", key)
-        found[key[: inside.start() + len(inside[1])] if inside else key.split(".")[0]] += 1
-    parts = [f"'{prefix}' ({count} keys)" for prefix, count in found.most_common(6)]
-    return ", ".join(parts) + (", ..." if len(found) > 6 else "") if parts else "no keys at all"
+        counts[key[: inside.start() + len(inside[1])] if inside else key.split(".")[0]] += 1
+    parts = [f"'{prefix}' ({count} keys)" for prefix, count in counts.most_common(6)]
+    return ", ".join(parts) + (", ..." if len(counts) > 6 else "") if parts else "no keys at all"
 
 
 def _expected() -> str:

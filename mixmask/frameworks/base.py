@@ -49,6 +49,13 @@ class Framework(nn.Module):
         """One loss per row, (N,). `clean`: of x1 itself, in all the framework's directions."""
         raise TypeError(f"{type(self).__name__} defines no score()")
 
+    def part(self, targets: Any, rows: Any) -> Any:
+        """The targets of some rows (a slice, or indices), where a step can be made of parts: here it cannot."""
+        raise TypeError(f"{type(self).__name__} takes the whole batch at once")
+
+    def joined(self, targets: Any, parts: Sequence[Any]) -> None:
+        """Give the targets of a batch the metrics that its `parts` of equal size showed: here none."""
+
     def compile_parts(self) -> None:
         """torch.compile of the backbones and of what `compiled` names, in place."""
         compile_backbones(self)

@@ -98,6 +98,16 @@ class MoCo(Framework):
             loss = loss + self.infonce(targets.q2 if clean else embedding, targets.k1)
         return loss
 
+    def part(self, targets: Targets, rows: slice | Tensor) -> Targets:
+        """Of some rows: the queue, which all share, is not among the targets."""
+        k1 = None if targets.k1 is None else targets.k1[rows]
+        return Targets(targets.x1[rows], targets.x2[rows], targets.k2[rows], k1)
+
+    def joined(self, targets: Targets, parts: Sequence[Targets]) -> None:
+        """The mean similarity."""
+        found = [part.positive_similarity for part in parts if part.positive_similarity is not None]
+        targets.positive_similarity = torch.stack(found).mean() if found else None
+
     def infonce(self, embedding: tuple[Tensor, Tensor], keys: Tensor) -> Tensor:
         """-log of exp(q.k / T) over itself plus the sum over the queue of exp(q.u / T) (Eq. 5). (N,)"""
         q, negatives = embedding

@@ -142,15 +142,16 @@ class Run:
         if not path.exists():
             return
         try:
-            found = _deciding(configs.load(path, cls=type(self.config)))
+            recorded = _deciding(configs.load(path, cls=type(self.config)))
         except ConfigError as error:
             raise UserError(f"{path} is not a config of this stage: {error}") from None
         wanted = _deciding(self.config)
-        differing = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+        differing = sorted(k for k in recorded.keys() | wanted.keys() if recorded.get(k) != wanted.get(k))
         if differing:
             key = differing[0]
             raise UserError(
-                f"{self.directory} holds a run of another config ({key}: {found.get(key)} there, {wanted.get(key)} now"
+                f"{self.directory} holds a run of another config ({key}: "
+                f"{recorded.get(key)} there, {wanted.get(key)} now"
                 + (f"; {len(differing) - 1} more keys differ" if differing[1:] else "")
                 + "); give another --run-dir"
             )

@@ -72,10 +72,10 @@ def read_environments(directory: str | Path) -> list[dict[str, Any]]:
     Raises UserError where one is not valid JSON.
     """
     first, others = Path(directory) / "environment.json", Path(directory) / "environments.jsonl"
-    found = []
+    environments = []
     for path, text in [(first, read_text(first) or "{}"), *((others, line) for line in read_text(others).splitlines())]:
         try:
-            found.append(json.loads(text))
+            environments.append(json.loads(text))
         except ValueError as error:
             raise UserError(f"{path} is not valid JSON ({error}); move it away to go on without it") from None
-    return found
+    return environments

@@ -359,8 +359,8 @@ def assert_in_sync(state: Mapping[str, Tensor], step: int) -> dict[str, Any]:
     if size() == 1:
         return {}
     own = checksum(state, step)
-    found = gather(torch.tensor([own])).tolist()
-    if len(set(found)) > 1:
-        sums = ", ".join(f"{value:08x}" for value in found)
+    checksums = gather(torch.tensor([own])).tolist()
+    if len(set(checksums)) > 1:
+        sums = ", ".join(f"{value:08x}" for value in checksums)
         raise UserError(f"step {step}: the processes differ (checksums {sums}); do all see the same run directory?")
     return {"processes": size(), "checksum": f"{own:08x}"}

@@ -160,9 +160,12 @@ class Loop:
         means, timing = finite(state.means(), step), self.clock.timing()
         finite({"the norm of weights and buffers": state.model_norm}, step)
         (stop,) = distributed.any_rank(self.interrupt.requested)
-        due = epoch == state.epochs or epoch % self.config.run.checkpoint_every == 0 or stop
+        stays = self.config.run.keep_every > 0 and epoch % self.config.run.keep_every == 0
+        due = epoch == state.epochs or epoch % self.config.run.checkpoint_every == 0 or stop or stays
         if due and not self.owes_epoch_line:
             self.save()
+        if stays and distributed.rank() == 0:
+            self._keep(epoch)
         if stop:
             raise KeyboardInterrupt
         values = {**means, **evaluate(), **self.rates(step)}
@@ -177,6 +180,13 @@ class Loop:
                 self.save()
             raise KeyboardInterrupt
 
+    def _keep(self, epoch: int) -> None:
+        """The checkpoint of an epoch's end stays beside those that are replaced."""
+        if not checkpoint.kept_checkpoint(self.run.checkpoint, epoch).exists():
+            if self.owes_epoch_line:  # what was resumed may be the checkpoint before the last
+                self._write()
+            checkpoint.keep(self.run.checkpoint, epoch)
+
     def save(self) -> None:
         """Write the state and the log to disk. Raises NonFiniteError, and saves nothing, where a number is not finite.
 
@@ -187,8 +197,11 @@ class Loop:
         finite({**state.sums, "the norm of weights and buffers": state.model_norm}, state.step - 1)
         with distributed.main_process_first():
             if distributed.rank() == 0:
-                self.run.sync()
-                checkpoint.save(self.run.checkpoint, {**self.run.about, **state.state_dict()})
+                self._write()
+
+    def _write(self) -> None:
+        self.run.sync()
+        checkpoint.save(self.run.checkpoint, {**self.run.about, **self.state.state_dict()})
 
 
 # ------------------------------------------------------------------------------------------------------- results
@@ -207,6 +220,16 @@ def last_and_best(lines: list[dict[str, Any]], key: str, name: str) -> dict[str,
     return metrics | ({f"{name}_init": values[0]} if 0 in values else {})
 
 
+def test_results(lines: list[dict[str, Any]], name: str) -> dict[str, float]:
+    """The test accuracies of a probe or a fine-tuning: top-1 under `name`, and top-5 where it was measured."""
+    metrics = last_and_best(lines, "test_top1", name)
+    top5 = any("test_top5" in line for line in lines)
+    return metrics | (last_and_best(lines, "test_top5", f"{name}_top5") if top5 else {})
+
+
+test_results.__test__ = False  # not a test, whatever its name says to pytest
+
+
 def seconds(lines: list[dict[str, Any]]) -> dict[str, float]:
     """What the epochs took, for result.json's `timing`."""
     return {"seconds": round(sum(line["timing"]["seconds"] for line in lines if "timing" in line), 1)}
@@ -220,12 +243,12 @@ def headline(result: Mapping[str, Any]) -> str:
 
 def epoch_line(epoch: int, epochs: int, values: Mapping[str, float], timing: Mapping[str, float]) -> str:
     """One line an epoch: loss, accuracies, learning rates, speed."""
-    accuracies = {"top-1" if k == "test_top1" else k: v for k, v in values.items() if k.startswith(("knn_", "test_"))}
+    shown = {k.replace("test_top", "top-"): v for k, v in values.items() if k.startswith(("knn_", "test_"))}
     rates = {name: value for name, value in values.items() if name.endswith("lr")}
     parts = [
         f"epoch {epoch}/{epochs}",
         f"loss {values['loss']:.4f}",
-        *(f"{name} {value:.2f} %" for name, value in accuracies.items()),
+        *(f"{name} {value:.2f} %" for name, value in shown.items()),
         *(f"{name} {value:.4g}" for name, value in rates.items()),
         f"{timing['images_per_second']:.0f} images/s",
         *([f"{timing['tflops_per_second']:.3g} TFLOP/s"] if "tflops_per_second" in timing else []),

@@ -1,9 +1,12 @@
 """paper/compare.py: whether a run's curves are those of a reference, from which epoch on they are not, and why."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
+from mixmask.config import UserError
 from paper import compare
 
 
@@ -89,7 +92,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, cli):
 
 def test_a_pretraining_and_its_probe_are_no_pair(compared):
     status, _, error = compared([epoch(1, 2.0)], [epoch(1, 2.0)], checkpoint="encoder-s0")
-    assert status == 1 and "one run is a pre-training, the other an evaluation" in error
+    assert status == 1 and "some runs are pre-trainings, others evaluations" in error
 
 
 def test_versions_that_differ_are_named_and_a_seed_is_called_noise(tmp_path, compared):
@@ -108,3 +111,89 @@ def test_a_run_that_was_continued_in_another_environment_says_so(compared, tmp_p
     (tmp_path / "a" / "environments.jsonl").write_text(json.dumps({"step": 9, "changed": "threads 1 -> 2"}) + "\n")
     _, out, _ = compared([epoch(1, 2.0)], [epoch(1, 2.0)])
     assert "run was continued after step 9: threads 1 -> 2" in out and "environment:" not in out
+
+
+# ---------------------------------------------------------------------------------------------------- any number
+
+
+def run_of(folder, stage, name, config, accuracies):
+    where = folder / stage / name
+    where.mkdir(parents=True)
+    (where / "config.yaml").write_text(json.dumps(config))
+    lines = [
+        {"kind": "epoch", "step": n, "epoch": n, "loss": 3.0 - n, "knn_k5": v} for n, v in enumerate(accuracies, 1)
+    ]
+    (where / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(where)
+
+
+def sweep_of(folder):
+    for rate in (0.03, 0.06):
+        for seed in (0, 1):
+            config = {
+                "recipe": "mine",
+                "optimizer": {"lr": rate, "name": "sgd"},
+                "seed": seed,
+                "run": {"log_every": seed},
+            }
+            yield run_of(folder, "pretrain", f"mine-{rate}-s{seed}", config, [40 + 100 * rate, 50 + seed])
+
+
+def table_of(text):
+    return [re.split("  +", line) for line in text.splitlines() if "written" not in line]
+
+
+def test_runs_are_named_by_the_keys_in_which_they_differ_and_stand_in_a_table_and_a_picture(tmp_path, capsys):
+    compare.main([*sweep_of(tmp_path), "--out", str(tmp_path / "c.png")])
+    head, *rows = table_of(capsys.readouterr().out)
+    assert head == ["run", "come to", "loss", "knn_k5"]
+    assert rows == [
+        ["optimizer.lr=0.03 seed=0", "epoch 2", "1", "50.00"],
+        ["optimizer.lr=0.03 seed=1", "epoch 2", "1", "51.00"],
+        ["optimizer.lr=0.06 seed=0", "epoch 2", "1", "50.00"],
+        ["optimizer.lr=0.06 seed=1", "epoch 2", "1", "51.00"],
+    ]
+    assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+def test_evaluations_are_named_by_the_keys_of_their_pretrainings(tmp_path, capsys):
+    probes = [
+        run_of(
+            tmp_path,
+            "linear",
+            f"probe-{n}",
+            {"recipe": "probe", "checkpoint": Path(path).name, "seed": 0},
+            [60 + n, 50],
+        )
+        for n, path in enumerate(list(sweep_of(tmp_path))[::2])
+    ]
+    third = run_of(tmp_path, "pretrain", "third", {"recipe": "mine", "optimizer": {"lr": 0.1}, "seed": 0}, [1.0])
+    probes.append(
+        run_of(tmp_path, "linear", "p2", {"recipe": "probe", "checkpoint": Path(third).name, "seed": 0}, [62])
+    )
+    compare.main([*probes, "--out", str(tmp_path / "c.png")])
+    _, *rows = table_of(capsys.readouterr().out)
+    assert [re.search("lr=[0-9.]+", row[0])[0] for row in rows] == ["lr=0.03", "lr=0.06", "lr=0.1"]
+    assert rows[1][1:] == ["epoch 2", "1", "50.00 (best 61.00)"]
+
+
+def test_one_run_is_a_table_too_and_no_epoch_is_one_line(tmp_path, capsys):
+    config = {"recipe": "mine", "seed": 0}
+    compare.main([run_of(tmp_path, "pretrain", "one", config, [40.0]), "--out", str(tmp_path / "c.png")])
+    assert table_of(capsys.readouterr().out)[1] == ["one", "epoch 1", "2", "40.00"]
+    with pytest.raises(UserError, match="none of the runs has logged an epoch yet"):
+        compare.main([run_of(tmp_path, "pretrain", "none", config, []), "--out", str(tmp_path / "c.png")])
+
+
+def test_what_differs_with_the_recipe_alone_is_not_repeated(tmp_path, capsys):
+    configs = [{"recipe": name, "framework": name, "seed": seed} for name in ("moco", "byol") for seed in (0, 1)]
+    runs = [run_of(tmp_path, "pretrain", f"r{n}", config, [40.0]) for n, config in enumerate(configs)]
+    compare.main([*runs, "--out", str(tmp_path / "c.png")])
+    names = [row[0] for row in table_of(capsys.readouterr().out)[1:]]
+    assert names == ["recipe=moco seed=0", "recipe=moco seed=1", "recipe=byol seed=0", "recipe=byol seed=1"]
+
+
+def test_old_logs_without_measures_of_the_features_are_equal_bit_by_bit(compared):
+    new = epoch(1, 2.0) | {"feature_std": 0.1, "effective_rank": 3.0, "alignment": 0.1, "uniformity": -1.0}
+    status, text, _ = compared([new], [epoch(1, 2.0)])
+    assert status == 0 and "equal bit by bit" in text

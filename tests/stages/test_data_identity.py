@@ -1,5 +1,6 @@
 """What the images are belongs to a run: other images are another run, and no run goes on with others than its own."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,8 +10,13 @@ import pytest
 from PIL import Image
 
 from eval import finetune, knn, linear
-from mixmask.runs import read_log, read_result
+from mixmask import config as configs
+from mixmask import formats
+from mixmask.config import Finetune, Linear, UserError
+from mixmask.datasets.settle import inherit
+from mixmask.runs import read_log, read_result, run_id
 from pretrain import train as script
+from slurm import launch
 
 SMALL = ("epochs=2", "backbone.width=8", "augment.size=16", "run.workers=0", "run.device=cpu", "run.download=false")
 
@@ -133,3 +139,45 @@ def test_partial_imagenet_is_another_run_for_other_classes(tmp_path, cli, monkey
     ids = {json.loads((run / "result.json").read_text())["run"] for run in runs(tmp_path)}
     assert ids == {run.name for run in runs(tmp_path)}
     shutil.rmtree(tmp_path / "runs")
+
+
+def test_settling_is_part_of_training_whoever_calls_it(root, tmp_path):
+    """As another program does, which has no `main`: other images are another run, and the numbers fit them."""
+    items = configs.parse_overrides([f"run.data_root={root}", *SMALL, "epochs=1", "knn.every=0"])
+    config = configs.load("pretrain/configs/folder_small_moco.yaml", items)
+    for _ in range(2):
+        script.train(config, runs_dir=tmp_path / "runs")
+    (run,) = runs(tmp_path)
+    noted = configs.load(run / "config.yaml")
+    assert noted.data.startswith("train: 6") and noted.batch_size == 16 and run_id(noted) == run.name
+    write(root, "katze", 8, first=30)
+    script.train(config, runs_dir=tmp_path / "runs")
+    assert len(runs(tmp_path)) == 2
+    source = formats.read(run / "checkpoint.pt")
+    for stage, recipe, cls in (("linear", "folder_linear", Linear), ("finetune", "folder_finetune", Finetune)):
+        values = inherit(configs.read_yaml(f"eval/configs/{recipe}.yaml"), configs.to_dict(source.recipe))
+        probe = dataclasses.replace(configs.resolve(values, {"epochs": 1}, cls), checkpoint=source.identity)
+        if stage == "linear":
+            linear.probe(probe, run / "checkpoint.pt", runs_dir=tmp_path / "runs")
+        else:
+            finetune.finetune(probe, source, runs_dir=tmp_path / "runs")
+        noted = configs.load(runs(tmp_path, stage)[0] / "config.yaml", cls=cls)
+        assert noted.data.startswith("train: 7") and noted.batch_size <= 16
+
+
+def test_launcher_refuses_a_run_of_other_images(root, tmp_path, capsys, monkeypatch):
+    """Its ids come from recipes alone: `finished` would be said of the images that lay there before."""
+    monkeypatch.chdir(launch.ROOT)
+    words = ["table1/cifar100/grid/2", "--preset", "smoke", "--executor", "local", "--runs-dir"]
+    words += [str(tmp_path / "runs"), "--set", "dataset=folder", f"run.data_root={root}", *SMALL]
+    words += ["epochs=1", "knn.every=0", "moco.queue=16", "batch_size=16", "mix_groups=1", "backbone.bn_groups=1"]
+    launch.main(words)
+    launch.main(words)
+    assert "1 finished" in capsys.readouterr().out
+    write(root, "katze", 8, first=30)
+    for verb in ([], ["status"]):
+        with pytest.raises(UserError, match=r"is of other images \(train: 6\d images .* there, train: 7\d .* now\)"):
+            launch.main([*verb, *words])
+    shutil.rmtree(root)
+    launch.main(["status", *words])
+    assert "is not known: run.data_root" in capsys.readouterr().out

@@ -268,3 +268,10 @@ def test_image_files_are_resized_to_256_for_a_crop_of_224(tiny_linear: Callable[
 def test_the_imagenet_recipes_test_on_224_of_256_pixels(path: Path):
     values = configs.read_yaml(path)
     assert (values["augment"]["size"], values["test_resize"]) == (224, 256)
+
+
+def test_knn_is_due_after_every_so_many_epochs_and_the_last(tiny):
+    def due(every: int) -> list[bool]:
+        return [pretrain_stage.knn_is_due(tiny("epochs=5", f"knn.every={every}"), epoch) for epoch in range(5)]
+
+    assert due(2) == [False, True, False, True, True] and due(0) == [False] * 4 + [True] and all(due(1))

@@ -133,3 +133,21 @@ def test_last_best_and_before_training():
     assert last_and_best(lines, "a", "x") == {"x_last": 6.0, "x_best": 7.0, "x_init": 9.0}
     assert last_and_best(lines[1:], "a", "x") == {"x_last": 6.0, "x_best": 7.0}
     assert seconds(lines) == {"seconds": 7.2}
+
+
+def test_what_else_has_a_state_goes_on_where_it_was(tmp_path):
+    def made() -> TrainState:
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.1)
+        return TrainState(model, optimizer, EPOCHS, STEPS, parts={"scheduler": scheduler})
+
+    before, after = made(), made()
+    for _ in range(3):
+        before.optimizer.step()
+        before.parts["scheduler"].step()
+    after.load_state_dict(before.state_dict(), tmp_path)
+    assert after.parts["scheduler"].last_epoch == 3
+    for state in (before, after):
+        state.parts["scheduler"].step()
+        assert state.optimizer.param_groups[0]["lr"] == pytest.approx(0.01)

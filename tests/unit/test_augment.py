@@ -197,6 +197,7 @@ def test_view_equals_the_reference_path(recipe: str, shape: tuple[int, int], siz
 
 
 SIDES = [((60, 80), 32, 36), ((80, 60), 32, 36), ((37, 50), 32, None), ((49, 49), 64, 64), ((49, 98), 64, 64)]
+SIDES += [((35, 39), 32, None), ((40, 51), 24, 32), ((51, 40), 24, 32)]  # halves and other fractions of a pixel
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
+from mixmask import batchnorm
 from mixmask.backbones import Encoder, ResNet, build_backbone, views
 from mixmask.batchnorm import GroupsAsChannels, SplitBatchNorm, SplitBatchNorm2d, Tile, split_batch_norm
 from mixmask.config import Backbone
@@ -268,3 +269,16 @@ def test_split_batchnorm_keeps_statistics_in_float32_under_bf16():
     assert y.dtype == torch.bfloat16 and split.running_mean.dtype == torch.float32
     wanted = torch.stack([part.bfloat16().float().mean((0, 2, 3)) for part in x.chunk(2)]).mean(0)
     torch.testing.assert_close(split.running_mean, 0.1 * wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_processes_that_share_a_group_share_its_unbiased_variance(monkeypatch):
+    """Two processes hold three images each of one group: what each computes is its half of the whole's."""
+    x, weight, bias = torch.randn(6, 3, 2, 2, dtype=torch.float64), torch.rand(3).double(), torch.rand(3).double()
+    y, mean, var = split_batch_norm(x, weight, bias, 1, 1e-5)
+    whole = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    monkeypatch.setattr(batchnorm, "shared_statistics", lambda *_: (whole[1][None], whole[0][None]))
+    for half, expected in zip(x.chunk(2), y.chunk(2), strict=True):
+        found, *statistics = split_batch_norm(half, weight, bias, 1, 1e-5, span=2)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(statistics, [mean, var])
+    torch.testing.assert_close(var[0], x.var(dim=(0, 2, 3)))

@@ -1,6 +1,7 @@
 """Reading anybody's backbone: every public layout bit for bit, and every broken file refused with its reason."""
 
 import argparse
+import copy
 import dataclasses
 import json
 import pickle
@@ -142,10 +143,12 @@ def test_our_checkpoints_of_every_framework(framework, tiny, tmp_path):
 def test_load_backbone_gives_the_features_of_the_encoder_that_was_trained(tiny, tmp_path):
     checkpoint.save(tmp_path / "checkpoint.pt", run_state(tiny("run.channels_last=false")))
     encoder, _, _ = checkpoint.load_encoder(tmp_path / "checkpoint.pt")
-    model, source = load_backbone(tmp_path / "checkpoint.pt")
+    model = load_backbone(tmp_path / "checkpoint.pt")
     images = torch.rand(2, 3, 12, 12)
-    assert torch.equal(model.eval()(images), encoder.backbone(images)) and source.identity == "tiny-x-0a1b2c3d-s0"
-    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(model(images), encoder.backbone(images)) and model.source.mean == (0.5, 0.5, 0.5)
+    assert repr(model) == "resnet18, 64 features, of tiny-x-0a1b2c3d-s0 (mixmask)" and not model.training
+    assert all(p.requires_grad for p in model.parameters()) and not model.source.weights
+    assert same(copy.deepcopy(model).state_dict(), encoder.backbone.state_dict())
 
 
 def test_identity_of_a_file_that_is_not_ours_is_its_name_and_checksum(weights, tmp_path):

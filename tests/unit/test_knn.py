@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmask import knn
-from mixmask.config import KNN, ConfigError
+from mixmask.backbones import Encoder
+from mixmask.config import KNN, Augment, ConfigError
+from mixmask.datasets import Resident
+from mixmask.features import shorter_side
 from mixmask.metrics import knn_metric
 
 
@@ -143,6 +146,30 @@ def test_blocks_of_the_bank_give_what_the_whole_gives(protocol, monkeypatch):
     with Largest() as seen:
         assert torch.equal(knn.predict(protocol, bank, labels, queries, 5, chunk=10), whole)
     assert seen.numbers <= 10 * 128
+
+
+PLAIN = Augment(order=(), size=4, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+def test_accuracy_is_that_of_the_test_images_and_their_labels():
+    """Four grey levels are four classes; the test images come in another order, and one label in four is wrong."""
+
+    def grey(levels: list[int], labels: list[int]) -> Resident:
+        images = torch.tensor(levels, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+        return Resident(images, torch.tensor(labels), ("a", "b", "c", "d"), "grey")
+
+    encoder = Encoder(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(48, affine=False)), nn.Identity()).train()
+    train, test = grey([0, 80, 160, 240] * 3, [0, 1, 2, 3] * 3), grey([241, 161, 81, 1], [3, 2, 1, 3])
+    protocol = majority(3, features="backbone")
+    assert knn.evaluate(encoder, train, test, PLAIN, protocol, torch.device("cpu")) == {
+        "knn_k3_euclidean_backbone48": 75.0
+    }
+    assert encoder.training and encoder.backbone[1].num_batches_tracked == 0
+
+
+def test_small_images_are_resized_by_their_shorter_side():
+    for shape, side in (((4, 4), 0), ((4, 6), 0), ((6, 4), 0), ((3, 4), 4), ((4, 3), 4), ((6, 6), 4)):
+        assert shorter_side(PLAIN, Resident(torch.zeros(1, 3, *shape), torch.zeros(1), ("a",), "x")) == side
 
 
 class Largest(TorchDispatchMode):

@@ -373,3 +373,11 @@ def test_settings_that_cannot_work_are_named_before_anything_is_written(items: l
     with pytest.raises(ConfigError, match=named):
         script.train(small_run("moco", *items), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_extra_crops_are_augmented_as_the_first_view():
+    recipe = configs.load(
+        reference.ROOT / "pretrain/configs/cifar100_barlow_twins.yaml",
+        {"method": "mscn", "augment.blur_prob": [1.0, 0.1], "augment.solarize_prob": [0.0, 0.2]},
+    )
+    assert recipe.mscn.crops and {(c.blur_prob, c.solarize_prob) for c in extra_crops(recipe)} == {(1.0, 0.0)}
