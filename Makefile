@@ -29,7 +29,7 @@ lint: $(READY) ## ruff, rules and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 docs: $(READY) ## the site, into site/: strict, every link checked
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict && echo "written: site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict && echo "written: site/index.html (its search wants a server: python -m http.server -d site)"
 
 notebook: $(READY) ## run examples/mixmask_in_ten_minutes.ipynb and store what it shows
 	@$(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False examples/mixmask_in_ten_minutes.ipynb 2>/dev/null

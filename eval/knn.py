@@ -20,7 +20,7 @@ from typing import Any
 from mixmask import config as configs
 from mixmask import datasets, formats, knn
 from mixmask.config import Augment, ConfigError, KNNEval, Pretrain
-from mixmask.datasets.settle import settle
+from mixmask.datasets.settle import of_evaluations, settle
 from mixmask.formats import Source, frozen_encoder
 from mixmask.runs import Run, run_directory
 from mixmask.training.optim import pick_device
@@ -82,6 +82,7 @@ def _config(path: str | None, items: Sequence[str], recipe: Pretrain) -> KNNEval
             raise ConfigError(f"--set {key}: it is the checkpoint's own, and cannot be chosen")
     pretraining = configs.to_dict(recipe)
     inherited = {key: pretraining[key] for key in ("dataset", "allow_partial_data", "folder", "run", "seed")}
+    inherited["run"] = of_evaluations(inherited["run"])
     if not path:
         return configs.resolve({"recipe": "knn", "knn": pretraining["knn"], **inherited}, overrides, KNNEval)
     protocol = {key: value for key, value in configs.read_yaml(path).items() if value != ""}

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -42,7 +44,7 @@ tags: [self-supervised, mixmask, {framework}]
 ---
 # {run}
 
-{architecture}, pre-trained with {title} and {method} on {dataset} for {epochs} epochs, seed {seed}, by the replication
+{architecture}, pre-trained with {title} and {method} on {dataset} for {epochs}, seed {seed}, by the replication
 of *MixMask: Revisiting Masking Strategy for Siamese ConvNets* (arXiv 2210.11456). A backbone without a classifier.
 
 ## To load it
@@ -83,6 +85,14 @@ from safetensors.torch import load_file
 model = torchvision.models.{arch}(num_classes=0)
 {stem}model.load_state_dict(load_file("DIR/model.safetensors"), strict=False)  # no fc
 model.fc = torch.nn.Identity()
+```
+"""
+BY_NAME = """```python
+import timm, torch
+from safetensors.torch import load_file
+
+model = timm.create_model("{name}", num_classes=0)
+{stem}model.load_state_dict(load_file("DIR/model.safetensors"))
 ```
 """
 SMALL_STEM = "model.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)\n"
@@ -148,8 +158,9 @@ def publish(run: Path, target: Path, folders: Sequence[Path]) -> None:
     """Fill the directory `target` with what is published of `run`; its evaluations lie in `folders`."""
     source = read(run / "checkpoint.pt")  # refuses what is not a pre-training of ours
     convert(source, run / "checkpoint.pt", target / "model.safetensors", "timm")
-    for name in ("config.yaml", "result.json"):
-        shutil.copyfile(run / name, target / name)
+    shutil.copyfile(run / "result.json", target / "result.json")
+    recipe = re.sub(r"^( *data_root:).*$", r"\1 data", (run / "config.yaml").read_text(encoding="utf-8"), flags=re.M)
+    (target / "config.yaml").write_text(recipe, encoding="utf-8")
     if _is_public(source):
         (target / "config.json").write_text(json.dumps(_timm_config(source), indent=1) + "\n", encoding="utf-8")
     (target / "README.md").write_text(card(run, source, folders), encoding="utf-8")
@@ -169,7 +180,7 @@ def card(run: Path, source: Source, folders: Sequence[Path]) -> str:
         method=registry.METHODS[config.method].title,
         architecture=f"{backbone.arch} of width {backbone.width} with the {backbone.stem} stem",
         dataset=dataset.title or config.dataset,
-        epochs=config.epochs,
+        epochs=f"{config.epochs} epoch{'s' * (config.epochs != 1)}",
         seed=config.seed,
         mean=", ".join(f"{value:g}" for value in source.mean),
         std=", ".join(f"{value:g}" for value in source.std),
@@ -179,9 +190,20 @@ def card(run: Path, source: Source, folders: Sequence[Path]) -> str:
         scale=_scale(config.dataset),
         commit=environment.get("commit") or "unknown",
         modified=", with changes that were not committed" if environment.get("modified") else "",
-        command=(run / "command.txt").read_text(encoding="utf-8").strip(),
+        command=_command((run / "command.txt").read_text(encoding="utf-8")),
         licence=LICENCES.get(config.dataset, OWN),
     )
+
+
+def _command(text: str) -> str:
+    """The run's command without the places of the machine: where the data are, where the run is."""
+    words = shlex.split(text)
+    for option in ("--run-dir", "--runs-dir"):
+        while option in words:
+            at = words.index(option)
+            del words[at : at + 2]
+    words = [word for word in words if not word.startswith("run.data_root=")]
+    return shlex.join(words[:-1] if words[-1] == "--set" else words)
 
 
 def _scale(dataset: str) -> str:
@@ -207,10 +229,12 @@ def _encoder(place: Path) -> str | None:
 
 def loading(source: Source) -> str:
     """Python that loads the weights with the libraries that have such a network."""
-    if source.backbone.width != 64 or source.backbone.arch not in registry.ARCHITECTURES:
+    if source.backbone.width != 64:
         return OURS
     small = source.backbone.stem != "imagenet"
     stem = (SMALL_STEM if small else "") + (NO_POOLING if source.backbone.stem == "cifar" else "")
+    if source.backbone.arch not in registry.ARCHITECTURES:  # timm's: no other is written for it
+        return BY_NAME.format(name=source.backbone.arch.removeprefix("timm/"), stem=stem)
     torchvision = TORCHVISION.format(arch=source.backbone.arch, stem=stem)
     return torchvision if small else f"{TIMM}\n{torchvision}"
 

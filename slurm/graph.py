@@ -178,8 +178,8 @@ def check_data(jobs: Iterable[Job]) -> None:
         there = configs.read_yaml(file).get(stage.data) or ""
         if there != known[key]:
             raise UserError(
-                f"{file.parent} is of other images ({there or 'a whole published set'} there, "
-                f"{known[key] or 'a whole published set'} now); give another --runs-dir"
+                f"{file.parent} is of other images ({there or 'none noted'} there, {known[key] or 'the published'} now)"
+                "; give another --runs-dir"
             )
 
 

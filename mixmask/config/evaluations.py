@@ -19,6 +19,13 @@ from mixmask.config.schema import (
 )
 
 
+def check_run(config: Any) -> None:
+    """The `__post_init__` of evaluations. Raises ConfigError for what only a pre-training does."""
+    for name, default in (("init", ""), ("accumulate", 1)):
+        if getattr(config.run, name) != default:
+            raise ConfigError(f"run.{name}: only a pre-training takes it; found {getattr(config.run, name)!r}")
+
+
 @dataclass(frozen=True)
 class KNNEval:
     """Offline k-NN on a checkpoint (`eval/knn.py`)."""
@@ -35,6 +42,8 @@ class KNNEval:
     folder: Folder = Folder()
     data: str = ""  # which images, where they are not a published set, verified; filled in (datasets/settle.py)
     run: Execution = Execution()
+
+    __post_init__ = check_run
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,8 @@ class Linear:
     folder: Folder = Folder()
     data: str = ""  # which images, where they are not a published set, verified; filled in (datasets/settle.py)
     run: Execution = Execution()
+
+    __post_init__ = check_run
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,7 @@ class Finetune:
     run: Execution = Execution()
 
     def __post_init__(self) -> None:
+        check_run(self)
         if not self.labels:
             raise ConfigError("labels: expected a percentage above 0 and at most 100, found 0")
 
@@ -139,6 +151,7 @@ class Detection:
     run: Execution = Execution()
 
     def __post_init__(self) -> None:
+        check_run(self)
         for key, value in flatten({"detectron2": self.detectron2}).items():
             if key in GIVEN:
                 raise ConfigError(f"{key}: is given by {GIVEN[key]}")

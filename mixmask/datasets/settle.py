@@ -113,6 +113,11 @@ def _shown(config: Stage) -> dict[str, Any]:
     return shown
 
 
+def of_evaluations(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A pre-training's `run` without what it alone has."""
+    return {key: value for key, value in run.items() if key not in ("init", "accumulate", "keep_every")}
+
+
 def inherit(recipe: Mapping[str, Any], pretraining: Mapping[str, Any]) -> dict[str, Any]:
     """A probe's recipe with what it leaves open from the pre-training's: the images, where they are, their size.
 
@@ -121,8 +126,8 @@ def inherit(recipe: Mapping[str, Any], pretraining: Mapping[str, Any]) -> dict[s
     values = {"dataset": pretraining["dataset"], **recipe}
     if values["dataset"] == pretraining["dataset"]:
         values = {key: pretraining[key] for key in ("allow_partial_data", "folder") if key in pretraining} | values
-    run, augment = recipe.get("run"), recipe.get("augment")
-    values["run"] = {**pretraining["run"], **run} if isinstance(run, Mapping) else run or pretraining["run"]
+    run, augment, where = recipe.get("run"), recipe.get("augment"), of_evaluations(pretraining["run"])
+    values["run"] = {**where, **run} if isinstance(run, Mapping) else run or where
     if isinstance(augment, Mapping):
         values["augment"] = {**augment, "size": augment.get("size") or pretraining["augment"]["size"]}
     return values

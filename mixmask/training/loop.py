@@ -63,6 +63,7 @@ class Loop:
         self.rates, self.images, self.step_lines = rates, images, step_lines
         self.epoch, self.owes_epoch_line = 0, False
         self.interrupt, self.clock, self.work = Interrupt(), Clock(), Work()
+        self.progress: Progress | None = None
 
     # ----------------------------------------------------------------------------------------- beginning and end
 
@@ -124,7 +125,8 @@ class Loop:
     def batches(self, batches: Iterable[T]) -> Iterator[T]:
         """The epoch's batches, under a progress bar."""
         state = self.state
-        self.progress = Progress(state.steps, f"epoch {self.epoch + 1}/{state.epochs}", state.step)
+        told = self.progress and self.progress.told
+        self.progress = Progress(state.steps, f"epoch {self.epoch + 1}/{state.epochs}", state.step, told)
         with contextlib.closing(self.progress):
             yield from self.clock.waits(batches)
 

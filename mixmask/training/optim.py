@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mixmask.config import ConfigError, Optimizer
+from mixmask.paths import few_operations
 
 # GPUs, as PyTorch names them, on which tests/unit/test_gpu.py has passed.
 COMPILED: frozenset[str] = frozenset()
@@ -22,7 +23,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """SGD, Adam or LARS, over the parameters that take gradients; those of `fixed_lr_parameters` stay at the base rate.
 
-    Each of their few operations is on all parameters at once (`foreach`). Raises ConfigError where LARS's library is
+    Each of their few operations is on all parameters at once: `foreach`, and on a GPU Adam as one kernel (`fused`),
+    whose count of steps is not read by the host, parameter by parameter. Raises ConfigError where LARS's library is
     missing.
     """
     constant = list(fixed_lr_parameters)
@@ -36,7 +38,8 @@ def build_optimizer(
         return torch.optim.SGD(
             groups, lr=optimizer.lr, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay, foreach=True
         )
-    return torch.optim.Adam(groups, lr=optimizer.lr, weight_decay=optimizer.weight_decay, foreach=True)
+    way = "fused" if few_operations(groups[0]["params"][0]) else "foreach"
+    return torch.optim.Adam(groups, lr=optimizer.lr, weight_decay=optimizer.weight_decay, **{way: True})
 
 
 def _lars(optimizer: Optimizer, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -12,11 +12,15 @@ _muted = False
 
 
 class Progress:
-    """Counts the steps of a run, `total` in all, of which `start` are done; `label` stands before them."""
+    """Counts the steps of a run, `total` in all, of which `start` are done; `label` stands before them.
 
-    def __init__(self, total: int, label: str, start: int = 0):
+    `told`: when the last line was said, by the Progress before this one: epochs may be shorter than EVERY.
+    """
+
+    def __init__(self, total: int, label: str, start: int = 0, told: float | None = None):
         self.total, self.label, self.start, self.done = total, label, start, start
-        self.began = self.told = time.perf_counter()
+        self.began = time.perf_counter()
+        self.told = self.began if told is None else told
         self.bar = tqdm(
             total=total, initial=start, desc=label, unit="it", leave=False, dynamic_ncols=True, disable=not _terminal()
         )

@@ -195,20 +195,19 @@ def test_a_profile_accounts_for_the_whole_step(few_images):
 
 # -------------------------------------------------------------------------------------------------- launches
 
-LAUNCHES = {  # at most, of one step of the published CIFAR-100 recipe
-    ("moco", "vanilla"): 725,
-    ("moco", "unmix"): 860,
-    ("moco", "mixmask"): 860,
-    ("moco", "both"): 1000,
-    ("simclr", "mixmask"): 900,
-    ("simsiam", "mixmask"): 900,
+LAUNCHES = {  # at most, of one step of the published CIFAR-100 recipe: vanilla, Un-Mix, MixMask, both
+    "moco": (711, 847, 848, 984),
+    "simclr": (563, 709, 710, 856),
+    "byol": (752, 936, 937, 1121),
+    "simsiam": (605, 781, 782, 958),
 }
 
 
-@pytest.mark.parametrize(("framework", "method"), LAUNCHES)
-def test_a_step_is_few_launches(framework, method):
-    counted = steps.launches(steps.recipe("cifar100", framework, method, CPU, {}), CPU)
-    assert 300 < counted <= LAUNCHES[framework, method]
+@pytest.mark.parametrize("framework", LAUNCHES)
+def test_a_step_is_few_launches(framework):
+    recipes = [steps.recipe("cifar100", framework, method, CPU, {}) for method in steps.MIXTURES]
+    counted = [steps.launches(recipe, CPU) for recipe in recipes]
+    assert all(300 < found <= most for found, most in zip(counted, LAUNCHES[framework], strict=True)), counted
 
 
 def test_a_compiled_step_is_few_graphs_and_little_outside():
@@ -248,12 +247,11 @@ def test_steps_of_few_launches_are_the_cpus(framework):
         torch.testing.assert_close(same[name], value, rtol=1e-12, atol=1e-12, msg=name)
 
 
-@pytest.mark.xfail(reason="compiled steps differ from eager ones by more than 1e-10; cause open", strict=False)
 def test_compiled_steps_are_the_eager_ones():
-    (losses, state), (fewer, same) = (
-        losses_and_state("moco"),
-        losses_and_state("moco", as_on_a_gpu("aot_eager"), compiled=True),
-    )
+    """Of MoCo, whose loss is compiled, too. A graph sums in another order, which is 1e-16 of a number in float64; three
+    steps through 20 layers make 3e-15 of it here."""
+    losses, state = losses_and_state("moco")
+    fewer, same = losses_and_state("moco", as_on_a_gpu("aot_eager"), compiled=True)
     assert fewer == pytest.approx(losses, rel=1e-10)
     for name, value in state.items():
         torch.testing.assert_close(same[name], value, rtol=1e-9, atol=1e-9, msg=name)

@@ -71,6 +71,16 @@ def test_the_cards_lines_load_small_stems_and_other_widths(stem, width, tiny, cl
     same_features(block, backbone, tmp_path)
 
 
+def test_the_cards_lines_load_another_network_of_timm(tiny, cli, tmp_path):
+    pytest.importorskip("timm")
+    items = ("backbone.arch=timm/resnet18", "backbone.width=64", "backbone.stem=cifar", "augment.size=32")
+    _, backbone = finished(tmp_path / "runs/pretrain/a", tiny(*items))
+    status, _, error = cli(publish.main, tmp_path / "runs/pretrain/a", tmp_path / "out")
+    assert status == 0, error
+    (block,) = blocks(tmp_path / "out")
+    same_features(block, backbone, tmp_path)
+
+
 def test_the_card_has_recipe_seed_commit_terms_and_each_number_with_its_protocol(tiny, tiny_linear, cli, tmp_path):
     encoder, _ = finished(tmp_path / "runs/pretrain/a", tiny("seed=3", "method=both"))
     for place, of in (("one", encoder), ("other", "another-run")):
@@ -95,6 +105,19 @@ def test_the_card_has_recipe_seed_commit_terms_and_each_number_with_its_protocol
     assert rows == ["| pretrain | `knn_k5_t0.1_out8_last` | 41.50 |", "| linear | `linear_sgd_last` | 55.25 |"]
     recipe = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert configs.resolve(recipe, {}, configs.Pretrain) == tiny("seed=3", "method=both")
+
+
+def test_no_place_of_the_machine_goes_out(tiny, cli, tmp_path):
+    run = tmp_path / "runs/pretrain/a"
+    finished(run, tiny(f"run.data_root={tmp_path}/data"))
+    words = (
+        f"python pretrain/train.py --config a.yaml --set epochs=2 --run-dir '{run}' --set run.data_root={tmp_path}/data"
+    )
+    (run / "command.txt").write_text(words + "\n")
+    assert cli(publish.main, run, tmp_path / "out")[0] == 0
+    texts = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert [name for name, text in texts.items() if str(tmp_path).encode() in text] == []
+    assert b"\npython pretrain/train.py --config a.yaml --set epochs=2\n" in texts["README.md"]
 
 
 def test_what_went_out_is_read_again_as_that_runs_weights(full, cli, tmp_path):

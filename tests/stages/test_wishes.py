@@ -1,8 +1,11 @@
 """Another network from pre-training to features; given weights, checkpoints that stay, public ones, top-5."""
 
+import itertools
 import json
 import os
+import signal
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from mixmask import checkpoint, config, formats
 from mixmask.backbones import build_backbone
 from mixmask.config import Backbone
 from mixmask.features import accuracies
+from mixmask.training import progress
 from pretrain import train as script
 from tests import foreign
 from tests.conftest import LINEAR, TINY
@@ -192,6 +196,17 @@ def test_other_weights_are_refused_in_one_line(cli, here):
     assert status == 1 and "init" in err  # the same run without its weights is another
 
 
+def test_an_evaluation_does_not_take_over_what_a_pretraining_alone_does(cli, here):
+    pretrain(cli, "first")
+    pretrain(cli, "second", "run.init=first/checkpoint.pt", "run.accumulate=2", "run.keep_every=1")
+    weights = ("--checkpoint", "second/checkpoint.pt", "--config", "linear.yaml", "--run-dir", "probe")
+    status, _, err = cli(linear_script.main, *weights, "--set", "run.accumulate=2")
+    assert status == 1 and "run.accumulate: only a pre-training takes it; found 2" in err
+    ok(cli, linear_script.main, *weights)
+    assert [path.name for path in (here / "probe").glob("checkpoint*.pt")] == ["checkpoint.pt"]
+    ok(cli, knn_script.main, "--checkpoint", "second/checkpoint.pt")
+
+
 # ------------------------------------------------------------------------------------- checkpoints that stay
 
 
@@ -249,3 +264,32 @@ def test_top5_beside_top1():
     scores = torch.tensor(rows, dtype=torch.float32)
     assert accuracies(scores, torch.tensor([0, 2, 1, 6])) == {"test_top1": 50.0, "test_top5": 75.0}
     assert accuracies(scores[:, :5], torch.tensor([0, 2, 1, 4])).keys() == {"test_top1"}
+
+
+# ---------------------------------------------------------------------------------- the terminal, and time that is left
+
+
+def test_a_closed_terminal_costs_no_step(cli, here, monkeypatch):
+    def hang_up(config, state, batch, iterate=script.iterate):
+        if state.step == 8:
+            os.kill(os.getpid(), signal.SIGHUP)
+        return iterate(config, state, batch)
+
+    words = ("--config", "tiny.yaml", "--set", "knn.every=0", "--run-dir")
+    ok(cli, script.main, *words, "undisturbed")
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "iterate", hang_up)
+        status, _, err = cli(script.main, *words, "run")
+    assert status == 130 and "the same command continues" in err
+    assert checkpoint.load("run/checkpoint.pt")["step"] == 9
+    ok(cli, script.main, *words, "run")
+    one, two = (checkpoint.load(f"{name}/checkpoint.pt")["model"] for name in ("undisturbed", "run"))
+    assert all(value.equal(two[name]) for name, value in one.items())
+
+
+def test_where_there_is_no_terminal_the_whole_runs_time_left_is_said_once_a_minute(cli, here, monkeypatch):
+    ticks = itertools.count(0, 5)  # seconds: an epoch of six steps takes 35
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
+    out = pretrain(cli, "run", "epochs=6", "knn.every=0")
+    lines = [line for line in out.splitlines() if line.endswith("left")]
+    assert 2 <= len(lines) <= 3 and all("/36, " in line for line in lines)

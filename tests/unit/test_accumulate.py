@@ -24,7 +24,8 @@ def after(recipe, steps: int = 2):
     state = TrainState(model, optimizer, recipe.epochs, 6)
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
-        x1, x2 = torch.randn(2, 16, 3, 12, 12, generator=generator, dtype=torch.float64)
+        side = recipe.augment.size
+        x1, x2 = torch.randn(2, 16, 3, side, side, generator=generator, dtype=torch.float64)
         values, _ = train.iterate(recipe, state, [x1, x2])
     return values, model.state_dict()
 
