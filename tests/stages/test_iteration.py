@@ -151,7 +151,7 @@ def modes_in_use(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, set[bool]]
 
 
 def test_training_goes_on_in_training_mode_after_knn(tiny: Callable[..., Pretrain], tmp_path: Path, modes_in_use: list):
-    """k-NN at epochs 0, 1 and 2: bank, test images, two views. The key encoder of MoCo takes no gradient, and trains."""
+    """k-NN at epochs 0, 1 and 2: bank, test images, two views. MoCo's key encoder takes no gradient, and trains."""
     train(tiny("method=vanilla"), tmp_path)
     trained = [modes for gradient, modes in modes_in_use if gradient]
     assert trained == [{True}] * len(trained) and len(trained) >= 12
