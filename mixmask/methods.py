@@ -29,6 +29,7 @@ class Anchor:
     images: Tensor  # (N, C, H, W)
     weight: Tensor | float = 1.0  # scalar, or (N,): one per scored row
     order: Tensor | None = None  # (N,): row i is scored with the embedding of images[order[i]]; None: as they are
+    everywhere: bool = False  # `order` counts the rows of all processes
     clean: bool = False  # x1 itself, which the framework scores in all its directions
 
 

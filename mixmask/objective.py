@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mixmask.methods import Anchor
+from mixmask.training.distributed import gather_with_gradient
 
 
 def objective(
@@ -35,15 +36,17 @@ def objective(
     embeddings = dict(zip(map(id, batches), framework.embed(batches, targets), strict=True))
     parts: dict[str, Tensor] = {}
     for anchor in anchors:
-        embedding = rows(embeddings[id(anchor.images)], anchor.order)
+        embedding = rows(embeddings[id(anchor.images)], anchor.order, anchor.everywhere)
         parts[anchor.name] = framework.loss(embedding, targets, anchor.weight, clean=anchor.clean)
     loss = torch.stack(list(parts.values())).sum()
     return loss, {name: part.detach() for name, part in parts.items()}, targets
 
 
-def rows(embedding: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor, ...]:
+def rows(embedding: tuple[Tensor, ...], order: Tensor | None, everywhere: bool = False) -> tuple[Tensor, ...]:
     """The rows of each tensor (N, ...) in the given order (N,); None leaves them as they are.
 
-    The reverse order of a mixture costs an indexing, not a forward pass.
+    `everywhere`: out of all processes' rows. The reverse order of a mixture costs an indexing, not a forward pass.
     """
-    return embedding if order is None else tuple(part[order] for part in embedding)
+    if order is None:
+        return embedding
+    return tuple((gather_with_gradient(part) if everywhere else part)[order] for part in embedding)

@@ -19,6 +19,7 @@ Finished runs are skipped, unfinished ones go on, equal ones are shared: launchi
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import signal
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     executor = _executor(options.executor, chosen) if launching and cells else ""
     if executor == "slurm":
         runs_dir = runs_dir.resolve()  # its jobs run elsewhere: in a copy of the code
-    jobs = graph.jobs(cells, chosen, runs_dir, profile)
+    jobs = graph.jobs(cells, chosen, runs_dir, profile, options.gpu)
     for target in set(targets) & set(WITHOUT_RUNS):
         print(f"{target} needs no runs: {WITHOUT_RUNS[target]}")
     if not cells:
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif verb == "cancel":
         status.cancel(jobs)
     elif options.dry_run:
-        print_graph(cells, jobs, chosen, targets, runs_dir if options.executor == "slurm" else None)
+        print_graph(cells, jobs, chosen, targets, runs_dir if options.executor == "slurm" else None, options.gpu)
     else:
         print_header(cells, jobs, chosen, targets, _states(jobs))
         execute(jobs, executor, runs_dir)
@@ -91,6 +92,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--executor", choices=["auto", "slurm", "local"], default="auto")
     parser.add_argument("--runs-dir", metavar="DIR", help="where the runs live (default: runs, in the repository)")
     parser.add_argument("--cluster", default="", metavar="NAME", help="a profile of slurm/clusters, or a YAML file")
+    parser.add_argument("--gpu", default="", metavar="NAME", help="hours by its report in benchmarks/results")
     parser.add_argument("--efficiency", action="store_true", help="of status: what was asked for against what was used")
     parser.add_argument("--dry-run", action="store_true", help="print the jobs and their cost; run nothing")
     parser.add_argument(
@@ -193,7 +195,12 @@ def _some(names: list[str]) -> str:
 
 
 def print_graph(
-    cells: list[Cell], jobs: list[Job], chosen: Budget, targets: list[str], batch: Path | None = None
+    cells: list[Cell],
+    jobs: list[Job],
+    chosen: Budget,
+    targets: list[str],
+    batch: Path | None = None,
+    gpu: str = "",
 ) -> None:
     """Every job, its command alone on a line, and the cost; with a runs directory `batch` each batch script, too."""
     states = _states(jobs)
@@ -207,10 +214,10 @@ def print_graph(
             print("".join(f"  {line}".rstrip() + "\n" for line in sbatch.batch_text(job, batch).splitlines()), end="")
         print(job.shell)
         print()
-    print_costs(cells, jobs, states)
+    print_costs(cells, jobs, states, gpu)
 
 
-def print_costs(cells: list[Cell], jobs: list[Job], states: Mapping[Path, str]) -> None:
+def print_costs(cells: list[Cell], jobs: list[Job], states: Mapping[Path, str], name: str = "") -> None:
     """Cells, runs and cost of each table and figure, and of all together."""
     gpu = bool(jobs) and bool(jobs[0].resources.gpus)
     wide = max(8, *(len(cell.target) for cell in cells))
@@ -222,13 +229,14 @@ def print_costs(cells: list[Cell], jobs: list[Job], states: Mapping[Path, str]) 
     left = [job for job in jobs if states[job.directory] not in ("finished", NOT_NEEDED)]
     print(f"{'total':<{wide}} {len(cells):>5} {len(jobs):>5}  {_cost(jobs):.1f}, each run counted once", end="")
     print(f"; {_cost(left):.1f} left to run in {len(left)} jobs")
-    print(cost.ASSUMPTION if gpu else f"estimate: two CPU cores at an assumed {cost.CPU_TERAFLOPS} TFLOP/s")
+    print(cost.basis(name) if gpu else f"estimate: two CPU cores at an assumed {cost.CPU_TERAFLOPS} TFLOP/s")
 
 
 def _cost(jobs: list[Job]) -> float:
     """GPU-hours, or minutes of the CPU where no GPU is asked for."""
-    on_gpus = [job.hours for job in jobs if job.resources.gpus]  # a conversion beside them takes none
-    return sum(on_gpus) if on_gpus else 60 * sum(job.hours for job in jobs)
+    known = [job for job in jobs if not math.isnan(job.hours)]
+    on_gpus = [job.hours for job in known if job.resources.gpus]  # a conversion beside them takes none
+    return sum(on_gpus) if on_gpus else 60 * sum(job.hours for job in known)
 
 
 def _resources(job: Job) -> str:
@@ -240,6 +248,8 @@ def _resources(job: Job) -> str:
 
 
 def _duration(job: Job) -> str:
+    if math.isnan(job.hours):
+        return "duration unknown: nobody has counted your own images"
     if job.resources.gpus:
         return f"about {job.gpu_hours:.1f} GPU-hours, in jobs of up to {job.resources.hours:g} h"
     return f"about {60 * job.hours:.1f} min on the CPU"
