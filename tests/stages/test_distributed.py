@@ -299,7 +299,7 @@ def test_fitting_processes_of_every_recipe():
     assert found["cifar100_simclr"] == tuple(2**k for k in range(9))
     assert fitting_processes(configs.Execution()) == (1,)
     with pytest.raises(ConfigError, match=r"2 processes do not fit \(only pre-training and detection can be shared"):
-        check_processes(configs.load(ROOT / "eval/configs/cifar100_linear_adam.yaml"), 2)
+        check_processes(configs.Execution(), 2)
 
 
 # ------------------------------------------------------------------------------------------- finding each other
