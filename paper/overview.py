@@ -44,7 +44,7 @@ def deciding(run: Path) -> dict[str, Any]:
     if not (parent / "config.yaml").exists():
         return flat
     del flat["checkpoint"]
-    return flat | {f"pretrain.{key}": value for key, value in deciding(parent).items() if flat.get(key) != value}
+    return flat | {f"pretrain.{key}": value for key, value in deciding(parent).items()}
 
 
 def _shown(value: Any) -> str:

@@ -111,7 +111,7 @@ class Trackers:
 
     def __init__(self, run: Any, x: int, kept: Sequence[Mapping[str, Any]], dropped: Sequence[Mapping[str, Any]]):
         self.open: dict[str, Tracker] = {}
-        for name in run.config.run.trackers:
+        for name in dict.fromkeys(run.config.run.trackers):
             with self._failing(name):
                 tracker = self.open[name] = KINDS[name](run, x, dropped)
                 for line in () if tracker.known else kept:

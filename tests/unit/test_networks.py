@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from slurm.cost import forward_gflop
 from torch import nn
 
 from mixmask import checkpoint, config, networks
@@ -19,6 +18,7 @@ from mixmask.frameworks import FRAMEWORKS, build_framework
 from mixmask.frameworks.moco import MoCo
 from mixmask.metrics import pretraining_metric
 from mixmask.training.state import TrainState
+from paper.cost import forward_gflop
 from pretrain import train
 from tests.unit.test_frameworks import SMALL
 
