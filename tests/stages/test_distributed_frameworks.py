@@ -57,14 +57,15 @@ def test_two_and_four_processes_compute_what_one_computes(tmp_path, framework, m
     one, alone = model(tmp_path / "1"), log(tmp_path / "1")
     for processes in several:
         shared, lines = model(tmp_path / str(processes)), log(tmp_path / str(processes))
-        # SimSiam's losses, 1e-14 apart at first, are 1e-10 after six steps; the others' less.
-        most = 1e-9 if framework == "simsiam" else 1e-10
+        # SimSiam's losses, 1e-14 apart at first, are 1e-10 after six steps; the others' less. Its are cosines, sums of
+        # which cross 0.
+        most, floor = (1e-9, 1e-10) if framework == "simsiam" else (1e-10, 1e-12)
         assert distance(losses(tmp_path / str(processes)), losses(tmp_path / "1")) < most
         pairs = {k: (shared[k].double(), one[k].double()) for k in one}
         apart = {k for k, (a, b) in pairs.items() if distance(a, b) >= 1e-8} - NO_GRADIENT.get(framework, set())
         assert not apart and all(shared[k].abs().max() < 1e-12 for k in NO_GRADIENT.get(framework, ()))
         for line, expected in zip(lines, alone, strict=True):
-            assert all(line[k] == pytest.approx(v, rel=1e-8) for k, v in expected.items() if k != "kind")
+            assert all(line[k] == pytest.approx(v, rel=1e-8, abs=floor) for k, v in expected.items() if k != "kind")
 
 
 def test_processes_hold_whole_batchnorm_groups_or_equal_parts_of_them():
