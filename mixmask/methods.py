@@ -17,6 +17,7 @@ from torch import Tensor
 from mixmask import registry
 from mixmask.config import MSCN, Augment, ConfigError, Erase, Mask, Pretrain, UnMix, nearest
 from mixmask.masks import mixture_coefficient, mscn_masks, sample_mask
+from mixmask.training.distributed import gather_with_gradient
 
 Rngs = Sequence[np.random.Generator]  # one for each mix group
 
@@ -29,11 +30,14 @@ class Anchor:
     images: Tensor  # (N, C, H, W)
     weight: Tensor | float = 1.0  # scalar, or (N,): one per scored row
     order: Tensor | None = None  # (N,): row i is scored with the embedding of images[order[i]]; None: as they are
+    everywhere: bool = False  # `order` counts the rows of all processes
     clean: bool = False  # x1 itself, which the framework scores in all its directions
 
     def rows(self, embedding: Tensor) -> Tensor:
         """The rows of what a network made of `images`, (N, ...), in the anchor's order; row i is about image i."""
-        return embedding if self.order is None else embedding[self.order]
+        if self.order is None:
+            return embedding
+        return (gather_with_gradient(embedding) if self.everywhere else embedding)[self.order]
 
 
 def vanilla(x1: Tensor) -> list[Anchor]:

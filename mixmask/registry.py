@@ -27,7 +27,6 @@ class Framework:
     forward: int  # passes that are not
     symmetric: tuple[int, int] | None = None  # both numbers, where a setting `symmetric` scores both directions
     metric: str = "top1"  # what Figure 5 shows: "knn", or the probe's "top1"
-    grouped: bool = False  # processes can share the groups: head and loss stay within them, or exchange the rest
 
     def passes(self, settings: Mapping[str, Any]) -> tuple[int, int]:
         """(differentiated, not differentiated) under the settings of a recipe's section."""
@@ -79,13 +78,13 @@ class Architecture:
 
 
 FRAMEWORKS = {  # in the paper's order; then those that it does not train
-    "moco": Framework("MoCo", "mixmask.frameworks.moco:MoCo", 1, 1, (2, 2), metric="knn", grouped=True),
+    "moco": Framework("MoCo", "mixmask.frameworks.moco:MoCo", 1, 1, (2, 2), metric="knn"),
     "simclr": Framework("SimCLR", "mixmask.frameworks.simclr:SimCLR", 2, 0),
     "byol": Framework("BYOL", "mixmask.frameworks.byol:BYOL", 2, 2),
     "simsiam": Framework("SimSiam", "mixmask.frameworks.simsiam:SimSiam", 2, 0),
-    "barlow_twins": Framework("Barlow Twins", "mixmask.frameworks.barlow_twins:BarlowTwins", 2, 0, grouped=True),
-    "swav": Framework("SwAV", "mixmask.frameworks.swav:SwAV", 2, 0, grouped=True),
-    "vicreg": Framework("VICReg", "mixmask.frameworks.vicreg:VICReg", 2, 0, grouped=True),
+    "barlow_twins": Framework("Barlow Twins", "mixmask.frameworks.barlow_twins:BarlowTwins", 2, 0),
+    "swav": Framework("SwAV", "mixmask.frameworks.swav:SwAV", 2, 0),
+    "vicreg": Framework("VICReg", "mixmask.frameworks.vicreg:VICReg", 2, 0),
 }
 
 DASHED, DOTTED, DASH_DOT, SHORT = (0, (4, 1.6)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (2, 1))

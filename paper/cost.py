@@ -1,21 +1,25 @@
-"""What a run costs, estimated: counted FLOPs over an assumed sustained rate. No torch here.
+"""What a run costs, estimated: counted FLOPs over a sustained rate, measured or assumed. No torch here.
 
 The forward pass is counted convolution by convolution (2 FLOP per multiply-add; ResNet-18 at 32x32: 1.11 GFLOP,
 ResNet-50 at 224x224: 8.2 GFLOP); a pass with gradient costs three forward passes. The rates are those of published
 training on one A100 in mixed precision: ResNet-50 at 224, 2,025 images/s supervised (bandwidth-bound), 49 TFLOP/s;
 ResNet-18 at 32, 77 TFLOP/s. For fp32 recipes half of them is assumed, and 0.05 TFLOP/s for two CPU cores. Detection
 is taken from Detectron2's model zoo: R50-C4 needs 0.55 to 0.58 s an iteration of 16 images on 8 V100, and an A100 is
-taken as two of them.
+taken as two of them. A GPU that is named (`--gpu h200`) has a kept report, benchmarks/results/NAME.json of
+`benchmarks/gpu.py`: its rates of MoCo with MixMask take the place of the assumed ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import math
 import re
+from pathlib import Path
 
 from mixmask import registry
-from mixmask.config import Backbone, Config, Convert, Detection, Finetune, Linear, Pretrain
+from mixmask.config import Backbone, Config, ConfigError, Convert, Detection, Finetune, Linear, Pretrain
 
 DETECTION = 0.57 * 8 / 16 / 2 / 3600  # hours an image of a training iteration, on one A100
 CONVERSION = 0.01  # hours, anywhere
@@ -26,8 +30,38 @@ ASSUMPTION = (
 )
 TERAFLOPS = {"resnet50": 49.0, "resnet18": 77.0}  # any other network: as ResNet-50
 CPU_TERAFLOPS = 0.05
+REPORTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+MEASURED = {"resnet18": "steps/moco/mixmask", "resnet50": "steps/imagenet/moco/mixmask"}  # rows of a report
 
 RESNET50 = Backbone("resnet50", "imagenet", 64, 1)  # public checkpoints
+
+
+@functools.cache
+def measured(gpu: str) -> dict[str, dict[str, float]]:
+    """TFLOP/s by architecture and precision in the kept report of a GPU. Raises ConfigError where there is none."""
+    path, found = REPORTS / f"{gpu}.json", {}
+    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name, row in report.get("results", {}).items():
+        case, _, precision = name.partition(", ")
+        for arch in (arch for arch, known in MEASURED.items() if case == known and precision in ("fp32", "bf16")):
+            found.setdefault(arch, {})[precision] = row["tflop_per_second"]
+    if not found:
+        raise ConfigError(f"--gpu: no report of '{gpu}' in benchmarks/results; benchmarks/gpu.py makes one")
+    return found
+
+
+def teraflops(arch: str, precision: str, gpu: str = "") -> float:
+    """The rate of a GPU, measured if it is named and its report has it; otherwise an A100's, assumed."""
+    known = measured(gpu).get(arch, {}) if gpu else {}
+    return known.get(precision) or TERAFLOPS.get(arch, 49.0) / (1 if precision == "bf16" else 2)
+
+
+def basis(gpu: str = "") -> str:
+    """What the hours rest on, for a line below them."""
+    if not gpu:
+        return ASSUMPTION
+    rates = [arch + ",".join(f" {p} {rate:.0f}" for p, rate in known.items()) for arch, known in measured(gpu).items()]
+    return f"measured on {gpu} (benchmarks/results/{gpu}.json), TFLOP/s: {', '.join(rates)}; the rest: {ASSUMPTION}"
 
 
 @functools.cache
@@ -101,15 +135,19 @@ def finetune_pflop(config: Finetune, backbone: Backbone) -> float:
     return passes * forward_gflop(backbone, config.augment.size) / 1e6
 
 
-def hours(config: Config, origin: Config, gpus: int) -> float:
-    """Expected hours on one A100; on two CPU cores where `gpus` is 0. `origin`: the first run of its chain."""
+def hours(config: Config, origin: Config, gpus: int, gpu: str = "") -> float:
+    """Expected hours on one GPU, an A100 unless another is named; on two CPU cores where `gpus` is 0.
+
+    `origin`: the first run of its chain. Of your own images (`dataset: folder`), which nobody has counted: nan.
+    """
     if isinstance(config, Convert):
         return CONVERSION
     if isinstance(config, Detection):
         return detection_hours(config)
     backbone = origin.backbone if isinstance(origin, Pretrain) else RESNET50
-    half = isinstance(origin, Pretrain) and origin.precision == "bf16"
-    rate = TERAFLOPS.get(backbone.arch, 49.0) / (1 if half else 2)
+    if not images_of(config).train:
+        return math.nan
+    rate = teraflops(backbone.arch, origin.precision if isinstance(origin, Pretrain) else "fp32", gpu)
     return _pflop(config, backbone) * 1e3 / (rate if gpus else CPU_TERAFLOPS) / 3600
 
 

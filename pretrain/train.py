@@ -103,10 +103,8 @@ def iterate(config: Pretrain, state: TrainState, batch: list[Tensor]) -> tuple[d
     """
     framework, optimizer, step = state.model, state.optimizer, state.step
     (x1, x2, *crops), device = batch, batch[0].device
-    own_groups = range(config.mix_groups)[distributed.local_slice(config.mix_groups)]
-    rngs = [numpy_generator(config.seed, "mix", step, group) for group in own_groups]
     of_method = len(extra_crops(config))
-    anchors = METHODS[config.method](config, x1, rngs, *crops[:of_method])
+    anchors = anchors_of(config, step, x1, crops[:of_method])
     framework.before_step(step)
     set_learning_rate(optimizer, learning_rates(config, state.steps_per_epoch, step)["lr"])
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=config.precision == "bf16")
@@ -124,6 +122,39 @@ def iterate(config: Pretrain, state: TrainState, batch: list[Tensor]) -> tuple[d
     state.step += 1
     values = {"loss": loss.detach(), **loss_parts(parts), **framework.metrics(targets)}
     return distributed.mean(values), anchors
+
+
+def anchors_of(config: Pretrain, step: int, x1: Tensor, crops: Sequence[Tensor]) -> list[Anchor]:
+    """What the method makes of this process's rows of x1 and of its extra crops, (N, C, H, W).
+
+    A process that holds whole mix groups draws for these alone. Where a group spans processes, the images of all are
+    gathered, mixed as one process does, and it keeps its rows.
+    """
+
+    def rngs(groups: range) -> list[Any]:
+        return [numpy_generator(config.seed, "mix", step, group) for group in groups]
+
+    method, groups, spec = METHODS[config.method], range(config.mix_groups), registry.METHODS[config.method]
+    if len(groups) % distributed.size() == 0:
+        return method(config, x1, rngs(groups[distributed.local_slice(len(groups))]), *crops)
+    if not (spec.masks or spec.mixes or spec.crops):  # nothing is drawn
+        return method(config, x1, [], *crops)
+    everyones = [distributed.gather(images) for images in (x1, *crops)]
+    return own_rows(method(config, everyones[0], rngs(groups), *everyones[1:]), x1)
+
+
+def own_rows(anchors: Sequence[Anchor], x1: Tensor) -> list[Anchor]:
+    """This process's rows of the anchors of a whole batch; the clean one holds x1 (N, C, H, W) itself."""
+    rows = distributed.local_slice(len(x1) * distributed.size())
+    images = {id(a.images): x1 if a.clean else a.images[rows] for a in anchors}
+
+    def cut(values: Any) -> Any:
+        return values[rows] if isinstance(values, Tensor) and values.dim() else values
+
+    return [
+        dataclasses.replace(a, images=images[id(a.images)], weight=cut(a.weight), order=cut(a.order), everywhere=True)
+        for a in anchors
+    ]
 
 
 def learning_rates(config: Pretrain, steps_per_epoch: int, step: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Job:
     command: tuple[str, ...]  # what a person would type, `python` first
     parents: tuple[Path, ...]  # directories of the runs it needs
     resources: Cluster
-    hours: float  # expected, on one A100 or, without GPUs, on two CPU cores
+    hours: float  # expected, on one GPU or, without GPUs, on two CPU cores; nan: unknown
     cells: tuple[str, ...]  # ids of the cells that use it
     notes: tuple[str, ...] = ()
     cpu_hours: float = 0.0  # expected on two CPU cores
@@ -46,6 +47,11 @@ class Job:
     @property
     def id(self) -> str:
         return self.directory.name
+
+    @property
+    def expected(self) -> float:
+        """Hours; of an unknown duration infinitely many."""
+        return math.inf if math.isnan(self.hours) else self.hours
 
     @property
     def gpu_hours(self) -> float:
@@ -70,8 +76,11 @@ class Job:
         return "unfinished" if (self.directory / "config.yaml").exists() else "new"
 
 
-def jobs(cells: Iterable[Cell], budget: Budget, runs_dir: Path, profile: str = "") -> list[Job]:
-    """The distinct runs of `cells`, parents before their children, with what they ask of a cluster of this profile."""
+def jobs(cells: Iterable[Cell], budget: Budget, runs_dir: Path, profile: str = "", gpu: str = "") -> list[Job]:
+    """The distinct runs of `cells`, parents before their children, with what they ask of a cluster of this profile.
+
+    `gpu`: whose measured rates decide the hours (paper/cost.py).
+    """
     resources = {stage: cluster(budget, stage, profile) for stage in STAGES}
     graph: dict[Path, Job] = {}
     for cell in cells:
@@ -79,16 +88,18 @@ def jobs(cells: Iterable[Cell], budget: Budget, runs_dir: Path, profile: str = "
             parent = None
             for step in chain:
                 where = directory(runs_dir, step)
-                known = graph.get(where) or new_job(step, where, chain[0].config, parent, resources[step.stage])
+                known = graph.get(where) or new_job(step, where, chain[0].config, parent, resources[step.stage], gpu)
                 parent = graph[where] = used_by(known, cell)
     return list(graph.values())
 
 
-def new_job(step: Step, where: Path, origin: configs.Config, parent: Job | None, resources: Cluster) -> Job:
+def new_job(
+    step: Step, where: Path, origin: configs.Config, parent: Job | None, resources: Cluster, gpu: str = ""
+) -> Job:
     """The run that lives in `where`, used by no cell yet."""
     words = ("python", STAGES[step.stage].script, *_arguments(step, parent, where), "--run-dir", str(where))
     parents = (parent.directory,) if parent else ()
-    expected = hours(step.config, origin, resources.gpus)
+    expected = hours(step.config, origin, resources.gpus, gpu)
     on_cpu = hours(step.config, origin, 0)
     return Job(step.stage, step.config, where, words, parents, resources, expected, (), step.notes, on_cpu)
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import shlex
 import signal
@@ -64,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if executor == "slurm":
         runs_dir = runs_dir.resolve()  # its jobs run elsewhere: in a copy of the code
     if recipes:
-        cells, jobs = sweep.plan(recipes, chosen, runs_dir, profile)
+        cells, jobs = sweep.plan(recipes, chosen, runs_dir, profile, options.gpu)
     else:
-        jobs = graph.jobs(cells, chosen, runs_dir, profile)
+        jobs = graph.jobs(cells, chosen, runs_dir, profile, options.gpu)
     if verb != "cancel":
         graph.check_data(jobs)
     for target in set(targets) & set(WITHOUT_RUNS):
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif verb == "cancel":
         status.cancel(jobs)
     elif options.dry_run:
-        print_graph(cells, jobs, chosen, targets, runs_dir if options.executor == "slurm" else None)
+        print_graph(cells, jobs, chosen, targets, runs_dir if options.executor == "slurm" else None, options.gpu)
     else:
         print_header(cells, jobs, chosen, targets, _states(jobs))
         execute(jobs, executor, runs_dir)
@@ -123,6 +124,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--executor", choices=["auto", "slurm", "local"], default="auto")
     parser.add_argument("--runs-dir", metavar="DIR", help="where the runs live (default: runs, in the repository)")
     parser.add_argument("--cluster", default="", metavar="NAME", help="a profile of slurm/clusters, or a YAML file")
+    parser.add_argument("--gpu", default="", metavar="NAME", help="hours by its report in benchmarks/results")
     parser.add_argument("--efficiency", action="store_true", help="of status: what was asked for against what was used")
     parser.add_argument("--dry-run", action="store_true", help="print the jobs and their cost; run nothing")
     parser.add_argument(
@@ -226,7 +228,12 @@ def _some(names: list[str]) -> str:
 
 
 def print_graph(
-    cells: list[Cell], jobs: list[Job], chosen: Budget, targets: list[str], batch: Path | None = None
+    cells: list[Cell],
+    jobs: list[Job],
+    chosen: Budget,
+    targets: list[str],
+    batch: Path | None = None,
+    gpu: str = "",
 ) -> None:
     """Every job, its command alone on a line, and the cost; with a runs directory `batch` each batch script, too."""
     states = _states(jobs)
@@ -242,7 +249,7 @@ def print_graph(
         print()
     if batch:
         print_arrays([job for job in jobs if states[job.directory] not in ("finished", NOT_NEEDED)])
-    print_costs(cells, jobs, states)
+    print_costs(cells, jobs, states, gpu)
 
 
 def print_arrays(todo: list[Job]) -> None:
@@ -253,7 +260,7 @@ def print_arrays(todo: list[Job]) -> None:
             print(f"one array: #SBATCH --array=0-{len(group) - 1}%{group[0].resources.parallel}, of {ids}\n")
 
 
-def print_costs(cells: list[Cell], jobs: list[Job], states: Mapping[Path, str]) -> None:
+def print_costs(cells: list[Cell], jobs: list[Job], states: Mapping[Path, str], name: str = "") -> None:
     """Cells, runs and cost of each table and figure, and of all together: of GPUs in hours, of the CPU in minutes."""
     gpu = any(job.resources.gpus for job in jobs) and not all(cell.scale for cell in cells)
     wide = max(8, *(len(cell.target) for cell in cells))
@@ -265,12 +272,13 @@ def print_costs(cells: list[Cell], jobs: list[Job], states: Mapping[Path, str]) 
     left = [job for job in jobs if states[job.directory] not in ("finished", NOT_NEEDED)]
     print(f"{'total':<{wide}} {len(cells):>5} {len(jobs):>5}  {_cost(jobs, gpu):.1f}, each run counted once", end="")
     print(f"; {_cost(left, gpu):.1f} left to run in {len(left)} jobs")
-    print(cost.ASSUMPTION if gpu else f"estimate: two CPU cores at an assumed {cost.CPU_TERAFLOPS} TFLOP/s")
+    print(cost.basis(name) if gpu else f"estimate: two CPU cores at an assumed {cost.CPU_TERAFLOPS} TFLOP/s")
 
 
 def _cost(jobs: list[Job], gpu: bool) -> float:
     """GPU-hours, or minutes of two CPU cores: of a table at its own scale, whatever a cluster gives it."""
-    return sum(job.gpu_hours for job in jobs) if gpu else 60 * sum(job.cpu_hours for job in jobs)
+    known = [job for job in jobs if not math.isnan(job.hours)]
+    return sum(job.gpu_hours for job in known) if gpu else 60 * sum(job.cpu_hours for job in known)
 
 
 def _resources(job: Job) -> str:
@@ -282,6 +290,8 @@ def _resources(job: Job) -> str:
 
 
 def _duration(job: Job) -> str:
+    if math.isnan(job.hours):
+        return "duration unknown: nobody has counted your own images"
     if job.resources.gpus:
         hours = f"{job.gpu_hours:.1f} GPU-hours" if job.gpu_hours >= 0.1 else f"{60 * job.gpu_hours:.1f} GPU-minutes"
         return f"about {hours}, in jobs of up to {job.resources.hours:g} h"

@@ -103,7 +103,7 @@ class Batch:
     def __init__(self, todo: list[Job], queued: dict[str, Live], told: list[int]):
         self.queued, self.told = queued, told
         self.number = {job.directory: f"[{number}/{len(todo)}]" for number, job in enumerate(todo, 1)}
-        self.waiting = sorted(todo, key=lambda job: -job.hours)  # the longest first, so that none is left for the end
+        self.waiting = sorted(todo, key=lambda job: -job.expected)  # the longest first: none is left for the end
         self.running: list[Running] = []
         self.failed: dict[Path, str] = {}
 

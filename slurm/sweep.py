@@ -37,7 +37,9 @@ def own_budget(settings: list[str]) -> Budget:
     return Budget(OWN, by_stage)
 
 
-def plan(recipes: Sequence[Path], chosen: Budget, runs_dir: Path, profile: str) -> tuple[list[Cell], list[Job]]:
+def plan(
+    recipes: Sequence[Path], chosen: Budget, runs_dir: Path, profile: str, gpu: str = ""
+) -> tuple[list[Cell], list[Job]]:
     """A cell for each combination, named after its overrides, and the jobs that make it.
 
     recipes: of the pre-training, and of the evaluation where there is to be one. Raises ConfigError for a value that
@@ -50,7 +52,7 @@ def plan(recipes: Sequence[Path], chosen: Budget, runs_dir: Path, profile: str) 
         parent = None
         for step in chain:
             where = directory(runs_dir, step)
-            job = jobs.get(where) or graph.new_job(step, where, chain[0].config, parent, resources[step.stage])
+            job = jobs.get(where) or graph.new_job(step, where, chain[0].config, parent, resources[step.stage], gpu)
             parent = jobs[where] = graph.used_by(job, cell)
         cells.append(cell)
     return cells, list(jobs.values())

@@ -19,6 +19,7 @@ from mixmask.backbones import Encoder, feature_width
 from mixmask.config import within
 from mixmask.frameworks.base import Framework
 from mixmask.frameworks.heads import cosine, mlp, spread
+from mixmask.training.distributed import gather
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class BYOL(Framework):
         if clean:
             targets.metrics = {
                 "positive_similarity": 1 - forward.detach().mean() / 2,
-                "output_spread": spread(projection),
+                "output_spread": spread(gather(projection)),
             }
         elif not self.settings.symmetric_mixture:
             return forward

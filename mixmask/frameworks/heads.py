@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixmask.frameworks.whole_batch import BatchNorm
+
 
 def mlp(features: int, hidden: int, dim: int) -> nn.Sequential:
     """Linear - BatchNorm - ReLU - Linear: rows of `features` numbers to rows of `dim`."""
-    return nn.Sequential(
-        nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim)
-    )
+    return nn.Sequential(nn.Linear(features, hidden), BatchNorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ from mixmask.backbones import Encoder, feature_width, views
 from mixmask.config import within
 from mixmask.frameworks.base import Framework
 from mixmask.frameworks.heads import cosine, mlp, spread, unit
+from mixmask.frameworks.whole_batch import BatchNorm
+from mixmask.training import distributed
+from mixmask.training.distributed import gather, gather_with_gradient
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class SimCLR(Framework):
         super().__init__()
         self.settings = settings
         head = mlp(feature_width(backbone), settings.hidden, settings.dim)
-        self.encoder = Encoder(backbone, nn.Sequential(*head, nn.BatchNorm1d(settings.dim)))
+        self.encoder = Encoder(backbone, nn.Sequential(*head, BatchNorm(settings.dim)))
 
     def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Targets:
         """The second view x2 (N, C, H, W), which all pairs share; x1 is not needed."""
@@ -62,8 +65,15 @@ class SimCLR(Framework):
         """NT-Xent of the pair of `embedding` and x2, per image (N,)."""
         z = self.encoder.head(torch.cat([embedding[0], targets.features]))  # (2N, dim)
         if clean:
-            targets.metrics = {"positive_similarity": cosine(*z.detach().chunk(2)).mean(), "output_spread": spread(z)}
-        return nt_xent(unit(z), self.settings.temperature)
+            targets.metrics = {
+                "positive_similarity": cosine(*z.detach().chunk(2)).mean(),
+                "output_spread": spread(gather(z)),
+            }
+        z = unit(z)
+        if distributed.size() == 1:
+            return nt_xent(z, self.settings.temperature)
+        everyones = torch.cat([gather_with_gradient(half) for half in z.chunk(2)])  # as in one process
+        return nt_xent(everyones, self.settings.temperature)[distributed.local_slice(len(everyones) // 2)]
 
     def metrics(self, targets: Targets) -> dict[str, Tensor]:
         """Scalars: positive_similarity, mean cosine of both views' outputs; output_spread, 0 (collapse) to about 1."""

@@ -16,6 +16,8 @@ from mixmask.backbones import Encoder, feature_width
 from mixmask.config import within
 from mixmask.frameworks.base import Framework
 from mixmask.frameworks.heads import cosine, mlp, spread
+from mixmask.frameworks.whole_batch import BatchNorm
+from mixmask.training.distributed import gather
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class SimSiam(Framework):
         super().__init__()
         self.settings = settings
         projector = mlp(feature_width(backbone), settings.hidden, settings.dim)
-        self.encoder = Encoder(backbone, nn.Sequential(*projector, nn.BatchNorm1d(settings.dim)))
+        self.encoder = Encoder(backbone, nn.Sequential(*projector, BatchNorm(settings.dim)))
         self.predictor = mlp(settings.dim, settings.predictor_hidden, settings.dim)
 
     def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Targets:
@@ -66,7 +68,10 @@ class SimSiam(Framework):
         prediction, projection = embedding
         forward = -cosine(prediction, targets.projection)
         if clean:
-            targets.metrics = {"positive_similarity": -forward.detach().mean(), "output_spread": spread(projection)}
+            targets.metrics = {
+                "positive_similarity": -forward.detach().mean(),
+                "output_spread": spread(gather(projection)),
+            }
         elif not self.settings.symmetric_mixture:
             return forward
         return (forward - cosine(targets.prediction, projection)) / 2

@@ -1,7 +1,7 @@
 """Several processes that compute what one computes: how they find each other, and what they exchange.
 
-Each process holds equal, contiguous rows of every batch. It draws what its rows would draw in a single process, and
-normalises and mixes within groups that it holds whole; gradients are averaged after the backward pass. Without a
+Each process holds equal, contiguous rows of every batch. It draws what its rows would draw in a single process; groups
+that span processes exchange their images or statistics; gradients are averaged after the backward pass. Without a
 process group every function here gives back what it was given, so that one process runs the same code.
 """
 
@@ -208,7 +208,7 @@ def local_slice(n: int) -> slice:
 def shard_config(recipe: Pretrain) -> Pretrain:
     """The recipe for the rows that this process holds: its share of the batch and of the groups."""
     backbone = replace(recipe.backbone, bn_groups=max(1, recipe.backbone.bn_groups // size()))
-    part = {"batch_size": recipe.batch_size // size(), "mix_groups": recipe.mix_groups // size()}
+    part = {"batch_size": recipe.batch_size // size(), "mix_groups": max(1, recipe.mix_groups // size())}
     return replace(recipe, backbone=backbone, **part)
 
 

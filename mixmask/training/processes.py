@@ -11,18 +11,25 @@ from mixmask.config import ConfigError, Detection, Pretrain
 def fitting_processes(config: Any) -> tuple[int, ...]:
     """Numbers of processes that compute what one process computes, the smallest first.
 
-    Of a framework whose head and loss stay within groups (MoCo), or exchange what spans them (Barlow Twins, SwAV,
-    VICReg): those that split no mix group and hold whole BatchNorm groups, or equally many of them a group; of
-    detection, those that split no `group` of images (docs/detection.md says what is not equal there). The other
-    frameworks normalise in their heads, or compare rows, over the whole batch, and the other stages are small: one
-    process.
+    Of a pre-training those that divide its batch, two images or more each, and hold whole BatchNorm groups, or equally
+    many of them a group: what else spans processes (a mask, pairs, the rows of a loss) is exchanged. A step in parts
+    (`run.accumulate`) of mixtures takes whole mix groups. Of detection those that split no `group` of images
+    (docs/detection.md says what is not equal there). The other stages are small: one.
     """
-    groups, norms = 1, 1
-    if isinstance(config, Pretrain) and _framework(config).grouped:
-        groups, norms = config.mix_groups, config.backbone.bn_groups
-    elif isinstance(config, Detection):
+    if isinstance(config, Detection):
         groups = config.detectron2["SOLVER"]["IMS_PER_BATCH"] // config.group
-    return tuple(n for n in range(1, groups + 1) if groups % n == 0 and (norms % n == 0 or n % norms == 0))
+        return tuple(n for n in range(1, groups + 1) if groups % n == 0)
+    if not isinstance(config, Pretrain):
+        return (1,)
+    batch, norms = config.batch_size, config.backbone.bn_groups
+    fits = (n for n in range(2, batch // 2 + 1) if batch % n == 0 and (norms % n == 0 or n % norms == 0))
+    return (1, *(n for n in fits if not _splits_parts(config, n)))
+
+
+def _splits_parts(config: Pretrain, processes: int) -> bool:
+    """Whether a step in parts would need the mixtures of other processes: a part has only its own."""
+    mixes = registry.find(registry.METHODS, config.method, "method").mixes
+    return mixes and config.run.accumulate > 1 and config.mix_groups % processes > 0
 
 
 def check_processes(config: Any, processes: int) -> None:
@@ -30,15 +37,15 @@ def check_processes(config: Any, processes: int) -> None:
     fitting = fitting_processes(config)
     if processes in fitting:
         return
-    shared = [spec.title for spec in registry.FRAMEWORKS.values() if spec.grouped]
-    reason = f"only pre-training with {', '.join(shared)} can be shared"
-    if isinstance(config, Pretrain) and _framework(config).grouped:
-        groups = f"backbone.bn_groups={config.backbone.bn_groups} and mix_groups={config.mix_groups}"
-        reason = f"{groups} must be multiples, or bn_groups a divisor"
+    reason = "only pre-training and detection can be shared"
+    if isinstance(config, Detection):
+        reason = f"group={config.group} images stay together"
+    elif isinstance(config, Pretrain) and config.batch_size % processes:
+        reason = f"batch_size={config.batch_size} is no multiple"
+    elif isinstance(config, Pretrain) and _splits_parts(config, processes):
+        reason = f"with run.accumulate={config.run.accumulate}, mix_groups={config.mix_groups} must be a multiple; "
+        reason += "or run.accumulate=1"
     elif isinstance(config, Pretrain):
-        reason = f"the head or the loss of {config.framework} spans the whole batch"
+        reason = f"batch_size={config.batch_size}: each needs two images; backbone.bn_groups="
+        reason += f"{config.backbone.bn_groups}: a multiple or a divisor"
     raise ConfigError(f"{processes} processes do not fit ({reason}); numbers that do: {', '.join(map(str, fitting))}")
-
-
-def _framework(config: Pretrain) -> registry.Framework:
-    return registry.find(registry.FRAMEWORKS, config.framework, "framework")

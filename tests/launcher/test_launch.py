@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import resource
 import shlex
@@ -124,6 +125,35 @@ def test_on_imagenet_mixmask_costs_seven_forward_passes_and_moco_four_and_mscn_f
     vanilla, mscn, mixmask = (job.gpu_hours for job in table4(tmp_path)[::2] if job.config.epochs == 200)
     assert mixmask / vanilla == pytest.approx(7 / 4)
     assert mscn / vanilla == pytest.approx((4 + 6 * (96 / 224) ** 2) / 4)
+
+
+def test_a_named_gpus_kept_report_decides_the_hours_and_is_named(tmp_path, monkeypatch, cli):
+    monkeypatch.setattr(cost, "REPORTS", tmp_path)
+    rows = {
+        "steps/moco/mixmask, fp32": {"tflop_per_second": 154.0},
+        "steps/moco/mixmask, bf16": {"tflop_per_second": 300},
+    }
+    (tmp_path / "h900.json").write_text(json.dumps({"results": {**rows, "knn/predict": {"seconds": 1}}}))
+    cells, runs = select(["table5/cifar100/moco/mixmask", "table4/imagenet/moco/mixmask/200"]), tmp_path / "runs"
+    assumed, ours = (graph.jobs(cells, budget("paper"), runs, gpu=gpu) for gpu in ("", "h900"))
+    small = [a.hours / b.hours for a, b in zip(assumed, ours, strict=True) if a.config.dataset == "cifar100"]
+    assert small and small == pytest.approx([154 / 38.5] * len(small))
+    large = [(a, b) for a, b in zip(assumed, ours, strict=True) if a.config.dataset == "imagenet"]
+    assert large and all(a.hours == b.hours for a, b in large)  # the report has no row of it
+    words = ["table5/cifar100/moco/mixmask", "--dry-run", "--runs-dir", runs, "--gpu"]
+    shown = cli(launch.main, *words, "h900")[1]
+    assert "measured on h900 (benchmarks/results/h900.json), TFLOP/s: resnet18 fp32 154, bf16 300; the rest" in shown
+    assert cli(launch.main, *words, "h901")[2].startswith("error: --gpu: no report of 'h901' in benchmarks/results")
+
+
+def test_the_duration_of_runs_of_own_images_is_unknown(tmp_path):
+    config = configs.load(ROOT / "pretrain/configs/folder_moco.yaml")
+    assert math.isnan(cost.hours(config, config, gpus=1))
+    (job, *_) = table4(tmp_path)
+    unknown = dataclasses.replace(job, hours=math.nan)
+    assert (
+        launch._duration(unknown).startswith("duration unknown") and launch._cost([job, unknown], gpu=True) == job.hours
+    )
 
 
 # --------------------------------------------------------------------------------------------------- the command

@@ -494,7 +494,7 @@ def layers(module: nn.Module) -> str:
         nn.BatchNorm1d: lambda m: f"BN{m.num_features}",
         nn.ReLU: lambda m: "ReLU",
     }
-    return " ".join(names[type(m)](m) for m in module.modules() if type(m) in names)
+    return " ".join(name(m) for m in module.modules() for kind, name in names.items() if isinstance(m, kind))
 
 
 @pytest.mark.parametrize("name", RECIPES)
