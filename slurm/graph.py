@@ -176,11 +176,13 @@ def check_data(jobs: Iterable[Job]) -> None:
     known: dict[str, str] = {}  # each data set is listed once
     for job in jobs:
         own = getattr(job.config, "dataset", "") == "folder" or getattr(job.config, "allow_partial_data", False)
-        file = (job.finished_in or job.directory) / "config.yaml"
-        if not own or not file.exists():
+        if not own:
             continue
         stage, key = STAGES[job.stage], repr([getattr(job.config, k, "") for k in IMAGES] + [job.config.run.data_root])
         try:
+            file = (job.finished_in or job.directory) / "config.yaml"
+            if not file.exists():
+                continue
             if key not in known:
                 known[key] = registry.load(stage.identity)(job.config)
         except UserError as error:

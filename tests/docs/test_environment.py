@@ -126,6 +126,6 @@ def test_workflows_run_targets_that_the_makefile_has():
     for path in (ROOT / ".github" / "workflows").glob("*.yml"):
         jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values()
         commands = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
-        for command in commands:
+        for command in (c for c in commands if not c.startswith("sudo apt-get ")):
             words = command.split()
             assert words[0] == "make" and {word for word in words[1:] if "=" not in word} <= targets, command

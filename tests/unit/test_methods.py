@@ -364,7 +364,7 @@ def test_global_random_state_is_neither_read_nor_moved(method: str):
     [
         (
             lambda: Mask("blok", "repaired", grid=2, ratio=0.5),
-            r"Mask\.type: expected one of block, discrete; found 'blok'",
+            r"Mask\.type: expected one of block, discrete, none; found 'blok'",
         ),
         (lambda: Mask("block", "repaired", grid=2, ratio=1.5), r"Mask\.ratio: expected between 0 and 1, found 1\.5"),
         (lambda: UnMix(prob=-1), r"UnMix\.prob: expected between 0 and 1"),
