@@ -113,6 +113,6 @@ def test_a_report_of_another_device_and_a_wrong_part_are_refused(tmp_path, cli):
 
 def test_missing_data_end_the_runs_alone(tmp_path, monkeypatch):
     monkeypatch.setitem(measure.MATMUL, "cpu", 128)
-    gpu.main(words(tmp_path, tmp_path / "nowhere", "--minutes", "1", "--parts", "runs", "--set", "epochs=1"))
+    gpu.main(words(tmp_path, tmp_path / "nowhere", "--minutes", "10", "--parts", "runs", "--set", "epochs=1"))
     (why,) = json.loads((tmp_path / "out/report.json").read_text())["left_out"].values()
     assert "nowhere" in why
