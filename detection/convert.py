@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from mixmask import config as configs
-from mixmask.backbones import ARCHITECTURES
 from mixmask.config import Convert, UserError
 from mixmask.formats import (
     FormatError,
@@ -40,6 +39,7 @@ from mixmask.formats import (
     reading_options,
     sidecar,
 )
+from mixmask.registry import ARCHITECTURES
 from mixmask.runs import Run, commit, discard, file_sha256
 from mixmask.training.progress import say
 

@@ -28,12 +28,13 @@ from torch.nn import functional as F
 
 from mixmask import checkpoint, datasets, formats, labels
 from mixmask import config as configs
-from mixmask.backbones import Encoder, build_backbone, feature_width
+from mixmask.backbones import Encoder, build_backbone
 from mixmask.config import Augment, ConfigError, Finetune
 from mixmask.datasets.settle import inherit, settle
 from mixmask.datasets.views import check_augment, train_batches
 from mixmask.features import accuracies, extract, resize_of
 from mixmask.formats import Source
+from mixmask.networks import feature_width
 from mixmask.randomness import seed_globals, seed_of
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate

@@ -25,12 +25,12 @@ from torch.nn import functional as F
 
 from mixmask import checkpoint, datasets, formats
 from mixmask import config as configs
-from mixmask.backbones import feature_width
 from mixmask.config import Augment, ConfigError, Linear, UserError
 from mixmask.datasets.settle import inherit, settle
 from mixmask.datasets.views import check_augment, train_batches
 from mixmask.features import accuracies, extract, resize_of
 from mixmask.formats import Source, frozen_encoder
+from mixmask.networks import feature_width
 from mixmask.randomness import seed_of
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate

@@ -48,7 +48,7 @@ def __getattr__(name: str) -> Any:
 class _Library(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
         """`mixmask.objective` is the function, also once its module of the same name has been imported."""
-        super().__setattr__(name, value.objective if name == "objective" else value)
+        super().__setattr__(name, getattr(value, name, value) if name == "objective" else value)
 
 
 sys.modules[__name__].__class__ = _Library

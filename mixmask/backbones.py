@@ -17,11 +17,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 from mixmask.batchnorm import SplitBatchNorm2d, Together, move_running_statistics
 from mixmask.config import Backbone, ConfigError
-from mixmask.networks import build_network, feature_width
+from mixmask.networks import build_network
 from mixmask.paths import compiler
 from mixmask.registry import ARCHITECTURES
-
-__all__ = ["ARCHITECTURES", "Encoder", "ResNet", "build_backbone", "compile_backbones", "feature_width", "views"]
 
 
 class ResNet(nn.Module):

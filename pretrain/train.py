@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixmask import checkpoint, collapse, datasets, formats, knn, networks, registry
+from mixmask import collapse, datasets, knn, networks, registry
 from mixmask import config as configs
 from mixmask.batchnorm import span_processes
-from mixmask.config import Augment, ConfigError, Pretrain
+from mixmask.config import Augment, Pretrain
 from mixmask.datasets.settle import settle
 from mixmask.datasets.verify import verify
 from mixmask.datasets.views import train_batches
@@ -36,6 +36,7 @@ from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
 from mixmask.training import distributed
 from mixmask.training.checks import check, check_backbone, check_data, check_parts
+from mixmask.training.initial import load_initial, settle_initial
 from mixmask.training.loop import Loop, epoch_lines, finished, last_and_best, seconds
 from mixmask.training.optim import (
     arithmetic,
@@ -59,7 +60,7 @@ def train(
     directory: its own; by default below `runs_dir`, named after the config and its data.
     Raises UserError for bad configs, data and checkpoints, and when the loss is no longer finite.
     """
-    config = settle_init(settle(config))
+    config = settle_initial(settle(config))
     check(config)
     directory = directory or run_directory(runs_dir, "pretrain", config)
     world = distributed.find()
@@ -183,7 +184,8 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
     if device.type == "cpu":
         keep_freed_memory()
     seed_globals(config.seed, "init")
-    framework = build_framework(distributed.shard_config(config), functools.partial(begin, config)).to(device).train()
+    framework = build_framework(distributed.shard_config(config), functools.partial(load_initial, config))
+    framework = framework.to(device).train()
     span_processes(framework, max(1, distributed.size() // config.backbone.bn_groups))
     check_backbone(config, framework)
     check_parts(config, framework)
@@ -192,28 +194,6 @@ def build(config: Pretrain, device: torch.device) -> tuple[nn.Module, torch.opti
     if compiles(config.run.compile, device):
         framework.compile_parts()
     return framework, build_optimizer(config.optimizer, framework.parameters(), framework.fixed_lr_parameters())
-
-
-def begin(config: Pretrain, backbone: nn.Module) -> None:
-    """Give the backbone the weights of `run.init`, where it is set. Raises UserError for others than the run's."""
-    if not (config.run.init or config.init):
-        return
-    if not config.run.init:
-        raise ConfigError("init: the run begins with weights, which are not given; expected run.init=FILE")
-    source = formats.read_for(config.run.init, config.backbone)
-    if checkpoint.digest(source.weights)[:16] != config.init:
-        raise ConfigError(f"run.init: {config.run.init} holds other weights than those that the run began with")
-    checkpoint.load_weights(backbone, source.weights, config.run.init)
-
-
-def settle_init(config: Pretrain) -> Pretrain:
-    """The config with the digest of the weights of `run.init`. Raises UserError where they cannot be read, or do not
-    fit."""
-    if not config.run.init:
-        return config
-    source = formats.read_for(config.run.init, config.backbone)
-    say(f"note: the backbone begins with the weights of {source.identity}")
-    return dataclasses.replace(config, init=checkpoint.digest(source.weights)[:16])
 
 
 # ----------------------------------------------------------------------------------------------------- during

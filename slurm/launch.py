@@ -345,7 +345,7 @@ def print_other_presets(cells: list[Cell], chosen: Budget, options: argparse.Nam
     """A line for each other preset of which there are runs: a demo is no run of the published budget."""
     for name in presets():
         if name != chosen.preset.name:
-            begun = Counter(job.state for job in graph.jobs(cells, budget(name, options.set), runs_dir))
+            begun = Counter(status.states(graph.jobs(cells, budget(name, options.set), runs_dir)))
             new = begun.pop("new", 0)
             if begun:
                 counts = ", ".join(f"{number} {state}" for state, number in begun.items())

@@ -65,6 +65,11 @@ def busy(directory: Path) -> bool:
         return False
 
 
+def states(jobs: Iterable[Job]) -> list[str]:
+    """What each run is, as its directory alone says: a result that cannot be read counts as none."""
+    return [TolerantJob(**vars(job)).state for job in jobs]
+
+
 def reports(jobs: list[Job], runs_dir: Path) -> dict[Path, Report]:
     """Run directory -> report. Takes two seconds more where a job seems to have failed: one look may be too early."""
     known, jobs = squeue.records(runs_dir), [TolerantJob(**vars(job)) for job in jobs]

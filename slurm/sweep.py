@@ -119,15 +119,14 @@ def settled(config: Config, notes: set[str]) -> Config:
         return config  # without torch
     from mixmask import labels
     from mixmask.datasets.settle import settle
+    from mixmask.training.initial import settle_initial
 
     with contextlib.redirect_stdout(io.StringIO()) as said:
         if isinstance(config, Finetune):
             config = labels.settle(config)[0]
         config = settle(config)
         if isinstance(config, Pretrain):
-            from pretrain.train import settle_init
-
-            config = settle_init(config)
+            config = settle_initial(config)
     notes |= set(said.getvalue().splitlines())
     return config
 

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixmask.backbones import ARCHITECTURES
 from mixmask.config import Backbone
 from mixmask.formats.architectures import (
     PART,
@@ -32,6 +31,7 @@ from mixmask.formats.architectures import (
 from mixmask.formats.detectron2_files import detectron2_name
 from mixmask.formats.layouts import LAYOUTS, Layout
 from mixmask.formats.source import IMAGENET, FormatError, Reading, Source, some
+from mixmask.registry import ARCHITECTURES
 
 WRAPPERS = {  # words of a key that say how a network was run, not what it is
     *("module", "_module"),  # DataParallel, DistributedDataParallel, AveragedModel, DeepSpeed

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mixmask.backbones import Encoder, feature_width
+from mixmask.backbones import Encoder
 from mixmask.config import within
 from mixmask.frameworks.base import Framework
 from mixmask.frameworks.heads import cosine, spread
 from mixmask.frameworks.whole_batch import all_rows, centred, off_diagonal, projector, shares
+from mixmask.networks import feature_width
 
 EPS = 1e-5  # BatchNorm's, which the published code normalises with
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmask.backbones import Encoder, feature_width
+from mixmask.backbones import Encoder
 from mixmask.config import ConfigError, within
 from mixmask.frameworks.base import Framework
 from mixmask.frameworks.heads import unit
+from mixmask.networks import feature_width
 from mixmask.training.distributed import gather, local_slice
 
 
@@ -105,8 +106,8 @@ class MoCo(Framework):
 
     def joined(self, targets: Targets, parts: Sequence[Targets]) -> None:
         """The mean similarity."""
-        found = [part.positive_similarity for part in parts if part.positive_similarity is not None]
-        targets.positive_similarity = torch.stack(found).mean() if found else None
+        similarities = [part.positive_similarity for part in parts if part.positive_similarity is not None]
+        targets.positive_similarity = torch.stack(similarities).mean() if similarities else None
 
     def infonce(self, embedding: tuple[Tensor, Tensor], keys: Tensor) -> Tensor:
         """-log of exp(q.k / T) over itself plus the sum over the queue of exp(q.u / T) (Eq. 5). (N,)"""

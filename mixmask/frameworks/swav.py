@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmask.backbones import Encoder, feature_width
+from mixmask.backbones import Encoder
 from mixmask.config import Augment, ConfigError, within
 from mixmask.frameworks.base import Framework
 from mixmask.frameworks.heads import cosine, spread, unit
 from mixmask.frameworks.whole_batch import projector
+from mixmask.networks import feature_width
 from mixmask.training.distributed import gather, local_slice
 
 

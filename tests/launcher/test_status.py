@@ -122,6 +122,12 @@ def test_a_result_that_cannot_be_read_is_named_in_its_own_line(jobs, tmp_path, c
     assert "move it away to run again" in report(jobs, tmp_path)[0].text
 
 
+def test_a_result_of_another_preset_that_cannot_be_read_is_none(jobs, tmp_path, capsys):
+    (jobs[0].directory / "result.json").write_text("{")
+    launch.main(["status", CELL, "--runs-dir", str(tmp_path)])
+    assert "preset smoke: 1 unfinished" in capsys.readouterr().out
+
+
 def test_what_a_terminal_would_obey_is_not_printed(jobs, tmp_path, capsys):
     text = "\x1b]0;title\x07\x1b[2J\x9b31m\terror\n\x1b[1merror: \u202ebad\n\x1b[0m"
     (jobs[0].directory / "output.log").write_text(f"{text}\nerror: \x1b[31mbad\n")

@@ -11,12 +11,13 @@ import torchvision
 from torch import nn
 
 from mixmask import checkpoint, config, networks
-from mixmask.backbones import Encoder, build_backbone, feature_width, views
+from mixmask.backbones import Encoder, build_backbone, views
 from mixmask.batchnorm import SplitBatchNorm2d
 from mixmask.config import Backbone, ConfigError
 from mixmask.frameworks import FRAMEWORKS, build_framework
 from mixmask.frameworks.moco import MoCo
 from mixmask.metrics import pretraining_metric
+from mixmask.networks import feature_width
 from mixmask.training.state import TrainState
 from paper.cost import forward_gflop
 from pretrain import train

@@ -1,0 +1,33 @@
+"""The weights that a pre-training begins with (`run.init`): all of its backbone's, and part of its identity."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from mixmask import checkpoint, formats
+from mixmask.config import ConfigError, Pretrain
+from mixmask.training.progress import say
+
+
+def load_initial(config: Pretrain, backbone: nn.Module) -> None:
+    """Give the backbone the weights of `run.init`, where it is set. Raises UserError for others than the run's."""
+    if not (config.run.init or config.init):
+        return
+    if not config.run.init:
+        raise ConfigError("init: the run begins with weights, which are not given; expected run.init=FILE")
+    source = formats.read_for(config.run.init, config.backbone)
+    if checkpoint.digest(source.weights)[:16] != config.init:
+        raise ConfigError(f"run.init: {config.run.init} holds other weights than those that the run began with")
+    checkpoint.load_weights(backbone, source.weights, config.run.init)
+
+
+def settle_initial(config: Pretrain) -> Pretrain:
+    """The config with the digest of the weights of `run.init`. Raises UserError where they cannot be read, or do not
+    fit."""
+    if not config.run.init:
+        return config
+    source = formats.read_for(config.run.init, config.backbone)
+    say(f"note: the backbone begins with the weights of {source.identity}")
+    return dataclasses.replace(config, init=checkpoint.digest(source.weights)[:16])
