@@ -162,7 +162,9 @@ def test_several_trainings_of_each_pretraining_are_runs_of_their_own_and_one_val
     two = budget("paper", ["seed=[0,1]"])
     seeds = [(chain[0].config.seed, chain[-1].config.seed) for chain in chains(cell, two)]
     assert seeds == [(0, k) for k in range(5)] + [(1, k) for k in range(5, 10)]
-    for chain, value in zip(chains(cell, two), (57.5, 57.9, 58.1, 57.7, 58.0, 60.0, 60.1, 60.2, 60.3, 60.4), strict=True):
+    for chain, value in zip(
+        chains(cell, two), (57.5, 57.9, 58.1, 57.7, 58.0, 60.0, 60.1, 60.2, 60.3, 60.4), strict=True
+    ):
         where = directory(tmp_path / "runs", chain[-1])
         where.mkdir(parents=True)
         (where / "result.json").write_text(json.dumps({"metrics": {"box_AP": value}}))

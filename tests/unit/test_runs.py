@@ -23,7 +23,10 @@ def test_run_of_another_config_is_refused_naming_the_key(tiny, tmp_path):
         run.describe()
     before = contents(tmp_path)
     noted = {"seed=1": "seed", "moco.queue=32": r"moco\.queue", "mask.grid=4": r"mask\.grid"}
-    noted |= {"mask.switch=false": r"mask\.switch", "augment.solarize_prob=0.2": r"augment\.solarize_prob"}  # by default
+    noted |= {
+        "mask.switch=false": r"mask\.switch",
+        "augment.solarize_prob=0.2": r"augment\.solarize_prob",
+    }  # by default
     for item, key in noted.items():
         with pytest.raises(UserError, match=f"another config .{key}: .* there, .* now"):
             Run(tmp_path, tiny(item))
