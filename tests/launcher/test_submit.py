@@ -344,6 +344,11 @@ def test_the_jobs_that_an_interrupted_launch_has_left_without_a_pickle_are_cance
     assert shown.count("\n") == 2 and f"cancelled job 7 of {one}, which an interrupted launch has left" in shown
 
 
+def test_a_run_directory_is_all_behind_the_third_bar(programs, tmp_path):
+    programs(squeue=f"echo '7|RUNNING|n1|{tmp_path}/a|b'")
+    assert {path: live.job for path, live in squeue.live_jobs().items()} == {f"{tmp_path}/a|b": "7"}
+
+
 def test_a_cancel_that_changes_nothing_is_no_success(programs, tmp_path, monkeypatch):
     monkeypatch.setattr(squeue, "ENDING", 0.1)
     programs(squeue=f"echo '7|RUNNING|n1|{tmp_path}/run'", scancel="true")
