@@ -33,7 +33,7 @@ def set_rates(optimizer: torch.optim.Optimizer, rates: dict[str, float]) -> None
 
 
 def result_of(run: Run, config: Linear | Finetune, metric: str, device: torch.device, **origin: Any) -> dict[str, Any]:
-    """Last and best test accuracy, named `metric`; `origin`: the format of the encoder's file, and what else there is."""
+    """Last and best test accuracy, named `metric`; `origin`: where the weights came from."""
     lines = epoch_lines(run)
     return {
         "checkpoint": config.checkpoint,
