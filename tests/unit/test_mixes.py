@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import mixmask
+from mixmask import config
 from mixmask.config import ConfigError
 
 X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -27,6 +28,22 @@ def test_the_defaults_are_block_repaired_reverse():
     erased = mixmask.Erase(4)(X, np.random.default_rng(3))
     assert same(erased, mixmask.erase(X, mask, mixmask.Erase(4), [np.random.default_rng(3)]))
     assert same(ours, [ours[0], ours[1]]) and ours[0].images is ours[1].images
+
+
+def test_every_setting_reaches_the_function():
+    of = np.random.default_rng
+    for seed in range(3):  # Mixup has one coefficient everywhere, CutMix a box: no seed can hide which it was
+        for prob in (0.0, 1.0):
+            assert same(mixmask.UnMix(prob)(X, of(seed)), mixmask.unmix(X, config.UnMix(prob), [of(seed)]))
+    settings = {"ratio": 0.25, "type": "discrete"}
+    mask = config.Mask(block_impl="repaired", grid=4, switch=True, permutation="reverse", **settings)
+    erased = mixmask.erase(X, mask, config.Erase("noise"), [of(0)])
+    assert same(mixmask.Erase(4, fill="noise", **settings)(X, of(0)), erased)
+    settings = {"ratio": (0.2, 0.5), "switch": False, "permutation": "random", "per_image": True}
+    for kind, implementation in (("discrete", "repaired"), ("block", "literal")):
+        mask = config.Mask(kind, implementation, grid=8, **settings)
+        ours = mixmask.MixMask(8, type=kind, block_impl=implementation, **settings)
+        assert same(ours(X, of(1)), mixmask.mixmask(X, mask, [of(1)]))
 
 
 @pytest.mark.parametrize("make", [lambda: mixmask.MixMask(4), mixmask.UnMix, lambda: mixmask.Erase(4, fill="noise")])
