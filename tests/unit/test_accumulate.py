@@ -49,6 +49,14 @@ def test_parts_are_the_whole(tiny, method, symmetric):
         assert_same(whole[1], found[1])
 
 
+def test_parts_are_the_whole_where_each_row_has_a_weight_of_its_own(tiny):
+    items = ["method=mixmask", "backbone.width=4", "backbone.bn_groups=4", "mask.permutation=random", "mix_groups=2"]
+    items += ["mask.per_image=true", "mask.ratio=[0.1, 0.9]"]
+    whole, found = (after(tiny(*items, f"run.accumulate={parts}")) for parts in (1, 4))
+    assert_same(whole[0], found[0])
+    assert_same(whole[1], found[1])
+
+
 def test_without_batch_norm_any_parts_do(tiny):
     pytest.importorskip("timm")
     items = ["backbone.arch=timm/convnext_atto", "backbone.width=64", "backbone.stem=imagenet", "backbone.bn_groups=1"]
