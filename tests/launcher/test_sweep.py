@@ -74,7 +74,8 @@ def test_what_no_run_can_take_is_refused_before_any_is_launched(tmp_path, item, 
 
 
 def test_equal_values_and_what_changes_no_number_are_one_run(tmp_path):
-    assert len(planned(tmp_path, "seed=[1,1]", "run.workers=[0,2]")[1]) == 1
+    cells, jobs = planned(tmp_path, "seed=[1,1]", "run.workers=[0,2]")
+    assert len(cells) == len(jobs) == 1
 
 
 def test_then_evaluates_each_with_its_seed_and_its_own_settings(tmp_path):
