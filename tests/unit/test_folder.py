@@ -163,6 +163,22 @@ def test_images_in_memory_follow_their_labels_when_class_folders_are_renamed(tmp
     assert held.classes == ("b", "c") and held.images[:, 0, 0, 0].tolist() == [200] * 3 + [10] * 3
 
 
+def test_test_images_are_labelled_by_the_classes_of_training_where_they_lack_one(tmp_path):
+    for place in ("train/a/1", "train/b/1", "train/c/1", "val/b/1", "val/c/1", "val/c/2"):
+        image(tmp_path / f"{place}.png")
+    assert load(tmp_path).labels.tolist() == [0, 1, 2]
+    held = load(tmp_path, "test")
+    assert held.labels.tolist() == [1, 2, 2] and held.classes == ("a", "b", "c")
+
+
+def test_images_of_one_longest_side_and_two_shapes_are_read_by_workers(tmp_path):
+    for name, sides in (("a", (8, 12)), ("b", (12, 8))):
+        (tmp_path / name).mkdir()
+        for k in range(2):
+            Image.fromarray(np.zeros((*sides, 3), np.uint8)).save(tmp_path / name / f"{k}.png")
+    assert isinstance(load(tmp_path, held_out=0.0), Files)
+
+
 def test_names_that_are_no_unicode_are_names(tmp_path):
     """As an old archive has them: bytes of Latin-1."""
     for name in (b"caf\xe9", b"th\xe9"):
