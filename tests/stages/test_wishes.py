@@ -179,8 +179,13 @@ def test_other_weights_are_refused_in_one_line(cli, here):
     pretrain(cli, "first")
     pretrain(cli, "wide", "backbone.width=4")
     pretrain(cli, "second", "run.init=first/checkpoint.pt")
+    torch.save({"state_dict": {}, "args": types.SimpleNamespace()}, "pickled.pt")
     for items, message in (
-        (["run.init=nowhere.pt"], "no such file: nowhere.pt"),
+        (["run.init=nowhere.pt"], "run.init: no such file: nowhere.pt"),
+        (
+            ["run.init=pickled.pt"],
+            "--trust-pickle; an option of detection/convert.py, which writes",
+        ),
         (
             ["run.init=wide/checkpoint.pt"],
             "wide/checkpoint.pt holds a resnet18 of width 4 with the tiny stem;",
