@@ -76,8 +76,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links lead to pages of the site, or to the source; equations are MathML."""
     source = {page: name for name, page in COPIED.items()}.get(page.file.src_uri, f"docs/{page.file.src_uri}")
-    parts = FENCED.split(EQUATION.sub(lambda found: convert(found[1], display="block"), markdown))
-    parts[::2] = [LINK.sub(lambda found: link(found, source, page, config, files), part) for part in parts[::2]]
+    parts = FENCED.split(EQUATION.sub(lambda match: convert(match[1], display="block"), markdown))
+    parts[::2] = [LINK.sub(lambda match: link(match, source, page, config, files), part) for part in parts[::2]]
     return "".join(parts)
 
 
@@ -110,8 +110,8 @@ def page_of(module: str) -> str:
 
 def commands() -> str:
     """What each script says of itself."""
-    found = [f"## {script}\n\n```\n{usage(script)}\n```\n" for script in SCRIPTS]
-    return "\n".join(["# Commands\n\nEvery script's `--help`.\n", *found])
+    sections = [f"## {script}\n\n```\n{usage(script)}\n```\n" for script in SCRIPTS]
+    return "\n".join(["# Commands\n\nEvery script's `--help`.\n", *sections])
 
 
 def usage(script: str) -> str:

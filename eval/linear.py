@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mixmask import checkpoint, datasets, formats
 from mixmask import config as configs
@@ -35,10 +34,11 @@ from mixmask.networks import feature_width
 from mixmask.randomness import seed_of
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
-from mixmask.training.loop import Loop, epoch_lines, finished, seconds, test_results
-from mixmask.training.optim import build_optimizer, device_name, pick_device, set_learning_rate
+from mixmask.training.loop import Loop, finished
+from mixmask.training.optim import build_optimizer, pick_device
 from mixmask.training.progress import say
 from mixmask.training.state import TrainState
+from mixmask.training.supervised import fit, result_of
 
 
 def probe(
@@ -86,23 +86,13 @@ def probe(
         with loop.running():
             for epoch in loop.epochs():
                 for features, labels in loop.batches(batches_of(epoch, loop.skip)):
-                    loop.log(fit(state, features, labels, rates(state.step)["lr"]))
+                    loop.log(fit(state, features, labels, rates(state.step)))
                     loop.save_if_due()
                 loop.end_epoch(measure)
         if checkpoint.digest(encoder.state_dict()) != before:
             raise UserError(f"{run.id}: the frozen encoder changed during the probe; the result is not valid")
-        return loop.finish(result_of(run, config, foreign.format if foreign else "mixmask", device))
-
-
-def fit(state: TrainState, features: Tensor, labels: Tensor, rate: float) -> dict[str, Tensor]:
-    """One step of the classifier on features (N, D) and labels (N,); returns its loss."""
-    set_learning_rate(state.optimizer, rate)
-    loss = F.cross_entropy(state.model(features), labels)
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    state.optimizer.step()
-    state.step += 1
-    return {"loss": loss.detach()}
+        source = foreign.format if foreign else "mixmask"
+        return loop.finish(result_of(run, config, metric_name(config), device, format=source))
 
 
 def learning_rates(config: Linear, steps_per_epoch: int, step: int) -> dict[str, float]:
@@ -169,19 +159,6 @@ def test(classifier: nn.Module, features: Tensor, labels: Tensor) -> dict[str, f
     """Top-1 and top-5 accuracy on the test images' features (N, D), in percent."""
     scores = classifier(features.to(next(classifier.parameters()).device))
     return accuracies(scores, labels)
-
-
-def result_of(run: Run, config: Linear, source: str, device: torch.device) -> dict[str, Any]:
-    """Last and best test accuracy, under the protocol's name; `source`: the format of the encoder's file."""
-    lines = epoch_lines(run)
-    return {
-        "checkpoint": config.checkpoint,
-        "format": source,
-        "metrics": test_results(lines, metric_name(config)),
-        "epochs": config.epochs,
-        "device": device_name(device),
-        "timing": seconds(lines),
-    }
 
 
 def metric_name(config: Linear) -> str:

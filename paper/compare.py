@@ -139,7 +139,7 @@ def verdict(run: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, A
     if not pairs:
         raise UserError("the two logs have no curve in common: expected two runs of one stage with a logged epoch each")
     first, last = min(epoch for epoch, _ in pairs), max(epoch for epoch, _ in pairs)
-    ends = [max(max(curve) for curve in found.values()) for found in (ours, theirs)]
+    ends = [max(max(curve) for curve in curves.values()) for curves in (ours, theirs)]
     span = f"over {by}s {first} to {last} (the run has come to {ends[0]}, the reference to {ends[1]})"
     if _numbers(run, last) == _numbers(reference, last):
         return Verdict(f"curves: equal bit by bit {span}", True)

@@ -27,8 +27,8 @@ def names(runs: Sequence[Path]) -> list[str]:
     for recipe in {str(config.get("recipe")) for config in configs}:
         same = [config for config in configs if str(config.get("recipe")) == recipe]
         differing += [key for key in keys if key not in differing and _differ(same, key)]
-    found = [" ".join(f"{key}={_shown(config.get(key, ABSENT))}" for key in differing) for config in configs]
-    return [name if name and found.count(name) == 1 else run.name for name, run in zip(found, runs, strict=True)]
+    labels = [" ".join(f"{key}={_shown(config.get(key, ABSENT))}" for key in differing) for config in configs]
+    return [name if name and labels.count(name) == 1 else run.name for name, run in zip(labels, runs, strict=True)]
 
 
 def _differ(configs: Sequence[Mapping[str, Any]], key: str) -> bool:

@@ -35,7 +35,7 @@ from mixmask.objective import in_parts, objective
 from mixmask.randomness import numpy_generator, seed_globals, torch_generator
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
-from mixmask.training import distributed
+from mixmask.training import distributed, rendezvous
 from mixmask.training.checks import check, check_backbone, check_data, check_parts
 from mixmask.training.initial import load_initial, settle_initial
 from mixmask.training.loop import Loop, epoch_lines, finished, last_and_best, seconds
@@ -64,10 +64,10 @@ def train(
     config = settle_initial(settle(config))
     check(config)
     directory = directory or run_directory(runs_dir, "pretrain", config)
-    world = distributed.find()
+    world = rendezvous.find()
     check_processes(config, world.size)
     device = world.device(pick_device(config.run.device))
-    with distributed.start(world, device), distributed.open_run(directory, config) as run:
+    with rendezvous.start(world, device), distributed.open_run(directory, config) as run:
         if result := finished(run):
             return result
         framework, optimizer = build(config, device)

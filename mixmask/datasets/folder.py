@@ -94,8 +94,8 @@ def _members(folder: Path, classes: Sequence[str]) -> dict[str, list[str]]:
     """The images of each class, as paths below `folder`. Raises DataError for a class without any."""
     members = {name: [f"{name}/{path}" for path in _images_below(folder / name)] for name in classes}
     if empty := [name for name, paths in members.items() if not paths]:
-        found = entries_of(folder / empty[0])
-        raise DataError(f"{folder}: no images in {some(empty)} (found: {found}); remove what is no class")
+        entries = entries_of(folder / empty[0])
+        raise DataError(f"{folder}: no images in {some(empty)} (found: {entries}); remove what is no class")
     return members
 
 

@@ -99,12 +99,12 @@ def _blank(network: type[nn.Module]) -> nn.Module:
 def read_for(path: str | Path, backbone: Backbone) -> Source:
     """`read`, for a network that begins with what the file holds. Raises FormatError where that is another one."""
     source = read(path, arch=None if backbone.arch in ARCHITECTURES else backbone.arch, stem=backbone.stem)
-    asked, found = ((b.arch, b.width, b.stem) for b in (backbone, source.backbone))
-    if found[0] in ARCHITECTURES and source.recipe is None and found[2] != "imagenet" != asked[2]:
-        found = (*found[:2], asked[2])  # a file of others does not say which of the small stems it has
-    if asked != found:
+    asked, held = ((b.arch, b.width, b.stem) for b in (backbone, source.backbone))
+    if held[0] in ARCHITECTURES and source.recipe is None and held[2] != "imagenet" != asked[2]:
+        held = (*held[:2], asked[2])  # a file of others does not say which of the small stems it has
+    if asked != held:
         words = "{} of width {} with the {} stem".format
-        raise FormatError(f"{path} holds a {words(*found)}; expected a {words(*asked)}")
+        raise FormatError(f"{path} holds a {words(*held)}; expected a {words(*asked)}")
     return source
 
 

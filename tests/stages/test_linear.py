@@ -223,8 +223,8 @@ def test_log_follows_the_step_schedule(undisturbed):
 def test_sigkill_at_any_point_changes_nothing(tiny_linear, pretrained, tmp_path, undisturbed, lines, delay):
     pid = os.fork()
     if not pid:
-        step = script.set_learning_rate
-        script.set_learning_rate = lambda *a: (time.sleep(0.05), step(*a))  # so that a signal finds it at work
+        step = script.fit
+        script.fit = lambda *a: (time.sleep(0.05), step(*a))  # so that a signal finds it at work
         try:
             probe(tiny_linear(), pretrained, tmp_path)
         finally:
