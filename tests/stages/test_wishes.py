@@ -296,9 +296,10 @@ def test_a_closed_terminal_costs_no_step(cli, here, monkeypatch):
 
 def test_a_closed_terminal_ends_no_process_that_reads_images(here):
     """It sends SIGHUP to all processes of its group, of which the run alone is to end, after a checkpoint."""
+    (here / "images").mkdir()
     for number in range(16):
-        Image.new("RGB", (200 + number, 200), (9 * number,) * 3).save(here / f"{number}.png")
-    words = ("--config", "folder_small_moco", "--run-dir", "run", "--set", "run.data_root=.", "run.workers=1")
+        Image.new("RGB", (200 + number, 200), (9 * number,) * 3).save(here / "images" / f"{number}.png")
+    words = ("--config", "folder_small_moco", "--run-dir", "run", "--set", "run.data_root=images", "run.workers=1")
     words += ("epochs=1000", "augment.size=16", "backbone.width=4", "run.device=cpu", "knn.every=0")
     with subprocess.Popen(
         [sys.executable, script.__file__, *words], start_new_session=True, stdout=subprocess.PIPE, text=True
