@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from mixmask import checkpoint, datasets, formats
 from mixmask import config as configs
 from mixmask.config import Augment, ConfigError, Linear, UserError
+from mixmask.datasets.base import in_words
 from mixmask.datasets.settle import inherit, settle
 from mixmask.datasets.views import check_augment, train_batches
 from mixmask.features import accuracies, extract, resize_of
@@ -170,7 +171,7 @@ def header(run: Run, config: Linear, origin: str, train_set: Any, done: float) -
     return (
         f"{run.id}" + (f" (resumed at epoch {done:.2f})" if done else "") + "\n"
         f"  encoder of {config.checkpoint} ({origin})\n"
-        f"  {config.dataset}: {len(train_set)} images, {len(train_set.classes)} classes; "
+        f"  {config.dataset}: {in_words(len(train_set), train_set.classes)}; "
         f"total batch {config.batch_size}, {config.epochs} epochs; "
         f"{config.features} features; {config.optimizer.name}, lr {config.optimizer.lr:g} (used as it is)"
         + "".join(f"\n  note: {note}" for note in notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -91,6 +92,7 @@ def main_guard(main: Callable[[], Any]) -> None:
 
 
 def _complain(text: str) -> None:
-    """To stderr in one write: the lines of several processes do not run together."""
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    """To stderr in one write: the lines of several processes do not run together. A terminal may be gone."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
