@@ -213,7 +213,9 @@ def test_a_step_is_few_launches(framework):
 COMPILED = {"moco": 99, "simclr": 94, "byol": 72, "simsiam": 74}  # the same, compiled, of both
 
 
-@pytest.mark.parametrize("framework", COMPILED)
+@pytest.mark.parametrize(
+    "framework", [pytest.param(f, marks=[pytest.mark.slow] * (f in ("simclr", "simsiam"))) for f in COMPILED]
+)
 def test_a_compiled_step_is_few_graphs_and_little_outside(framework):
     config = steps.recipe("cifar100", framework, "both", CPU, {})
     assert 20 < steps.launches(config, CPU, compiled=True) <= COMPILED[framework]
@@ -265,11 +267,11 @@ def test_compiled_steps_are_the_eager_ones(framework):
 
 @pytest.mark.parametrize("framework", steps.FRAMEWORKS)
 def test_steps_in_bf16_are_near_those_in_float64_and_keep_everything_in_float32(framework):
-    """bf16 has 8 bits: 0.4 % of each number, of which a mean over rows leaves less."""
+    """bf16 has 8 bits: 0.4 % of each number, of which a mean leaves less. SimSiam's losses are cosines near 0."""
     losses, _ = losses_and_state(framework)
     bf16 = {"dtype": torch.float32, "precision": "bf16"}
     for found, state in losses_and_state(framework, **bf16), losses_and_state(framework, as_on_a_gpu(), **bf16):
-        assert found != losses and found == pytest.approx(losses, rel=1e-2)
+        assert found != losses and found == pytest.approx(losses, rel=1e-2, abs=1e-2)
         assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
 
 
