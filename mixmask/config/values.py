@@ -19,7 +19,19 @@ from mixmask.config.fields import DECIMAL
 
 
 class Loader(yaml.SafeLoader):
-    """YAML with decimal numbers, true and false, and null; a key that wants a number refuses other spellings."""
+    """YAML with decimal numbers, true and false, and null; a key that wants a number refuses other spellings.
+
+    A key that stands twice in a section is refused: YAML would take the last one in silence.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{name}' stands twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 PLAIN = {

@@ -353,6 +353,36 @@ def test_the_jobs_that_an_interrupted_launch_has_left_without_a_pickle_are_cance
     assert shown.count("\n") == 2 and f"cancelled job 7 of {one}, which an interrupted launch has left" in shown
 
 
+def test_an_array_that_is_too_large_is_halved_and_no_run_is_lost(tmp_path, monkeypatch):
+    jobs = [job for job in table4(tmp_path) if not job.parents]
+    place, taken = placing(jobs, tmp_path, {}), []
+
+    def at_most_two(group, asked, *_):
+        if len(group) > 2:
+            raise submit.Full("too many")
+        taken.append(group)
+        return [f"{len(taken)}_{task}" for task in range(len(group))]
+
+    monkeypatch.setattr(submit, "_submit", at_most_two)
+    monkeypatch.setattr(submit, "take", lambda *_: tmp_path / "snapshot")
+    place.submit(jobs)
+    assert len(jobs) > 4 and [job for group in taken for job in group] == jobs
+    numbers = [place.live[submit.key_of(job.directory)].job for job in jobs]
+    assert len(set(numbers)) == len(jobs) and all(number.split("_")[1] in "01" for number in numbers)
+
+
+def test_of_several_submissions_of_a_run_the_last_is_on_record(tmp_path):
+    (tmp_path / "slurm").mkdir()
+    for job, directory in (("7", "/a"), ("8", "/b"), ("9", "/a")):
+        squeue.record(tmp_path, directory=directory, job=job)
+    assert {path: values["job"] for path, values in squeue.records(tmp_path).items()} == {"/a": "9", "/b": "8"}
+
+
+def test_a_run_directory_is_all_behind_the_third_bar(programs, tmp_path):
+    programs(squeue=f"echo '7|RUNNING|n1|{tmp_path}/a|b'")
+    assert {path: live.job for path, live in squeue.live_jobs().items()} == {f"{tmp_path}/a|b": "7"}
+
+
 def test_a_cancel_that_changes_nothing_is_no_success(programs, tmp_path, monkeypatch):
     monkeypatch.setattr(squeue, "ENDING", 0.1)
     programs(squeue=f"echo '7|RUNNING|n1|{tmp_path}/run'", scancel="true")

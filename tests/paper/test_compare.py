@@ -59,6 +59,14 @@ def test_the_tolerance_is_relative_to_the_greater_value(compared, tolerance, sta
     assert compared([epoch(1, -96.0)], [epoch(1, -100.0)], "--tolerance", tolerance)[0] == status
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_parts_from_one_that_is_and_not_from_its_like(compared, value):
+    for ours, theirs in ((value, 2.0), (2.0, value)):
+        status, out, _ = compared([epoch(1, ours)], [epoch(1, theirs)])
+        assert status == 1 and "part at epoch 1: loss is" in out
+    assert compared([epoch(1, value)], [epoch(1, value)])[0] == 0
+
+
 def test_a_run_that_is_still_going_is_compared_as_far_as_it_is(compared):
     status, out, _ = compared([epoch(1, 2.0)], [epoch(1, 2.0), epoch(2, 1.0)])
     assert status == 0 and "bit by bit over epochs 1 to 1 (the run has come to 1, the reference to 2)" in out

@@ -119,6 +119,24 @@ def test_the_features_of_a_folder(cli, here):
     assert np.load("flat.npz")["labels"].tolist() == [-1, -1, -1] and not len(np.load("flat.npz")["classes"])
 
 
+def test_features_of_two_splits_by_a_public_checkpoint(cli, here):
+    """Each row stands beside its file, and images are normalised as the file's network has them."""
+    torch.save(foreign.backbone("resnet18", width=8), "public.pth")
+    for number, place in enumerate(("train/a/1", "train/b/1", "val/a/0", "val/b/2")):
+        path = here / "split" / f"{place}.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(np.full((40, 40, 3), 50 * number, np.uint8)).save(path)
+    words = ("--checkpoint", "public.pth", "--workers", 0, "--size", 32)
+    ok(cli, features_script.main, *words, "--data", here / "split", "out.npz")
+    found, model = np.load("out.npz"), formats.load_backbone("public.pth")
+    assert found["files"].tolist() == ["train/a/1.png", "train/b/1.png", "val/a/0.png", "val/b/2.png"]
+    assert found["labels"].tolist() == [0, 1, 0, 1]
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    images = torch.stack([(torch.full((3, 32, 32), 50 * number / 255) - mean) / std for number in range(4)])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found["features"]), model(images))
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
