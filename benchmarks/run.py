@@ -7,6 +7,7 @@ examples:
   python benchmarks/run.py 'steps/*/mixmask' --json mixmask.json --set batch_size=128
   python benchmarks/run.py profile                      where the time of a step goes
   python benchmarks/run.py input/jpeg --jpeg /data/imagenet/val
+  python benchmarks/run.py 'against/moco/*' --before f965d4b   steps on the CPU, at a commit and now, in turn
 
 A rate with a ratio beside it has a partner, measured in the same run: the same work written the usual way
 (benchmarks/plain.py). TFLOP/s are counted while the step runs, and compared with a large matrix product on the same
@@ -16,6 +17,7 @@ device. docs/performance.md has results, and what the columns mean.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -66,6 +68,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--add", action="store_true", help="keep what FILE holds of the same machine and code")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     parser.add_argument("--runs", type=int, default=1000, help="finished runs for the launcher (default: 1000)")
+    parser.add_argument(
+        "--before", metavar="COMMIT", default="HEAD", help="of `against`: what these steps are beside (default: HEAD)"
+    )
     parser.add_argument("--jpeg", metavar="DIR", help="CLASS/IMAGE.JPEG files in place of generated ones")
     sets = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
     parser.add_argument("--set", **sets, help="replace keys of the recipes, such as batch_size=128 run.channels_last=0")
@@ -73,11 +78,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def chosen(all_cases: Mapping[str, Callable[[], Numbers]], targets: Sequence[str]) -> dict[str, Callable[[], Numbers]]:
-    """The cases that `targets` name, in order; none: all but the profile. Raises UserError for one that names none."""
+    """The cases that `targets` name, in order; none: all but the profile and those against a commit.
+
+    Raises UserError for a target that names none.
+    """
     for target in targets:
         if not any(_named(target, name) for name in all_cases):
             raise UserError(f"unknown target '{target}'; expected one of {', '.join(all_cases)}")
-    wanted = list(targets) or [group for group in tables.GROUPS if group != "profile"]
+    wanted = list(targets) or [group for group in tables.GROUPS if group not in ("profile", "against")]
     return {name: work for name, work in all_cases.items() if any(_named(target, name) for target in wanted)}
 
 
@@ -133,7 +141,8 @@ def _machine(options: argparse.Namespace) -> dict[str, Any]:
 
 def cases(options: argparse.Namespace, peaks: dict[str, float]) -> dict[str, Callable[[], Numbers]]:
     """Every case by name; `peaks` is filled with the TFLOP/s of each precision as they are needed."""
-    return {name: work for part in (step_cases, input_cases, knn_cases) for name, work in part(options, peaks)} | {
+    parts = (step_cases, against_cases, input_cases, knn_cases)
+    return {name: work for part in parts for name, work in part(options, peaks)} | {
         "launcher": partial(launcher, options),
         "profile": partial(profile, options),
     }
@@ -179,6 +188,16 @@ def step(options, peaks, device, dataset, framework, method, usual: bool = False
         counted["launches_compiled"] = steps.launches(config, device, compiled=True)
     build = partial(steps.Ours, config=config, device=device)
     return {**steps.numbers(build, device, plan, peaks[config.precision]), **counted}
+
+
+def against_cases(options: argparse.Namespace, peaks: object) -> Iterator[tuple[str, Callable[[], Numbers]]]:
+    """Steps of this code beside those of the commit --before."""
+    from benchmarks import against, steps
+
+    overrides, pairs = configs.parse_overrides(options.set), 2 if options.quick else 7
+    for framework, method in itertools.product(steps.FRAMEWORKS, steps.MIXTURES):
+        name, asked = f"against/{framework}/{method}", (options.before, framework, method, overrides, pairs)
+        yield name, lambda name=name, asked=asked: {name: against.numbers(*asked)}
 
 
 def input_cases(options: argparse.Namespace, peaks: object) -> Iterator[tuple[str, Callable[[], Numbers]]]:

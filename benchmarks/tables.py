@@ -39,6 +39,20 @@ GROUPS: dict[str, tuple[str, list[Column]]] = {
             ("images/s against plain", "ratio", _ratio),
         ],
     ),
+    "against": (
+        "Steps on the CPU, at an earlier commit and now, in turn: seconds, medians of {steps} pairs",
+        [
+            ("before", "before", str),
+            ("batch", "batch", str),
+            ("precision", "precision", str),
+            ("CPU time before", "cpu_before", _seconds),
+            ("now", "cpu_now", _seconds),
+            ("now / before", "cpu_ratio", "{:.3f}".format),
+            ("wall time before", "wall_before", _seconds),
+            ("now", "wall_now", _seconds),
+            ("now / before", "wall_ratio", "{:.3f}".format),
+        ],
+    ),
     "input": (
         "The input alone: two augmented views of each image",
         [("rate", "per_second", "{:,.0f}".format), ("unit", "unit", str), ("against plain", "ratio", _ratio)],

@@ -22,6 +22,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+import mixmask
+
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = {  # pages that lie elsewhere in the repository, because that is where one looks for them
     "README.md": "index.md",
@@ -35,6 +37,7 @@ SCRIPTS = [
     "eval/knn.py",
     "eval/linear.py",
     "eval/finetune.py",
+    "eval/features.py",
     "detection/convert.py",
     "detection/train.py",
     "paper/make_tables.py",
@@ -44,6 +47,7 @@ SCRIPTS = [
     "paper/keep.py",
     "paper/publish.py",
     "benchmarks/run.py",
+    "benchmarks/gpu.py",
 ]
 FENCED = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
@@ -66,6 +70,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not in docs/."""
     pages = {page: (ROOT / name).read_text(encoding="utf-8") for name, page in COPIED.items()}
     pages |= {page_of(name): f"# {name}\n\n::: {name}\n" for name in modules()}
+    pages[page_of("mixmask")] += exported()
     pages["commands.md"] = commands()
     pages["numbers.html"] = report()  # report.html is the page of docs/report.md
     for name, content in pages.items():
@@ -106,6 +111,12 @@ def modules() -> list[str]:
 
 def page_of(module: str) -> str:
     return f"api/{module}.md"
+
+
+def exported() -> str:
+    """The names that `import mixmask` offers, and where each is described."""
+    lines = [f"| `mixmask.{name}` | [mixmask.{home}](mixmask.{home}.md) |" for name, home in mixmask.HOME.items()]
+    return "\n".join(["\n| name | described in |", "|---|---|", *lines, ""])
 
 
 def commands() -> str:

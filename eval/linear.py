@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from mixmask import checkpoint, datasets, formats
 from mixmask import config as configs
 from mixmask.config import Augment, ConfigError, Linear, UserError
+from mixmask.datasets.base import in_words
 from mixmask.datasets.settle import inherit, settle
 from mixmask.datasets.views import check_augment, train_batches
 from mixmask.features import accuracies, extract, resize_of
@@ -57,11 +58,7 @@ def probe(
     with Run(directory or run_directory(runs_dir, "linear", config), config) as run:
         if result := finished(run):
             return result
-        train_set, test_set = (load(config, split, device) for split in ("train", "test"))
-        if config.batch_size > len(train_set):
-            raise ConfigError(f"batch_size: {config.batch_size} exceeds the {len(train_set)} training images")
-        if config.features == "augmented":
-            check_augment(train_set, config.augment)
+        train_set, test_set = load_data(config, device)
         encoder, mean, std, origin = frozen_encoder(path, foreign, device)
         backbone, before = encoder.backbone, checkpoint.digest(encoder.state_dict())
         mean, std = config.augment.mean or mean, config.augment.std or std
@@ -104,10 +101,14 @@ def batch_images(config: Linear, train_set: datasets.Resident | datasets.Files, 
     return datasets.batch_indices(len(train_set), config.batch_size, config.seed, epoch)
 
 
-def load(config: Linear, split: str, device: torch.device) -> datasets.Resident | datasets.Files:
-    """The verified data set; held on the device where it fits in memory."""
-    dataset = datasets.load_split(config, split)
-    return dataset.to(device) if isinstance(dataset, datasets.Resident) else dataset
+def load_data(config: Linear, device: torch.device) -> list[Any]:
+    """The verified training and test sets; held on the device where they fit in memory. Raises ConfigError."""
+    sets = [datasets.load_split(config, split) for split in ("train", "test")]
+    if config.batch_size > len(sets[0]):
+        raise ConfigError(f"batch_size: {config.batch_size} exceeds the {len(sets[0])} training images")
+    if config.features == "augmented":
+        check_augment(sets[0], config.augment)
+    return [one.to(device) if isinstance(one, datasets.Resident) else one for one in sets]
 
 
 def build_classifier(features: int, classes: int, seed: int, init: str = "normal") -> nn.Linear:
@@ -170,7 +171,7 @@ def header(run: Run, config: Linear, origin: str, train_set: Any, done: float) -
     return (
         f"{run.id}" + (f" (resumed at epoch {done:.2f})" if done else "") + "\n"
         f"  encoder of {config.checkpoint} ({origin})\n"
-        f"  {config.dataset}: {len(train_set)} images, {len(train_set.classes)} classes; "
+        f"  {config.dataset}: {in_words(len(train_set), train_set.classes)}; "
         f"total batch {config.batch_size}, {config.epochs} epochs; "
         f"{config.features} features; {config.optimizer.name}, lr {config.optimizer.lr:g} (used as it is)"
         + "".join(f"\n  note: {note}" for note in notes)

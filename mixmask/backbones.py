@@ -109,11 +109,12 @@ def build_backbone(backbone: Backbone, key: str = "backbone.bn_groups") -> nn.Mo
     return ResNet(backbone.arch, backbone.stem, backbone.width, backbone.bn_groups, backbone.stem_init)
 
 
-def compile_backbones(network: nn.Module) -> None:
-    """torch.compile of every backbone inside, in place: BatchNorm, ReLU and sums become one kernel each."""
+def compile_encoders(network: nn.Module) -> None:
+    """torch.compile of every backbone and head inside, in place: BatchNorm, ReLU and sums become one kernel each."""
     for module in network.modules():
         if isinstance(module, Encoder):
             module.backbone.compile(**compiler())
+            module.heads = torch.compile(module.heads, **compiler())
 
 
 class Encoder(nn.Module):
@@ -130,4 +131,8 @@ class Encoder(nn.Module):
 
     def views(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """The head's outputs (N, dim) for each batch of images (N, 3, H, W): function `views`, and the head on each."""
-        return [self.head(features) for features in views(self.backbone, batches)]
+        return self.heads(views(self.backbone, batches))
+
+    def heads(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The head's outputs (N, dim) for the features (N, D) of each batch: one batch at a time."""
+        return [self.head(rows) for rows in features]

@@ -24,6 +24,7 @@ from mixmask import collapse, datasets, knn, networks, registry
 from mixmask import config as configs
 from mixmask.batchnorm import span_processes
 from mixmask.config import Augment, Pretrain
+from mixmask.datasets.base import in_words
 from mixmask.datasets.settle import settle
 from mixmask.datasets.verify import verify
 from mixmask.datasets.views import train_batches
@@ -288,8 +289,7 @@ def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, sta
     lines = [
         f"{run.id}" + (f" (resumed at epoch {step / steps_per_epoch:.2f})" if step else ""),
         f"  {config.framework}, {config.method}; {backbone_in_words(config, state.model)}",
-        f"  {config.dataset}: {len(train_set)} images, {len(train_set.classes)} classes; "
-        f"views of {config.augment.size} px",
+        f"  {config.dataset}: {in_words(len(train_set), train_set.classes)}; views of {config.augment.size} px",
         f"  total batch {config.batch_size} in {config.mix_groups} mix group(s), {steps_per_epoch} steps an epoch, "
         f"{config.epochs} epochs; {o.name}, lr {o.lr:g} (used as it is), weight decay {o.weight_decay:g}",
         *([f"  {processes} processes of {config.batch_size // processes} images each"] if processes > 1 else []),

@@ -1,7 +1,7 @@
-"""The local executor: jobs side by side on this machine, as many as its cores and memory bear. No torch here.
+"""The local executor: jobs side by side on this machine, as many as its cores and memory bear, and one on each GPU.
 
 Each job is the printed command in a process of its own, started once its parents are finished. What it prints goes to
-DIR/output.log, and is shown as it comes, behind the job's number.
+DIR/output.log, and is shown as it comes, behind the job's number. No torch here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import BinaryIO
 from mixmask.config import UserError
 from mixmask.runs import is_busy, read_result
 from paper.cells import ROOT
-from slurm import shell, squeue
+from slurm import gpus, shell, squeue
 from slurm.graph import Job, make_folder, needed
 from slurm.squeue import Live
 from slurm.status import headline
@@ -85,6 +85,7 @@ class Running:
     number: str  # [3/12]
     process: subprocess.Popen
     output: BinaryIO  # its log, as far as it has been shown
+    gpus: list[str]  # its own
     start: float = field(default_factory=time.monotonic)
 
     def show(self) -> None:
@@ -106,6 +107,9 @@ class Batch:
         self.waiting = sorted(todo, key=lambda job: -job.expected)  # the longest first: none is left for the end
         self.running: list[Running] = []
         self.failed: dict[Path, str] = {}
+        self.gpus = gpus.visible() if any(map(gpus.wants, todo)) else []
+        if self.gpus:
+            print(f"one job on each visible GPU: {', '.join(self.gpus)}", flush=True)
 
     def run(self) -> bool:
         """Run them all; returns whether it was told to stop."""
@@ -124,7 +128,7 @@ class Batch:
     def _start_what_can(self) -> None:
         unfinished = {job.directory for job in self.waiting} | {one.job.directory for one in self.running}
         for job in list(self.waiting):
-            if not unfinished & set(job.parents) and fits(job, [one.job for one in self.running]):
+            if not unfinished & set(job.parents) and fits(job, [one.job for one in self.running], len(self.gpus)):
                 self.waiting.remove(job)
                 failed = [parent for parent in job.parents if parent in self.failed]
                 failure = f"skipped: it needs {failed[0]}" if failed else _busy(job, self.queued)
@@ -134,7 +138,10 @@ class Batch:
                     self._start(job)
 
     def _start(self, job: Job) -> None:
-        print(f"{self.number[job.directory]} {job.stage} {job.id} ({', '.join(job.cells)})", flush=True)
+        busy = {gpu for one in self.running for gpu in one.gpus}
+        own = [gpu for gpu in self.gpus if gpu not in busy][: gpus.taken(job, len(self.gpus))]
+        where = f" on GPU {', '.join(own)}" if own else ""
+        print(f"{self.number[job.directory]} {job.stage} {job.id} ({', '.join(job.cells)}){where}", flush=True)
         log = job.directory / "output.log"
         make_folder(log.parent)
         try:
@@ -143,7 +150,7 @@ class Batch:
                 process = subprocess.Popen(
                     [sys.executable, *job.command[1:]],
                     cwd=ROOT,
-                    env=_environment(job),
+                    env=_environment(job, own, len(self.gpus)),
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,
@@ -153,7 +160,7 @@ class Batch:
                 output.seek(shown)
         except OSError as error:
             raise UserError(f"cannot write {log}: {error.strerror}") from None
-        self.running.append(Running(job, self.number[job.directory], process, output))
+        self.running.append(Running(job, self.number[job.directory], process, output, own))
 
     def _ended(self, one: Running) -> None:
         one.show()
@@ -185,15 +192,22 @@ class Batch:
             time.sleep(LOOK)
 
 
-def fits(job: Job, running: list[Job]) -> bool:
-    """Whether this machine's cores and memory bear it beside these; a job that asks for a GPU runs alone."""
+def fits(job: Job, running: list[Job], visible: int = 0) -> bool:
+    """Whether this machine bears it beside these: their memory, and one job a GPU or as many as the cores bear.
+
+    Where no GPU is `visible`, a job that asks for one runs alone.
+    """
     if not running:
         return True
-    asked = [one.resources for one in (job, *running)]
-    if any(each.gpus for each in asked):
-        return False
+    together = [job, *running]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return sum(each.cpus for each in asked) <= _cores() and sum(each.memory_gb for each in asked) <= memory
+    if sum(each.resources.memory_gb for each in together) > memory:
+        return False
+    if not visible and any(map(gpus.wants, together)):
+        return False
+    if taken := gpus.taken(job, visible):
+        return taken + sum(gpus.taken(each, visible) for each in running) <= visible
+    return sum(each.resources.cpus for each in together if not gpus.wants(each)) <= _cores()
 
 
 def _cores() -> int:
@@ -201,11 +215,13 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _environment(job: Job) -> dict[str, str]:
-    """As many threads as it has cores, where the user has not chosen."""
-    chosen = {"OMP_NUM_THREADS": str(min(job.resources.cpus, _cores())), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+def _environment(job: Job, own: list[str], visible: int) -> dict[str, str]:
+    """As many threads as it has cores (beside other GPUs' jobs an equal share), where the user has not chosen."""
+    cores = min(job.resources.cpus, max(1, _cores() // max(1, visible)))
+    chosen = {"OMP_NUM_THREADS": str(cores), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**chosen, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    seen = {"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {}
+    return {**chosen, **seen, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def _busy(job: Job, queued: dict[str, Live]) -> str:

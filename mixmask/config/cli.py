@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -76,6 +79,7 @@ def main_guard(main: Callable[[], Any]) -> None:
         main()
     except UserError as error:
         _complain(f"error: {error}\n")
+        _tell_torchrun(f"error: {error}")
         sys.exit(1)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
@@ -91,6 +95,14 @@ def main_guard(main: Callable[[], Any]) -> None:
 
 
 def _complain(text: str) -> None:
-    """To stderr in one write: the lines of several processes do not run together."""
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    """To stderr in one write: the lines of several processes do not run together. A terminal may be gone."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def _tell_torchrun(text: str) -> None:
+    """Where torchrun reads it for the end of its own report, which stands behind what this process has printed."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": text, "extraInfo": {"timestamp": int(time.time())}}
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")

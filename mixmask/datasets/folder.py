@@ -42,12 +42,13 @@ def read(root: Path, split: str, held_out: float) -> Resident | Files:
 def listing(root: Path, split: str, held_out: float) -> Listing:
     """The files of a split, of labelled images sorted by class and name. Raises DataError."""
     if not os.path.isdir(root):
-        raise DataError(f"run.data_root: '{root}' does not exist; expected a folder of images")
+        what = "is a file" if os.path.exists(root) else "does not exist"
+        raise DataError(f"run.data_root: '{root}' {what}; expected a folder of images")
     train, test = _parts(root)
     classes, loose = class_folders(train), _images_below(train, below=False)
     if classes and loose:
         raise DataError(
-            f"{train} holds {len(loose):,} images beside class folders ({some(loose)} beside {some(classes)}); "
+            f"{train} holds images beside class folders ({some(loose)} beside {some(classes)}); "
             "expected either folders, one a class, or images alone, which have no labels"
         )
     if len(classes) < 2:  # one folder tells nothing apart

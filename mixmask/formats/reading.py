@@ -71,10 +71,29 @@ def load_backbone(
     source = read(path, trust_pickle, **options)
     model = build_backbone(source.backbone)
     checkpoint.load_weights(model, source.weights, path)
-    text = f"{source.backbone.arch}, {feature_width(model)} features, of {source.identity} ({source.format})"
-    model.__class__ = type(type(model).__name__, (type(model),), {"__repr__": lambda _: text})
+    model.line = f"{source.backbone.arch}, {feature_width(model)} features, of {source.identity} ({source.format})"
+    model.__class__ = _one_line(type(model))
     model.source = replace(source, weights={})  # the network holds them
     return model.eval().to(device)
+
+
+class _OneLine:
+    """What a network that was read becomes besides: it prints as its `line`, also as a copy and out of a pickle."""
+
+    def __repr__(self) -> str:
+        return self.line
+
+    def __reduce_ex__(self, _: int) -> tuple:
+        return _blank, (type(self).__bases__[1],), self.__dict__
+
+
+def _one_line(network: type[nn.Module]) -> type[nn.Module]:
+    return type(network.__name__, (_OneLine, network), {})
+
+
+def _blank(network: type[nn.Module]) -> nn.Module:
+    """A network without anything in it, as a pickle begins with."""
+    return _one_line(network).__new__(_one_line(network))
 
 
 def read_for(path: str | Path, backbone: Backbone) -> Source:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixmask.backbones import Encoder, compile_backbones
+from mixmask.backbones import Encoder, compile_encoders
 from mixmask.config import Augment
 from mixmask.paths import compiler
 
@@ -31,7 +31,7 @@ class Framework(nn.Module):
 
     Settings: type  # a frozen dataclass
     encoder: Encoder
-    compiled: tuple[str, ...] = ()  # the methods that `compile_parts` compiles: of tensors alone
+    compiled: tuple[str, ...] = ()  # the methods that `compile_parts` compiles
 
     def crops(self, augment: Augment) -> list[Augment]:
         """Beside the views, the augmentation of each crop that `targets` takes (multi-crop): here none."""
@@ -57,8 +57,8 @@ class Framework(nn.Module):
         """Give the targets of a batch the metrics that its `parts` of equal size showed: here none."""
 
     def compile_parts(self) -> None:
-        """torch.compile of the backbones and of what `compiled` names, in place."""
-        compile_backbones(self)
+        """torch.compile of the encoders and of what `compiled` names, in place."""
+        compile_encoders(self)
         for name in self.compiled:
             setattr(self, name, torch.compile(getattr(self, name), **compiler()))
 

@@ -47,6 +47,7 @@ class BYOL(Framework):
     """The online network is `encoder` and `predictor`; `target_encoder` follows `encoder`."""
 
     Settings = Settings
+    compiled = ("predicted", "loss")
 
     def __init__(self, backbone: nn.Module, settings: Settings):
         super().__init__()
@@ -68,9 +69,13 @@ class BYOL(Framework):
         views = [targets.x2, *batches]
         with torch.no_grad():
             projections = self.target_encoder.views(views)
-        predictions = [self.predictor(output) for output in self.encoder.views(views)]
+        predictions = self.predicted(self.encoder.views(views))
         (targets.prediction, targets.projection), *embeddings = zip(predictions, projections, strict=True)
         return embeddings
+
+    def predicted(self, projections: Sequence[Tensor]) -> list[Tensor]:
+        """The prediction (N, dim) from each batch of projections (N, dim)."""
+        return [self.predictor(z) for z in projections]
 
     def score(self, embedding: tuple[Tensor, Tensor], targets: Targets, clean: bool) -> Tensor:
         """2 - 2 cos in both directions, summed, per row (N,), in [0, 8]."""

@@ -52,7 +52,7 @@ class MoCo(Framework):
     """The query encoder is `encoder`; `queue` (K, dim) is a ring buffer, `pointer` the next row to be overwritten."""
 
     Settings = Settings
-    compiled = ("with_negatives", "infonce")
+    compiled = ("with_negatives", "loss")
 
     def __init__(self, backbone: nn.Module, settings: Settings):
         super().__init__()
@@ -79,16 +79,17 @@ class MoCo(Framework):
         clean = [place for place, images in enumerate(views, 1) if images is targets.x1 and self.settings.symmetric]
         for place in clean:
             views.insert(place, targets.x2)
-        embeddings = [self.with_negatives(output) for output in self.encoder.views(views)]
+        embeddings = self.with_negatives(self.encoder.views(views))
         for place in clean:
             targets.q2 = embeddings.pop(place)
         return embeddings
 
-    def with_negatives(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries q (N, dim), and the log-sum-exp (N,) of q.u / T over the queue's keys u: the negatives of Eq. 5."""
-        q = unit(output)
-        with torch.autocast(q.device.type, enabled=False):
-            return q, torch.logsumexp(q @ self.queue.T / self.settings.temperature, dim=1)
+    def with_negatives(self, outputs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Of each batch of outputs queries q (N, dim), and the log-sum-exp (N,) of q.u / T over the queue's keys u: the
+        negatives of Eq. 5."""
+        queries = [unit(output) for output in outputs]
+        with torch.autocast(queries[0].device.type, enabled=False):
+            return [(q, torch.logsumexp(q @ self.queue.T / self.settings.temperature, dim=1)) for q in queries]
 
     def score(self, embedding: tuple[Tensor, Tensor], targets: Targets, clean: bool) -> Tensor:
         """Eq. 5 (a clean query) or one term of Eq. 6 (a mixture), per row (N,); summed over directions if symmetric."""

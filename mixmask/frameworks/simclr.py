@@ -45,6 +45,7 @@ class SimCLR(Framework):
     """`encoder.head` ends in a BatchNorm, so its output for a row depends on both halves of the pair."""
 
     Settings = Settings
+    compiled = ("loss",)
 
     def __init__(self, backbone: nn.Module, settings: Settings):
         super().__init__()

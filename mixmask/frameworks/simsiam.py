@@ -45,6 +45,7 @@ class SimSiam(Framework):
     """`encoder` (its head is the projector, which ends in a BatchNorm) and `predictor`."""
 
     Settings = Settings
+    compiled = ("predicted", "loss")
 
     def __init__(self, backbone: nn.Module, settings: Settings):
         super().__init__()
@@ -60,8 +61,12 @@ class SimSiam(Framework):
     def embed(self, batches: Sequence[Tensor], targets: Targets) -> list[tuple[Tensor, Tensor]]:
         """Of each batch of images prediction p (N, dim), and projection z (N, dim) with the gradient stopped."""
         outputs = self.encoder.views([targets.x2, *batches])
-        (targets.prediction, targets.projection), *embeddings = [(self.predictor(z), z.detach()) for z in outputs]
+        (targets.prediction, targets.projection), *embeddings = self.predicted(outputs)
         return embeddings
+
+    def predicted(self, projections: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Of each batch of projections z (N, dim) the prediction, and z with the gradient stopped."""
+        return [(self.predictor(z), z.detach()) for z in projections]
 
     def score(self, embedding: tuple[Tensor, Tensor], targets: Targets, clean: bool) -> Tensor:
         """-(cos(p, z2) + cos(p2, z)) / 2 per row (N,), in [-1, 1]."""

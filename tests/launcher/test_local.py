@@ -15,7 +15,7 @@ import pytest
 from mixmask.config import UserError
 from paper.cells import select
 from paper.presets import budget
-from slurm import graph, local
+from slurm import gpus, graph, local
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,14 +89,73 @@ def test_independent_jobs_run_side_by_side_as_far_as_the_cores_bear(jobs, tmp_pa
 
 
 def test_a_job_fits_beside_others_as_cores_and_memory_bear_and_a_gpu_is_never_shared(jobs, monkeypatch):
-    def asks(**values):
-        return dataclasses.replace(jobs[0], resources=dataclasses.replace(jobs[0].resources, **values))
+    def asks(device="auto", **values):
+        config = dataclasses.replace(jobs[0].config, run=dataclasses.replace(jobs[0].config.run, device=device))
+        resources = dataclasses.replace(jobs[0].resources, **values)
+        return dataclasses.replace(jobs[0], config=config, resources=resources)
 
     monkeypatch.setattr(local, "_cores", lambda: 8)
     small = asks(cpus=3, memory_gb=1)
     assert local.fits(asks(cpus=99), []) and local.fits(small, [small]) and not local.fits(small, [small, small])
     assert not local.fits(asks(memory_gb=10**6), [small])
     assert not local.fits(asks(gpus=1), [small]) and not local.fits(small, [asks(gpus=1)])
+    one, on_cpu, second = asks(gpus=1, cpus=8), asks("cpu", gpus=1, cpus=5), asks("cuda:1", gpus=1)
+    assert local.fits(one, [one, small], visible=2) and not local.fits(one, [one, one], visible=2)
+    assert local.fits(on_cpu, [one, one], visible=2) and not local.fits(on_cpu, [on_cpu, one], visible=2)
+    assert local.fits(asks(gpus=4), [one], visible=2)  # one process: one GPU
+    assert not local.fits(second, [one], visible=2) and not local.fits(one, [second], visible=2)
+
+
+def fake_smi(folder, prints, status=0):
+    """nvidia-smi, alone on PATH."""
+    folder.mkdir()
+    script = folder / "nvidia-smi"
+    script.write_text(f"#!{sys.executable}\nprint({prints!r})\nraise SystemExit({status})\n")
+    script.chmod(0o755)
+    return str(folder)
+
+
+TWO = "GPU 0: NVIDIA H100 (UUID: GPU-3a)\n  MIG 1g.10gb Device 0: (UUID: MIG-7)\nGPU 1: NVIDIA H100 (UUID: GPU-4b)"
+
+
+@pytest.mark.parametrize(
+    ("named", "prints", "expected"),
+    [
+        (None, TWO, ["0", "1"]),
+        (None, "NVIDIA-SMI has failed because it couldn't communicate with the driver", []),
+        (None, None, []),
+        ("1, 3", TWO, ["1", "3"]),
+        ("GPU-4b,MIG-7", None, ["GPU-4b", "MIG-7"]),
+        ("", TWO, []),
+        ("-1", TWO, []),
+        ("0,-1,1", TWO, ["0"]),
+    ],
+)
+def test_visible_gpus_are_those_of_the_variable_or_of_nvidia_smi(tmp_path, monkeypatch, named, prints, expected):
+    monkeypatch.setenv("PATH", fake_smi(tmp_path / "bin", prints, status=9 * (not expected)) if prints else "")
+    assert gpus.visible({} if named is None else {"CUDA_VISIBLE_DEVICES": named}) == expected
+
+
+def test_each_visible_gpu_has_one_job_at_a_time_which_sees_no_other(jobs, tmp_path, monkeypatch, capfd):
+    """Three jobs on two GPUs: two meet, each on its own; the third comes when one of them has ended."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", fake_smi(tmp_path / "bin", TWO))
+    script = tmp_path / "meet.py"
+    script.write_text(MEET + "print('sees', __import__('os').environ['CUDA_VISIBLE_DEVICES'])\n")
+    three = []
+    for job, name, other in (jobs[0], "a", "b"), (jobs[2], "b", "a"), (jobs[1], "c", "a"):
+        words = ("python", str(script), str(job.directory / "result.json"), f"{tmp_path}/{name}", f"{tmp_path}/{other}")
+        resources = dataclasses.replace(job.resources, gpus=1, cpus=99)
+        three.append(dataclasses.replace(job, command=words, parents=(), resources=resources))
+    local.launch(three)
+    lines = capfd.readouterr().out.splitlines()
+    assert "one job on each visible GPU: 0, 1" in lines
+    assert {line.split()[-1] for line in lines if "sees" in line} == {"0", "1"}
+    for number in "123":
+        start = next(line for line in lines if line.startswith(f"[{number}/3]") and " on GPU " in line)
+        assert f"[{number}/3] sees {start[-1]}" in lines
+    begins = [i for i, line in enumerate(lines) if " on GPU " in line]
+    assert begins[:2] == [begins[0], begins[0] + 1] and any(" done in " in line for line in lines[: begins[2]])
 
 
 def test_a_second_signal_does_not_wait_for_a_job_that_does_not_end(jobs, tmp_path):

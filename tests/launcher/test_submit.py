@@ -291,7 +291,16 @@ def test_the_controller_is_believed_over_accounting_which_is_asked_for_what_the_
     )
     found = squeue.ended_as(["7", "8", "9", "10", "11_4", "12"])
     assert found == {"8": "FAILED", "9": "TIMEOUT", "11_4": "CANCELLED"}
-    assert (tmp_path / "asked").read_text().split()[-2:] == ["--jobs", "11_4,12,9"]
+    assert (tmp_path / "asked").read_text().split()[-2:] == ["--jobs", "11,12,9"]
+
+
+def test_tasks_of_an_array_that_never_began_are_known_under_its_number(programs):
+    """Real answers of SLURM 22.05 after `scancel` of an array whose first task ran: none of them names the others."""
+    programs(squeue="echo '9|CANCELLED'; echo '9_0|CANCELLED'")
+    assert squeue.ended_as(["9_0", "9_2"]) == dict.fromkeys(["9_0", "9_2"], "CANCELLED")
+    tasks = r"case $* in *9_2*) ;; *) echo '9_0|FAILED'; echo '9_[2-5%2]|CANCELLED by 0';; esac"
+    programs(squeue="true", sacct=tasks)
+    assert squeue.ended_as(["9_0", "9_2"]) == {"9_0": "FAILED", "9_2": "CANCELLED"}
 
 
 NO_END = "this has no end by itself: cancel, mend, launch"

@@ -170,18 +170,22 @@ def test_evaluations_are_named_by_the_keys_of_their_pretrainings(tmp_path, capsy
             tmp_path,
             "linear",
             f"probe-{n}",
-            {"recipe": "probe", "checkpoint": Path(path).name, "seed": 0},
+            {"recipe": "probe", "checkpoint": Path(path).name, "seed": n % 2},
             [60 + n, 50],
         )
-        for n, path in enumerate(list(sweep_of(tmp_path))[::2])
+        for n, path in enumerate(sweep_of(tmp_path))
     ]
-    third = run_of(tmp_path, "pretrain", "third", {"recipe": "mine", "optimizer": {"lr": 0.1}, "seed": 0}, [1.0])
+    third = run_of(
+        tmp_path, "pretrain", "third", {"recipe": "mine", "optimizer": {"lr": 0.1, "name": "sgd"}, "seed": 0}, [1.0]
+    )
     probes.append(
         run_of(tmp_path, "linear", "p2", {"recipe": "probe", "checkpoint": Path(third).name, "seed": 0}, [62])
     )
     compare.main([*probes, "--out", str(tmp_path / "c.png")])
     _, *rows = table_of(capsys.readouterr().out)
-    assert [re.search("lr=[0-9.]+", row[0])[0] for row in rows] == ["lr=0.03", "lr=0.06", "lr=0.1"]
+    rates = [f"pretrain.optimizer.lr={rate}" for rate in ("0.03", "0.06")]  # the seed is both's, and said once
+    assert [row[0] for row in rows][:4] == [f"seed={seed} {rate}" for rate in rates for seed in (0, 1)]
+    assert rows[4][0] == "seed=0 pretrain.optimizer.lr=0.1"
     assert rows[1][1:] == ["epoch 2", "1", "50.00 (best 61.00)"]
 
 

@@ -429,17 +429,30 @@ def test_processes_that_do_not_come_are_named(tmp_path, tiny, monkeypatch, capfd
     assert re.search(r"error: 2 processes do not find each other at env://", capfd.readouterr().err)
 
 
-def test_torchrun_trains_on_the_cpu(tmp_path):
-    """The command as one types it."""
-    sets = "dataset=photos mix_groups=2 backbone.bn_groups=2 backbone.width=2 epochs=1 batch_size=500 knn.every=0"
-    sets += " moco.queue=512 knn.k=5 run.device=cpu augment.size=8 backbone.stem=tiny"
+def torchrun(tmp_path, *sets):
+    """Two processes, by the command as one types it."""
+    small = "dataset=photos mix_groups=2 backbone.bn_groups=2 backbone.width=2 epochs=1 knn.every=0 moco.queue=512"
+    small += " knn.k=5 run.device=cpu augment.size=8 backbone.stem=tiny"
+    sets = [*small.split(), *sets]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "pretrain/train.py"]
-    command += ["--config", "pretrain/configs/cifar100_moco.yaml", "--run-dir", str(tmp_path), "--set", *sets.split()]
+    command += ["--config", "pretrain/configs/cifar100_moco.yaml", "--run-dir", str(tmp_path), "--set", *sets]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command[5:5] = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
+
+
+def test_torchrun_trains_on_the_cpu(tmp_path):
+    done = torchrun(tmp_path, "batch_size=500")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/1  loss") == 1 and read_log(tmp_path)[-1]["processes"] == 2
+
+
+def test_torchruns_report_of_a_refusal_ends_with_our_line(tmp_path):
+    done = torchrun(tmp_path, "batch_size=35", "mix_groups=1", "backbone.bn_groups=1")
+    refusal = "error: 2 processes do not fit (batch_size=35 is no multiple); numbers that do: 1, 5, 7"
+    *_, last, rule = done.stderr.rstrip().splitlines()
+    assert done.returncode == 1 and set(rule) == {"="} and last.split(" : ")[1] == refusal
+    assert refusal in done.stderr.splitlines()  # ours, before torchrun has noticed
 
 
 def test_a_process_that_waits_for_others_says_at_once_for_whom_and_where():

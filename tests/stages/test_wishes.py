@@ -22,6 +22,7 @@ from mixmask.backbones import build_backbone
 from mixmask.config import Backbone
 from mixmask.features import accuracies
 from mixmask.training import progress
+from mixmask.training.interrupt import Interrupt
 from pretrain import train as script
 from tests import foreign
 from tests.conftest import LINEAR, TINY
@@ -195,8 +196,13 @@ def test_other_weights_are_refused_in_one_line(cli, here):
     pretrain(cli, "first")
     pretrain(cli, "wide", "backbone.width=4")
     pretrain(cli, "second", "run.init=first/checkpoint.pt")
+    torch.save({"state_dict": {}, "args": types.SimpleNamespace()}, "pickled.pt")
     for items, message in (
-        (["run.init=nowhere.pt"], "no such file: nowhere.pt"),
+        (["run.init=nowhere.pt"], "run.init: no such file: nowhere.pt"),
+        (
+            ["run.init=pickled.pt"],
+            "--trust-pickle; an option of detection/convert.py, which writes",
+        ),
         (
             ["run.init=wide/checkpoint.pt"],
             "wide/checkpoint.pt holds a resnet18 of width 4 with the tiny stem;",
@@ -303,6 +309,17 @@ def test_a_closed_terminal_costs_no_step(cli, here, monkeypatch):
     ok(cli, script.main, *words, "run")
     one, two = (checkpoint.load(f"{name}/checkpoint.pt")["model"] for name in ("undisturbed", "run"))
     assert all(value.equal(two[name]) for name, value in one.items())
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupt.requested and signal.getsignal(signal.SIGTERM) == interrupt._receive
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_where_there_is_no_terminal_the_whole_runs_time_left_is_said_once_a_minute(cli, here, monkeypatch):

@@ -103,6 +103,9 @@ def test_images_without_class_folders_have_no_labels(tmp_path, below):
 def test_what_cannot_be_meant_is_one_line(tmp_path, pets):
     with pytest.raises(DataError, match=r"run.data_root: '.*nowhere' does not exist"):
         load(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(DataError, match=r"run.data_root: '.*notes.txt' is a file; expected a folder of images"):
+        load(tmp_path / "notes.txt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no images under .*empty .*; found: nothing"):
         load(tmp_path / "empty")
@@ -113,7 +116,7 @@ def test_what_cannot_be_meant_is_one_line(tmp_path, pets):
     (pets / "documents" / "a.txt").unlink()
     (pets / "documents").rmdir()
     image(pets / "loose.png")
-    with pytest.raises(DataError, match=r"1 images beside class folders \(loose.png beside cat, dög\)"):
+    with pytest.raises(DataError, match=r"holds images beside class folders \(loose.png beside cat, dög\)"):
         load(pets)
 
 
@@ -133,6 +136,15 @@ def test_hidden_files_links_and_other_endings(pets):
     (pets / "cat" / "gone.png").symlink_to("nowhere.png")
     with pytest.raises(DataError, match=r"gone.png is a link that leads nowhere"):
         load(pets)
+    (pets / "cat" / "gone.png").unlink()
+    (pets / "cat" / "more").symlink_to(pets.resolve() / "cat")  # a circle
+    with pytest.raises(DataError, match=r"cat/more is a link to a folder that holds it; remove it$"):
+        load(pets)
+    (pets / "cat" / "more").unlink()
+    (pets.parent / "elsewhere").mkdir()
+    image(pets.parent / "elsewhere" / "new.png")
+    (pets / "cat" / "more").symlink_to(pets.parent / "elsewhere")
+    assert len(names(pets, "train") | names(pets, "test")) == 66
 
 
 # ---------------------------------------------------------------------------------------------------- what is read
@@ -214,7 +226,7 @@ def test_verify_names_all_that_are_no_images(pets, capsys):
     config = folder.listing(pets, "train", 0.0)
     files = Files(config.paths, config.labels, config.classes, "folder", upright=True)
     with pytest.raises(
-        DataError, match=r"2 of 66 files are no images: image file .*cat/1.png .*; image file .*cat/2.png"
+        DataError, match=r"2 of 66 files cannot be read: image file .*cat/1.png .*; image file .*cat/2.png"
     ):
         verify(files)
 
