@@ -285,6 +285,21 @@ def test_the_summary_counts_runs_and_cells(jobs, tmp_path, capsys):
     assert shown.count("loss 1.500") == 2 and f"2 runs in {tmp_path}: 2 finished; 1 of 1 cells are complete" in shown
 
 
+@pytest.mark.parametrize(("state", "complete"), [("finished", 1), ("not needed", 1), ("running", 0), ("failed", 0)])
+def test_a_cell_is_complete_when_its_last_run_is(jobs, tmp_path, capsys, monkeypatch, state, complete):
+    reports = {jobs[0].directory: status.Report("finished"), jobs[1].directory: status.Report(state)}
+    monkeypatch.setattr(status, "reports", lambda *_: reports)
+    launch.main(["status", CELL, "--preset", "smoke", "--runs-dir", str(tmp_path)])
+    assert f"{complete} of 1 cells are complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("state", ["cancelled", "not started"])
+def test_a_run_that_cannot_start_names_the_parent_that_failed(jobs, state):
+    seen = {jobs[0].directory: status.Report("failed")}
+    found = status._blamed(status.Report(state), jobs[1], seen)
+    assert found == status.Report("not started", f"it needs {jobs[0].directory}, which failed")
+
+
 def test_cancel_asks_the_process_on_this_machine_to_save(jobs, tmp_path, held, capsys):
     launch.main(["cancel", CELL, "--preset", "smoke", "--runs-dir", str(tmp_path)])
     assert held.wait(timeout=10) == -signal.SIGINT or held.returncode == 1

@@ -128,6 +128,12 @@ def test_order_draws_and_numbers_are_those_of_folders(kind, workers, tmp_path, o
         assert torch.equal(taken[0][0], taken[1][0])
 
 
+def test_some_images_of_an_archive_are_each_read_whole_at_their_place(tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"aaabbcccc")
+    some = imagenet_tar.TarMembers(str(tmp_path / "x.tar"), np.array([0, 3, 5]), np.array([3, 2, 4])).take([2, 1])
+    assert [some.read(index) for index in (0, 1)] == [b"cccc", b"bb"]
+
+
 def test_archives_are_checked_and_indexed_once(tmp_path, official, monkeypatch, capsys):
     root = tmp_path / "tar"
     write_tars(root)
