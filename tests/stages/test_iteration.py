@@ -263,6 +263,12 @@ def test_a_finetuning_is_tested_on_images_resized_as_its_recipe_says(
     assert len(evaluated) == 1 and torch.equal(evaluated[0], views_of("test", resize))
 
 
+def test_a_finetuning_takes_the_normalisation_that_it_is_given(pretrained: Path, tmp_path: Path, evaluated: list):
+    items = ("dataset=wide", "epochs=1", "test_resize=12", "augment.mean=[0.1, 0.2, 0.3]")
+    finetune_stage.finetune(tiny_finetune(*items), formats.read(pretrained), tmp_path)
+    assert torch.equal(evaluated[0], views_of("test", 12, (0.1, 0.2, 0.3)))
+
+
 def test_knn_during_training_and_after_it_sees_whole_images_at_the_crop_s_size(
     tiny: Callable[..., Pretrain], tmp_path: Path, evaluated: list, cli: Callable
 ):
