@@ -80,7 +80,7 @@ def _unreadable(name: str, reason: str) -> DataError:
 
 def _decoded(content: bytes, image: Image.Image) -> Tensor:
     if content.startswith(JPEG):
-        with contextlib.suppress(RuntimeError):  # Pillow reads some that it does not, and says more clearly what is wrong
+        with contextlib.suppress(RuntimeError):  # Pillow reads some of these, and says more clearly what is wrong
             pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
             if pixels.shape == (3, image.height, image.width):
                 return pixels
