@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,8 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report.content["left_out"].pop(part, None)
         try:
             PARTS[part](report, device, until, options)
-        except UserError as error:  # data that are missing, say: the other parts go on
-            report.leave_out(part, str(error))
+        except Exception as error:  # data that are missing, say, or a fault of a part: the others go on
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+            report.leave_out(part, _first_line(error))
     report.save()
     print(f"written: {report.folder} ({(time.monotonic() - begin) / 60:.1f} minutes)")
 
@@ -206,7 +209,7 @@ def run_steps(report: Report, device: torch.device, until: float, options: argpa
             continue
         try:
             report.add("results", name, work(device, report.content["peak"], settings))
-        except (RuntimeError, ImportError, OSError) as error:  # a compiler that is missing, memory that is too small
+        except Exception as error:  # a compiler that is missing, memory that is too small: whatever it is
             report.leave_out(name, f"failed: {_first_line(error)}")
 
 
