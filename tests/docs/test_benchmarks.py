@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import launcher, measure, neighbours, pipelines, plain, profiling, run, steps, tables
+from benchmarks import against, launcher, measure, neighbours, pipelines, plain, profiling, run, steps, tables
 from mixmask.frameworks import build_framework
 from mixmask.methods import METHODS
 from mixmask.objective import objective
@@ -329,6 +329,24 @@ def test_a_ratio_stands_beside_a_number_with_a_partner():
     assert "ratio" not in rows["steps/byol/unmix"] and "ratio" not in rows["knn/predict/plain"]
     text = tables.markdown(report(**rows))
     assert "2.00x" in text and "3.00x" in text and "`c0`" in text and "torch 2" in text
+
+
+def test_the_interval_of_a_median_is_two_of_the_ordered_values():
+    """For 15 values the 4th and the 12th: as many as 3 of 15 fair coins show heads in 1.8 % of all throws."""
+    assert against.interval([*range(15, 0, -1)]) == (4, 12) and against.interval([2.0, 1.0]) == (1, 2)
+
+
+def test_an_unknown_commit_is_refused(cli):
+    status, _, error = cli(run.main, "against/moco/vanilla", "--before", "nothing-like-this")
+    assert status == 1 and error.splitlines()[-1].startswith("error: --before nothing-like-this: ")
+
+
+@pytest.mark.slow
+def test_steps_are_measured_beside_those_of_a_commit(cli):
+    small = ["batch_size=16", "backbone.width=4", "moco.queue=32"]
+    status, shown, _ = cli(run.main, "against/moco/mixmask", "--quick", "--device", "cpu", "--set", *small)
+    row = next(line for line in shown.splitlines() if "moco/mixmask" in line).split("|")
+    assert status == 0 and row[2].strip() == "HEAD" and 0.2 < float(row[7]) < 5
 
 
 def test_numbers_of_other_code_are_not_mixed(tmp_path):
