@@ -242,10 +242,10 @@ def run_curve(report: Report, device: torch.device, until: float, options: argpa
     kinds = {"float64": (torch.float64, "fp32"), "fp32": (torch.float32, "fp32"), "bf16": (torch.float32, "bf16")}
     for name, (dtype, precision) in kinds.items():
         here = steps.recipe("cifar100", "moco", "mixmask", device, {**fixed, "precision": precision})
-        found = losses(here, device, batches, dtype)
-        distance = max(abs(a - b) / abs(b) for a, b in zip(found, exact, strict=True))
-        row = {"steps": number, "distance": distance, "first": abs(found[0] / exact[0] - 1)}
-        report.add("curve", name, row | {"losses": found, "exact": exact})
+        curve = losses(here, device, batches, dtype)
+        distance = max(abs(a - b) / abs(b) for a, b in zip(curve, exact, strict=True))
+        row = {"steps": number, "distance": distance, "first": abs(curve[0] / exact[0] - 1)}
+        report.add("curve", name, row | {"losses": curve, "exact": exact})
 
 
 # -------------------------------------------------------------------------------------------------------------- runs

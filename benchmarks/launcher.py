@@ -58,11 +58,11 @@ def finished_runs(folder: Path, jobs: list[graph.Job], words: list[str]) -> None
 
 def metrics(cells: list[Cell], budget: presets.Budget) -> dict[str, set[str]]:
     """Run -> the names under which it reports numbers of `cells`."""
-    found: dict[str, set[str]] = {}
+    names: dict[str, set[str]] = {}
     for cell in cells:
         for chain in presets.chains(cell, budget):
-            found.setdefault(presets.directory("", chain[-1]).name, set()).add(presets.metric(cell, chain))
-    return found
+            names.setdefault(presets.directory("", chain[-1]).name, set()).add(presets.metric(cell, chain))
+    return names
 
 
 def log() -> str:
@@ -95,11 +95,11 @@ def with_runs(runs: int, folder: Path) -> dict[str, dict[str, Any]]:
     words, jobs = settings(runs)
     finished_runs(folder, jobs, words)
     given = ["--runs-dir", str(folder), "--set", *words]
-    found = {
+    seconds = {
         "launch": command("slurm/launch.py", "all", "--dry-run", *given),
         "tables": command("paper/make_tables.py", *given, "--out", str(folder / "out")),
     }
-    return {name: {"seconds": taken, "runs": len(jobs), "best_of": REPEATS} for name, taken in found.items()}
+    return {name: {"seconds": taken, "runs": len(jobs), "best_of": REPEATS} for name, taken in seconds.items()}
 
 
 def start(script: str) -> dict[str, Any]:

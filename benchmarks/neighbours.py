@@ -41,11 +41,11 @@ def predict(device: torch.device, repeats: int, bank: int = 50_000, queries: int
         )
 
     agreement = (ours() == usual()).float().mean().item()  # and a warm-up of both
-    found = {}
+    rows = {}
     for name, work in (("predict", ours), ("predict/plain", usual)):
         taken = measure.median(measure.repeated(work, device, repeats, warm=0))
-        found[name] = {"seconds": taken, "queries": queries, "bank": bank, "repeats": repeats, "agreement": agreement}
-    return found
+        rows[name] = {"seconds": taken, "queries": queries, "bank": bank, "repeats": repeats, "agreement": agreement}
+    return rows
 
 
 def whole(device: torch.device, repeats: int) -> dict[str, Any]:

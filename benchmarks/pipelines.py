@@ -123,11 +123,11 @@ def jpeg(root: Path, number: int, repeats: int) -> dict[str, dict[str, Any]]:
             folder[index]
 
     with one_thread():
-        found = {
+        rates = {
             name: crops.numel() / measure.median(measure.repeated(work, CPU, repeats))
             for name, work in {"workers": workers_part, "whole": whole, "plain": pillow}.items()
         }
-    return {name: {"per_second": value, "unit": "images/s", "repeats": repeats} for name, value in found.items()}
+    return {name: {"per_second": value, "unit": "images/s", "repeats": repeats} for name, value in rates.items()}
 
 
 def recipe_of_files() -> Any:

@@ -213,9 +213,9 @@ def input_cases(options: argparse.Namespace, peaks: object) -> Iterator[tuple[st
     def jpeg() -> Numbers:
         number = 32 if options.quick else 128
         with pipelines.jpeg_files(options.jpeg, number) as root:
-            found = pipelines.jpeg(root, number, repeats)
+            rates = pipelines.jpeg(root, number, repeats)
         partner = {"partner": "input/jpeg, one core: plain"}
-        return {f"input/jpeg, one core: {key}": {**row, **partner} for key, row in found.items()}
+        return {f"input/jpeg, one core: {key}": {**row, **partner} for key, row in rates.items()}
 
     yield "input/jpeg", jpeg
 

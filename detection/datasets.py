@@ -48,21 +48,21 @@ NOTE = "data.json"  # in a run's directory
 DEFAULTS = {"MODEL.ROI_HEADS.NUM_CLASSES": 80, "MODEL.MASK_ON": False}  # Detectron2's
 
 
-class Found(NamedTuple):
+class Split(NamedTuple):
     """A split that is there."""
 
     path: Path  # its folder
-    split: str
+    name: str
 
     def __str__(self) -> str:
-        return f"{self.path}, {self.split}"
+        return f"{self.path}, {self.name}"
 
 
 class Data(NamedTuple):
     """What to train on, and what to test on."""
 
-    training: list[Found]
-    test: Found
+    training: list[Split]
+    test: Split
     absent: list[str]  # VOC's classes without an object in the test split
     notes: list[str]  # for people
 
@@ -80,18 +80,18 @@ def prepare(config: Detection, directory: Path) -> Data:
     training or testing would break off at; and where a run goes on with other data than it began with.
     """
     splits = find(config, directory)
-    found = remembered(directory, splits) or check(config, splits)
-    check_counts(config, splits, found["images"])
+    note = remembered(directory, splits) or check(config, splits)
+    check_counts(config, splits, note["images"])
     before = _note(directory / NOTE)
-    if before and (directory / "config.yaml").exists() and before["content"] != found["content"]:
-        there, here = (_sum(note["images"]) for note in (before, found))
+    if before and (directory / "config.yaml").exists() and before["content"] != note["content"]:
+        there, here = (_sum(one["images"]) for one in (before, note))
         raise DataError(
             f"{directory} is a run on other data: {there} images there, {here} now, or others of the same number; give "
             f"another --run-dir, or its own data as run.data_root"
         )
-    if before != found:
-        write_atomically(directory / NOTE, json.dumps(found, indent=1) + "\n")
-    return Data(splits[:-1], splits[-1], found["absent"], _remarks(config, splits, found))
+    if before != note:
+        write_atomically(directory / NOTE, json.dumps(note, indent=1) + "\n")
+    return Data(splits[:-1], splits[-1], note["absent"], _remarks(config, splits, note))
 
 
 def settle(config: Detection) -> Detection:
@@ -113,7 +113,7 @@ def identity(config: Detection) -> str:
     return "" if counts == _wanted(config) else f"{_sum(counts)} images, {content(splits, images)[:8]}"
 
 
-def _images(split: Found) -> list[Path]:
+def _images(split: Split) -> list[Path]:
     """The image files of a split. Raises DataError where they cannot be listed."""
     if (split.path / "ImageSets").is_dir():
         return [split.path / "JPEGImages" / f"{name}.jpg" for name in annotations.voc_names(*split)]
@@ -124,14 +124,14 @@ def _sum(counts: Sequence[int]) -> str:
     return " + ".join(f"{n:,}" for n in counts)
 
 
-def find(config: Detection, directory: Path) -> list[Found]:
+def find(config: Detection, directory: Path) -> list[Split]:
     """The training splits and, last, the test split. Raises NoFolderError."""
     root = Path(config.run.data_root)
     if config.data == "photos":
         root = directory / "photos"
         photos.write(root, config.task)
     training, test = SPLITS[config.task]
-    return [Found(find_folder(root, split.folder), split.name) for split in (*training, test)]
+    return [Split(find_folder(root, split.folder), split.name) for split in (*training, test)]
 
 
 def find_folder(root: Path, name: str) -> Path:
@@ -149,7 +149,7 @@ def find_folder(root: Path, name: str) -> Path:
 # ------------------------------------------------------------------------------------------- are they sound?
 
 
-def check(config: Detection, splits: Sequence[Found]) -> dict[str, Any]:
+def check(config: Detection, splits: Sequence[Split]) -> dict[str, Any]:
     """Parse all annotations and open all images; what data.json holds. Raises DataError naming file and object."""
     annotated = []
     for split in splits:
@@ -162,7 +162,7 @@ def check(config: Detection, splits: Sequence[Found]) -> dict[str, Any]:
         else:
             polygons = flatten(config.detectron2).get("INPUT.MASK_FORMAT", "polygon") == "polygon"
             annotated.append(annotations.check_coco(*split, testing, polygons))
-            pictures.check_names(split.path / split.split, [picture.file.name for picture in annotated[-1].pictures])
+            pictures.check_names(split.path / split.name, [picture.file.name for picture in annotated[-1].pictures])
     _check_together(splits, annotated)
     check_counts(config, splits, [len(split.pictures) for split in annotated])
     pictures.open_all([picture for split in annotated for picture in split.pictures], config.run.workers)
@@ -176,7 +176,7 @@ def check(config: Detection, splits: Sequence[Found]) -> dict[str, Any]:
     }
 
 
-def check_counts(config: Detection, splits: Sequence[Found], counts: Sequence[int]) -> None:
+def check_counts(config: Detection, splits: Sequence[Split], counts: Sequence[int]) -> None:
     """Raises DataError for other numbers of images than the data set has, unless `allow_partial_data`."""
     for split, count, wanted in zip(splits, counts, _wanted(config), strict=True):
         if count != wanted and not config.allow_partial_data:
@@ -191,7 +191,7 @@ def _wanted(config: Detection) -> list[int]:
     return [photos.IMAGES if config.data == "photos" else split.images for split in (*training, test)]
 
 
-def _check_together(splits: Sequence[Found], annotated: Sequence[Annotations]) -> None:
+def _check_together(splits: Sequence[Split], annotated: Sequence[Annotations]) -> None:
     """Raises DataError for splits that call classes by other numbers, or share images."""
     for split, own in zip(splits[:-1], annotated[:-1], strict=True):
         if own.categories != annotated[-1].categories:
@@ -202,13 +202,13 @@ def _check_together(splits: Sequence[Found], annotated: Sequence[Annotations]) -
             raise DataError(f"{split}: {len(shared):,} images are in the test split too, first {min(shared).name}")
 
 
-def _remarks(config: Detection, splits: Sequence[Found], found: Mapping[str, Any]) -> list[str]:
+def _remarks(config: Detection, splits: Sequence[Split], note: Mapping[str, Any]) -> list[str]:
     notes = [
         f"{split}: {count:,} images, expected {wanted:,}: not the paper's data"
-        for split, count, wanted in zip(splits, found["images"], _wanted(config), strict=True)
+        for split, count, wanted in zip(splits, note["images"], _wanted(config), strict=True)
         if count != wanted
     ]
-    if absent := found["absent"]:
+    if absent := note["absent"]:
         left = f"its AP is the mean over the other {len(annotations.VOC_CLASSES) - len(absent)} classes"
         notes.append(f"{splits[-1]}: no object that counts of {', '.join(absent)}: {left}")
     return notes
@@ -217,7 +217,7 @@ def _remarks(config: Detection, splits: Sequence[Found], found: Mapping[str, Any
 # -------------------------------------------------------------------------------------- what is known of them
 
 
-def remembered(directory: Path, splits: Sequence[Found]) -> dict[str, Any] | None:
+def remembered(directory: Path, splits: Sequence[Split]) -> dict[str, Any] | None:
     """What this run, or one beside it, has noted of these very files."""
     now = stamp(splits)
     notes = map(_note, [directory / NOTE, *sorted(directory.parent.glob(f"*/{NOTE}"))])
@@ -232,7 +232,7 @@ def _note(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def stamp(splits: Sequence[Found]) -> str:
+def stamp(splits: Sequence[Split]) -> str:
     """SHA-256 of place, names, sizes and times of all files that belong to the splits."""
     digest = hashlib.sha256()
     for path, split in splits:
@@ -244,7 +244,7 @@ def stamp(splits: Sequence[Found]) -> str:
     return digest.hexdigest()
 
 
-def content(splits: Sequence[Found], images: Sequence[Sequence[Path]]) -> str:
+def content(splits: Sequence[Split], images: Sequence[Sequence[Path]]) -> str:
     """SHA-256 of the images' names and sizes, and of the annotations, wherever they lie. Raises DataError."""
     digest = hashlib.sha256()
     try:
@@ -297,11 +297,11 @@ def check_task(task: str, detectron2: Mapping[str, Any]) -> None:
 
     With fewer classes than the data have, training breaks off; with more, or without masks, it says nothing.
     """
-    found = DEFAULTS | flatten(detectron2)
+    settings = DEFAULTS | flatten(detectron2)
     for key, wanted in WANTED[task].items():
-        if found[key] != wanted:
+        if settings[key] != wanted:
             raise ConfigError(
-                f"detectron2.{key}: expected {wanted} for task {task}, found {found[key]}; the recipe of {task} is "
+                f"detectron2.{key}: expected {wanted} for task {task}, found {settings[key]}; the recipe of {task} is "
                 f"detection/configs/{task}.yaml"
             )
 

@@ -89,19 +89,19 @@ class Predictions(DatasetEvaluator):
         self.path = path
 
     def reset(self) -> None:
-        self.count, self.found = 0, []
+        self.count, self.detections = 0, []
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for image, output in zip(inputs, outputs, strict=True):
             self.count += len(output["instances"])
             if self.path:
-                self.found += instances_to_coco_json(output["instances"].to("cpu"), image["image_id"])
+                self.detections += instances_to_coco_json(output["instances"].to("cpu"), image["image_id"])
 
     def evaluate(self) -> dict[str, float]:
-        parts = comm.gather((self.count, self.found), dst=0)
+        parts = comm.gather((self.count, self.detections), dst=0)
         if self.path and comm.is_main_process():
-            found = [{**one, "category_id": one["category_id"] + 1} for _, part in parts for one in part]
-            write_atomically(self.path, json.dumps(found))
+            detections = [{**one, "category_id": one["category_id"] + 1} for _, part in parts for one in part]
+            write_atomically(self.path, json.dumps(detections))
         return {"detections": sum(count for count, _ in parts)}
 
 
@@ -124,12 +124,12 @@ def table7(results: Mapping[str, Any], task: str, absent: Sequence[str] = ()) ->
     numbers = {"detections": results["detections"]}
     scale = len(VOC_CLASSES) / (len(VOC_CLASSES) - len(absent)) if task == "voc" else 1.0
     for kind, name in KINDS[task].items():
-        found = results.get(kind, {})
+        measured = results.get(kind, {})
         for metric in ("AP", "AP50", "AP75"):
-            value = scale * float(found.get(metric, math.nan)) if numbers["detections"] else 0.0
+            value = scale * float(measured.get(metric, math.nan)) if numbers["detections"] else 0.0
             if not math.isfinite(value):
                 raise UserError(f"{name}_{metric} is {value}: is there a class without an object in the test split?")
             numbers[f"{name}_{metric}"] = value
-        sizes = {f"{name}_{size}": float(found[size]) for size in SIZES if size in found}
+        sizes = {f"{name}_{size}": float(measured[size]) for size in SIZES if size in measured}
         numbers |= {key: value for key, value in sizes.items() if math.isfinite(value)}
     return numbers

@@ -24,7 +24,7 @@ with warnings.catch_warnings():  # about pkg_resources, which it still uses
     from detectron2.structures import BoxMode
 
 from detection.annotations import VOC_CLASSES, read_voc
-from detection.datasets import Data, Found, Position, batches
+from detection.datasets import Data, Position, Split, batches
 from mixmask.config import Detection
 from mixmask.datasets import DataError
 from mixmask.randomness import seed_of
@@ -49,24 +49,24 @@ def task(config: Detection, cfg: CfgNode, data: Data) -> Task:
     return Task(config, cfg, images, register(data.test, config.task), data.absent)
 
 
-def register(found: Found, task: str) -> str:
+def register(split: Split, task: str) -> str:
     """The name under which Detectron2 finds the split from now on."""
-    name = f"{found.path.resolve()} {found.split}"
+    name = f"{split.path.resolve()} {split.name}"
     if name in DatasetCatalog.list():
         return name
     if task == "voc":
-        DatasetCatalog.register(name, lambda: voc_images(found))
-        about = {"dirname": str(found.path), "split": found.split, "year": int(found.path.name.removeprefix("VOC"))}
+        DatasetCatalog.register(name, lambda: voc_images(split))
+        about = {"dirname": str(split.path), "split": split.name, "year": int(split.path.name.removeprefix("VOC"))}
         MetadataCatalog.get(name).set(thing_classes=list(VOC_CLASSES), **about)
     else:
-        json_file = found.path / "annotations" / f"instances_{found.split}.json"
-        register_coco_instances(name, {}, str(json_file), str(found.path / found.split))
+        json_file = split.path / "annotations" / f"instances_{split.name}.json"
+        register_coco_instances(name, {}, str(json_file), str(split.path / split.name))
     return name
 
 
-def voc_images(found: Found) -> list[dict[str, Any]]:
+def voc_images(split: Split) -> list[dict[str, Any]]:
     """As Detectron2's `load_voc_instances`, which cannot read a split of one image."""
-    images = read_voc(*found)
+    images = read_voc(*split)
     for image in images:
         for thing in image["annotations"]:
             thing["bbox_mode"] = BoxMode.XYXY_ABS
@@ -174,5 +174,5 @@ def as_list(images: list) -> list:
 
 def ignore_signals(worker: int) -> None:
     """Ctrl-C and SLURM signal every process of a job: a worker goes on until its training loop is done with it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

@@ -31,7 +31,7 @@ from mixmask import config as configs
 from mixmask.config import ConfigError, Detection, UserError
 from mixmask.randomness import seed_globals
 from mixmask.runs import Run, read_log, run_directory, write_atomically
-from mixmask.training import distributed
+from mixmask.training import distributed, rendezvous
 from mixmask.training.loop import Loop, finished, headline, seconds
 from mixmask.training.nonfinite import finite
 from mixmask.training.optim import device_name, pick_device
@@ -56,7 +56,7 @@ def train(
     check_norm(cfg.MODEL.RESNETS.NORM, device, world.size)
     config = datasets.settle(config)
     directory = directory or run_directory(runs_dir, "detection", config)
-    with distributed.start(world, device), distributed.open_run(directory, config) as run:
+    with rendezvous.start(world, device), distributed.open_run(directory, config) as run:
         if result := finished(run):
             return result
         with distributed.main_process_first():
@@ -77,10 +77,10 @@ def train(
         return loop.finish(result_of(run, config, backbone, metrics, device) | about if world.rank == 0 else {})
 
 
-def prepare(config: Detection) -> tuple[distributed.World, torch.device, Any]:
+def prepare(config: Detection) -> tuple[rendezvous.World, torch.device, Any]:
     """The process's place, its device, and Detectron2's config. Raises UserError, before anything is read."""
     require_detectron2()
-    world = distributed.find()
+    world = rendezvous.find()
     device = world.device(pick_device(config.run.device))
     cfg = model.settings(config, device)
     datasets.check_batches(cfg.SOLVER.IMS_PER_BATCH, config.group, world.size)
@@ -197,7 +197,7 @@ def test_only(config: Detection, directory: Path | None = None, runs_dir: Path =
     world, device, cfg = prepare(config)
     config = datasets.settle(config)
     directory = directory or run_directory(runs_dir, "detection", config)
-    with distributed.start(world, device), distributed.open_run(directory, config) as run:
+    with rendezvous.start(world, device), distributed.open_run(directory, config) as run:
         with distributed.main_process_first():
             saved = checkpoint.load_last(run.checkpoint)
             if saved is None:

@@ -171,18 +171,18 @@ def check_recipe(detectron2: Mapping[str, Any], note: Mapping[str, Any]) -> None
 
     A key that the recipe lacks has Detectron2's default, which is wrong for each of these but the depth.
     """
-    found = {**DEFAULTS, **flatten(detectron2)}
+    settings = {**DEFAULTS, **flatten(detectron2)}
     for key, (fitting, reason) in WANTED.items():
-        if found[key] not in fitting:
-            expected, what = " or ".join(map(str, fitting)), f"{found[key]}{_default(key, found)}"
+        if settings[key] not in fitting:
+            expected, what = " or ".join(map(str, fitting)), f"{settings[key]}{_default(key, settings)}"
             raise ConfigError(f"detectron2.{key}: expected {expected} ({reason}), found {what}")
     for key, name in (("MODEL.PIXEL_MEAN", "mean"), ("MODEL.PIXEL_STD", "std")):
         wanted = [round(255 * value, 3) for value in note[name]]
-        if len(found[key]) != 3 or any(abs(a - b) > 0.1 for a, b in zip(found[key], wanted, strict=True)):
-            order = "; these are the right values in BGR order" if _near(found[key][::-1], wanted) else ""
+        if len(settings[key]) != 3 or any(abs(a - b) > 0.1 for a, b in zip(settings[key], wanted, strict=True)):
+            order = "; these are the right values in BGR order" if _near(settings[key][::-1], wanted) else ""
             raise ConfigError(
                 f"detectron2.{key}: expected {wanted} (255 times the {name} that the weights were trained with, RGB), "
-                f"found {list(found[key])}{order or _default(key, found)}"
+                f"found {list(settings[key])}{order or _default(key, settings)}"
             )
 
 
@@ -190,5 +190,5 @@ def _near(values: list[float], wanted: list[float]) -> bool:
     return len(values) == len(wanted) and all(abs(a - b) <= 0.1 for a, b in zip(values, wanted, strict=True))
 
 
-def _default(key: str, found: Mapping[str, Any]) -> str:
-    return " (Detectron2's default)" if found[key] == DEFAULTS[key] else ""
+def _default(key: str, settings: Mapping[str, Any]) -> str:
+    return " (Detectron2's default)" if settings[key] == DEFAULTS[key] else ""

@@ -86,7 +86,7 @@ def kept() -> str:
     """How many runs of each stage are in results/, and where they ran."""
     from mixmask.runs import read_result
 
-    found = [
+    runs_kept = [
         (path.parent.name, read_result(path)["device"]) for path in (ROOT / "results").glob("*/*") if path.is_dir()
     ]
     words = {
@@ -95,8 +95,8 @@ def kept() -> str:
         "finetune": "fine-tunings",
         "detection": "detections",
     }
-    counts = [f"{sum(s == stage for s, _ in found)} {word}" for stage, word in words.items()]
-    devices = ", ".join(sorted({device for _, device in found}))
+    counts = [f"{sum(s == stage for s, _ in runs_kept)} {word}" for stage, word in words.items()]
+    devices = ", ".join(sorted({device for _, device in runs_kept}))
     return f"Kept in `results/`: {', '.join(c for c in counts if not c.startswith('0 '))} (device: {devices})."
 
 
@@ -153,15 +153,15 @@ def runs(target: str) -> str:
     from paper.cells import select
     from paper.presets import budget, chains, located
 
-    found = {}
+    rows = {}
     for cell in select([target]):
         for pretraining, *_, probe in (chain for chain in chains(cell, budget("paper")) if len(chain) > 1):
             where = located([ROOT / "results"], pretraining)
             made, probed = read_result(where), read_result(located([ROOT / "results"], probe))
             if made and probed:
-                found.setdefault(where.name, _made(cell.row, pretraining.config.seed, where.name, made, probed))
+                rows.setdefault(where.name, _made(cell.row, pretraining.config.seed, where.name, made, probed))
     heading = "| run | seed | device | minutes | loss | k-NN (%) | linear (%) | record in results/pretrain/ |"
-    return "\n".join([heading, "|---|---|---|---|---|---|---|---|", *found.values()])
+    return "\n".join([heading, "|---|---|---|---|---|---|---|---|", *rows.values()])
 
 
 def _made(row: str, seed: int, name: str, made: dict, probed: dict) -> str:

@@ -22,6 +22,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+import mixmask
+
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = {  # pages that lie elsewhere in the repository, because that is where one looks for them
     "README.md": "index.md",
@@ -35,6 +37,7 @@ SCRIPTS = [
     "eval/knn.py",
     "eval/linear.py",
     "eval/finetune.py",
+    "eval/features.py",
     "detection/convert.py",
     "detection/train.py",
     "paper/make_tables.py",
@@ -44,6 +47,7 @@ SCRIPTS = [
     "paper/keep.py",
     "paper/publish.py",
     "benchmarks/run.py",
+    "benchmarks/gpu.py",
 ]
 FENCED = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
@@ -66,6 +70,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not in docs/."""
     pages = {page: (ROOT / name).read_text(encoding="utf-8") for name, page in COPIED.items()}
     pages |= {page_of(name): f"# {name}\n\n::: {name}\n" for name in modules()}
+    pages[page_of("mixmask")] += exported()
     pages["commands.md"] = commands()
     pages["numbers.html"] = report()  # report.html is the page of docs/report.md
     for name, content in pages.items():
@@ -76,8 +81,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links lead to pages of the site, or to the source; equations are MathML."""
     source = {page: name for name, page in COPIED.items()}.get(page.file.src_uri, f"docs/{page.file.src_uri}")
-    parts = FENCED.split(EQUATION.sub(lambda found: convert(found[1], display="block"), markdown))
-    parts[::2] = [LINK.sub(lambda found: link(found, source, page, config, files), part) for part in parts[::2]]
+    parts = FENCED.split(EQUATION.sub(lambda match: convert(match[1], display="block"), markdown))
+    parts[::2] = [LINK.sub(lambda match: link(match, source, page, config, files), part) for part in parts[::2]]
     return "".join(parts)
 
 
@@ -108,10 +113,16 @@ def page_of(module: str) -> str:
     return f"api/{module}.md"
 
 
+def exported() -> str:
+    """The names that `import mixmask` offers, and where each is described."""
+    lines = [f"| `mixmask.{name}` | [mixmask.{home}](mixmask.{home}.md) |" for name, home in mixmask.HOME.items()]
+    return "\n".join(["\n| name | described in |", "|---|---|", *lines, ""])
+
+
 def commands() -> str:
     """What each script says of itself."""
-    found = [f"## {script}\n\n```\n{usage(script)}\n```\n" for script in SCRIPTS]
-    return "\n".join(["# Commands\n\nEvery script's `--help`.\n", *found])
+    sections = [f"## {script}\n\n```\n{usage(script)}\n```\n" for script in SCRIPTS]
+    return "\n".join(["# Commands\n\nEvery script's `--help`.\n", *sections])
 
 
 def usage(script: str) -> str:

@@ -22,6 +22,7 @@ from mixmask import config as configs
 from mixmask import formats
 from mixmask.config import Augment, ConfigError, UserError
 from mixmask.datasets import Files, Resident
+from mixmask.datasets.base import in_words
 from mixmask.datasets.cache import decode_all
 from mixmask.datasets.folder import common_shape, listing
 from mixmask.features import EVAL_BATCH, extract, shorter_side
@@ -82,7 +83,7 @@ def main() -> None:
     augment = dataclasses.replace(augment, size=args.size or augment.size)
     feature_width(model, augment.size)
     dataset, root = images_of(args.data.expanduser()), args.data.expanduser()
-    say(f"{model}\n  {len(dataset)} images of {args.data}, {len(dataset.classes)} classes; views of {augment.size} px")
+    say(f"{model}\n  {args.data}: {in_words(len(dataset), dataset.classes)}; views of {augment.size} px")
     resize = shorter_side(augment, dataset)
     features = extract(model, dataset, augment, resize, device, args.workers, args.batch).cpu().numpy()
     labels, classes = dataset.labels.numpy(), np.array(dataset.classes, dtype=str)

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mixmask import checkpoint, datasets, formats, labels
 from mixmask import config as configs
@@ -38,10 +37,11 @@ from mixmask.networks import feature_width
 from mixmask.randomness import seed_globals, seed_of
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
-from mixmask.training.loop import Loop, epoch_lines, finished, seconds, test_results
-from mixmask.training.optim import build_optimizer, device_name, pick_device
+from mixmask.training.loop import Loop, finished
+from mixmask.training.optim import build_optimizer, pick_device
 from mixmask.training.progress import say
 from mixmask.training.state import TrainState
+from mixmask.training.supervised import fit, result_of
 
 
 def finetune(
@@ -79,24 +79,8 @@ def finetune(
                     loop.log(fit(state, images, targets, rates(state.step)))
                     loop.save_if_due()
                 loop.end_epoch(measure)
-        return loop.finish(result_of(run, config, source, labelled, device))
-
-
-def fit(state: TrainState, images: Tensor, targets: Tensor, rates: dict[str, float]) -> dict[str, Tensor]:
-    """One step of the whole network on images (N, 3, S, S) and classes (N,); returns its loss."""
-    set_rates(state.optimizer, rates)
-    loss = F.cross_entropy(state.model(images), targets)
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    state.optimizer.step()
-    state.step += 1
-    return {"loss": loss.detach()}
-
-
-def set_rates(optimizer: torch.optim.Optimizer, rates: dict[str, float]) -> None:
-    """Give each of the optimiser's groups its rate."""
-    for group, rate in zip(optimizer.param_groups, rates.values(), strict=True):
-        group["lr"] = rate
+        origin = {"format": source.format, "init": config.init, "labels": labelled}
+        return loop.finish(result_of(run, config, metric_name(config), device, **origin))
 
 
 def learning_rates(config: Finetune, steps_per_epoch: int, step: int) -> dict[str, float]:
@@ -194,21 +178,6 @@ def test(model: Encoder, test_set: Any, augment: Augment, config: Finetune, devi
 
 
 # ------------------------------------------------------------------------------------------------------ after
-
-
-def result_of(run: Run, config: Finetune, source: Source, labelled: str, device: torch.device) -> dict[str, Any]:
-    """Last and best test accuracy, what the weights came from, and which images were labelled."""
-    lines = epoch_lines(run)
-    return {
-        "checkpoint": config.checkpoint,
-        "format": source.format,
-        "init": config.init,
-        "labels": labelled,
-        "metrics": test_results(lines, metric_name(config)),
-        "epochs": config.epochs,
-        "device": device_name(device),
-        "timing": seconds(lines),
-    }
 
 
 def metric_name(config: Finetune) -> str:

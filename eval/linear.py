@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mixmask import checkpoint, datasets, formats
 from mixmask import config as configs
 from mixmask.config import Augment, ConfigError, Linear, UserError
+from mixmask.datasets.base import in_words
 from mixmask.datasets.settle import inherit, settle
 from mixmask.datasets.views import check_augment, train_batches
 from mixmask.features import accuracies, extract, resize_of
@@ -34,10 +34,11 @@ from mixmask.networks import feature_width
 from mixmask.randomness import seed_of
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
-from mixmask.training.loop import Loop, epoch_lines, finished, seconds, test_results
-from mixmask.training.optim import build_optimizer, device_name, pick_device, set_learning_rate
+from mixmask.training.loop import Loop, finished
+from mixmask.training.optim import build_optimizer, pick_device
 from mixmask.training.progress import say
 from mixmask.training.state import TrainState
+from mixmask.training.supervised import fit, result_of
 
 
 def probe(
@@ -57,11 +58,7 @@ def probe(
     with Run(directory or run_directory(runs_dir, "linear", config), config) as run:
         if result := finished(run):
             return result
-        train_set, test_set = (load(config, split, device) for split in ("train", "test"))
-        if config.batch_size > len(train_set):
-            raise ConfigError(f"batch_size: {config.batch_size} exceeds the {len(train_set)} training images")
-        if config.features == "augmented":
-            check_augment(train_set, config.augment)
+        train_set, test_set = load_data(config, device)
         encoder, mean, std, origin = frozen_encoder(path, foreign, device)
         backbone, before = encoder.backbone, checkpoint.digest(encoder.state_dict())
         mean, std = config.augment.mean or mean, config.augment.std or std
@@ -85,23 +82,13 @@ def probe(
         with loop.running():
             for epoch in loop.epochs():
                 for features, labels in loop.batches(batches_of(epoch, loop.skip)):
-                    loop.log(fit(state, features, labels, rates(state.step)["lr"]))
+                    loop.log(fit(state, features, labels, rates(state.step)))
                     loop.save_if_due()
                 loop.end_epoch(measure)
         if checkpoint.digest(encoder.state_dict()) != before:
             raise UserError(f"{run.id}: the frozen encoder changed during the probe; the result is not valid")
-        return loop.finish(result_of(run, config, foreign.format if foreign else "mixmask", device))
-
-
-def fit(state: TrainState, features: Tensor, labels: Tensor, rate: float) -> dict[str, Tensor]:
-    """One step of the classifier on features (N, D) and labels (N,); returns its loss."""
-    set_learning_rate(state.optimizer, rate)
-    loss = F.cross_entropy(state.model(features), labels)
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    state.optimizer.step()
-    state.step += 1
-    return {"loss": loss.detach()}
+        source = foreign.format if foreign else "mixmask"
+        return loop.finish(result_of(run, config, metric_name(config), device, format=source))
 
 
 def learning_rates(config: Linear, steps_per_epoch: int, step: int) -> dict[str, float]:
@@ -114,10 +101,14 @@ def batch_images(config: Linear, train_set: datasets.Resident | datasets.Files, 
     return datasets.batch_indices(len(train_set), config.batch_size, config.seed, epoch)
 
 
-def load(config: Linear, split: str, device: torch.device) -> datasets.Resident | datasets.Files:
-    """The verified data set; held on the device where it fits in memory."""
-    dataset = datasets.load_split(config, split)
-    return dataset.to(device) if isinstance(dataset, datasets.Resident) else dataset
+def load_data(config: Linear, device: torch.device) -> list[Any]:
+    """The verified training and test sets; held on the device where they fit in memory. Raises ConfigError."""
+    sets = [datasets.load_split(config, split) for split in ("train", "test")]
+    if config.batch_size > len(sets[0]):
+        raise ConfigError(f"batch_size: {config.batch_size} exceeds the {len(sets[0])} training images")
+    if config.features == "augmented":
+        check_augment(sets[0], config.augment)
+    return [one.to(device) if isinstance(one, datasets.Resident) else one for one in sets]
 
 
 def build_classifier(features: int, classes: int, seed: int, init: str = "normal") -> nn.Linear:
@@ -170,19 +161,6 @@ def test(classifier: nn.Module, features: Tensor, labels: Tensor) -> dict[str, f
     return accuracies(scores, labels)
 
 
-def result_of(run: Run, config: Linear, source: str, device: torch.device) -> dict[str, Any]:
-    """Last and best test accuracy, under the protocol's name; `source`: the format of the encoder's file."""
-    lines = epoch_lines(run)
-    return {
-        "checkpoint": config.checkpoint,
-        "format": source,
-        "metrics": test_results(lines, metric_name(config)),
-        "epochs": config.epochs,
-        "device": device_name(device),
-        "timing": seconds(lines),
-    }
-
-
 def metric_name(config: Linear) -> str:
     """The protocol, for the metric's name: linear_sgd (views cropped anew each epoch) or linear_cached_adam."""
     return f"linear_{'cached_' if config.features == 'cached' else ''}{config.optimizer.name}"
@@ -193,7 +171,7 @@ def header(run: Run, config: Linear, origin: str, train_set: Any, done: float) -
     return (
         f"{run.id}" + (f" (resumed at epoch {done:.2f})" if done else "") + "\n"
         f"  encoder of {config.checkpoint} ({origin})\n"
-        f"  {config.dataset}: {len(train_set)} images, {len(train_set.classes)} classes; "
+        f"  {config.dataset}: {in_words(len(train_set), train_set.classes)}; "
         f"total batch {config.batch_size}, {config.epochs} epochs; "
         f"{config.features} features; {config.optimizer.name}, lr {config.optimizer.lr:g} (used as it is)"
         + "".join(f"\n  note: {note}" for note in notes)

@@ -10,7 +10,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOME = {
+HOME = {  # name -> the module that it is from
     "Anchor": "methods",
     "METHODS": "methods",
     "vanilla": "methods",
@@ -40,9 +40,9 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in HOME:
         raise AttributeError(f"module 'mixmask' has no attribute '{name}'")
-    return getattr(import_module(f"mixmask.{_HOME[name]}"), name)
+    return getattr(import_module(f"mixmask.{HOME[name]}"), name)
 
 
 class _Library(ModuleType):
@@ -55,4 +55,4 @@ sys.modules[__name__].__class__ = _Library
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *HOME])

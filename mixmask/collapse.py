@@ -91,11 +91,11 @@ def warning(values: dict[str, float], dim: int) -> str:
     """One line where `measures` of features of `dim` numbers say collapse, or say nothing; else none."""
     if not values:
         return "warning: a feature that k-NN compares is not finite"
-    spread, rank = values["feature_std"] * dim**0.5, values["effective_rank"]
-    if spread >= LEAST_SPREAD and rank >= LEAST_RANK:
-        return ""
-    expected = f"expected at least {LEAST_SPREAD:g} of 1 / sqrt({dim})"
-    return (
-        f"warning: the features look collapsed: std {values['feature_std']:.2g}, {expected}, found {spread:.2g} of it; "
-        f"effective rank {rank:.3g} of {dim}, expected at least {LEAST_RANK:g}"
-    )
+    std, rank, found = values["feature_std"], values["effective_rank"], []
+    if (spread := std * dim**0.5) < LEAST_SPREAD:
+        found += [
+            f"feature_std is {std:.2g}, {spread:.2g} of 1 / sqrt({dim}), expected at least {LEAST_SPREAD:g} of it"
+        ]
+    if rank < LEAST_RANK:
+        found += [f"effective_rank is {rank:.3g} of {dim}, expected at least {LEAST_RANK:g}"]
+    return f"warning: the features look collapsed: {'; '.join(found)}" if found else ""

@@ -64,11 +64,11 @@ def resize_of(config: Linear | Finetune, dataset: datasets.Resident | datasets.F
 
 def accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Of scores (N, classes) test_top1, and test_top5 where there are more than five classes, in percent."""
-    found = {"test_top1": accuracy(scores.argmax(dim=1), labels)}
+    metrics = {"test_top1": accuracy(scores.argmax(dim=1), labels)}
     if scores.shape[1] > 5:
         hits = scores.topk(5, dim=1).indices == labels.to(scores.device)[:, None]
-        found["test_top5"] = round(hits.any(dim=1).float().mean().item() * 100, 4)
-    return found
+        metrics["test_top5"] = round(hits.any(dim=1).float().mean().item() * 100, 4)
+    return metrics
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:

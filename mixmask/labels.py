@@ -114,10 +114,10 @@ def read_list(path: Path) -> Sequence[str]:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read SimCLR's list {path}: {error.strerror}; expected {URL}/{path.name}") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256[path.name]:
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != SHA256[path.name]:
         raise DataError(
-            f"{path} is not SimCLR's list: {len(content.splitlines()):,} lines, SHA-256 {found[:8]}..., expected "
+            f"{path} is not SimCLR's list: {len(content.splitlines()):,} lines, SHA-256 {digest[:8]}..., expected "
             f"{SHA256[path.name][:8]}...; delete it, and it is fetched again"
         )
     return content.decode().split()

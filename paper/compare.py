@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ def verdict(run: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, A
     if not pairs:
         raise UserError("the two logs have no curve in common: expected two runs of one stage with a logged epoch each")
     first, last = min(epoch for epoch, _ in pairs), max(epoch for epoch, _ in pairs)
-    ends = [max(max(curve) for curve in found.values()) for found in (ours, theirs)]
+    ends = [max(max(curve) for curve in curves.values()) for curves in (ours, theirs)]
     span = f"over {by}s {first} to {last} (the run has come to {ends[0]}, the reference to {ends[1]})"
     if _numbers(run, last) == _numbers(reference, last):
         return Verdict(f"curves: equal bit by bit {span}", True)
@@ -154,8 +155,10 @@ def verdict(run: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, A
 
 
 def distance(a: float, b: float) -> float:
-    """|a - b| over the greater of |a| and |b|; 0 for equal values."""
-    return 0.0 if a == b else abs(a - b) / max(abs(a), abs(b))
+    """|a - b| over the greater of |a| and |b|; 0 for equal values, infinite where one alone is not finite."""
+    if a == b or (math.isnan(a) and math.isnan(b)):
+        return 0.0
+    return abs(a - b) / max(abs(a), abs(b)) if math.isfinite(a) and math.isfinite(b) else math.inf
 
 
 def _numbers(lines: Sequence[Mapping[str, Any]], last: int) -> list[dict[str, Any]]:

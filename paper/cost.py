@@ -39,15 +39,15 @@ RESNET50 = Backbone("resnet50", "imagenet", 64, 1)  # public checkpoints
 @functools.cache
 def measured(gpu: str) -> dict[str, dict[str, float]]:
     """TFLOP/s by architecture and precision in the kept report of a GPU. Raises ConfigError where there is none."""
-    path, found = REPORTS / f"{gpu}.json", {}
+    path, rates = REPORTS / f"{gpu}.json", {}
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for name, row in report.get("results", {}).items():
         case, _, precision = name.partition(", ")
         for arch in (arch for arch, known in MEASURED.items() if case == known and precision in ("fp32", "bf16")):
-            found.setdefault(arch, {})[precision] = row["tflop_per_second"]
-    if not found:
+            rates.setdefault(arch, {})[precision] = row["tflop_per_second"]
+    if not rates:
         raise ConfigError(f"--gpu: no report of '{gpu}' in benchmarks/results; benchmarks/gpu.py makes one")
-    return found
+    return rates
 
 
 def teraflops(arch: str, precision: str, gpu: str = "") -> float:

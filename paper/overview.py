@@ -17,16 +17,18 @@ ABSENT = "absent"
 def names(runs: Sequence[Path]) -> list[str]:
     """`optimizer.lr=0.03 seed=0`: of each run the keys in which they differ; its directory's name where none does.
 
-    What differs with the recipe alone is not repeated.
+    What differs with the recipe alone is not repeated, nor are seeds of pre-trainings that all evaluations share.
     """
     configs = [deciding(run) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
+    if all(config.get("pretrain.seed", ABSENT) == config.get("seed") for config in configs):
+        del keys["pretrain.seed"]
     differing = [key for key in keys if key == "recipe" and _differ(configs, key)]
     for recipe in {str(config.get("recipe")) for config in configs}:
         same = [config for config in configs if str(config.get("recipe")) == recipe]
         differing += [key for key in keys if key not in differing and _differ(same, key)]
-    found = [" ".join(f"{key}={_shown(config.get(key, ABSENT))}" for key in differing) for config in configs]
-    return [name if name and found.count(name) == 1 else run.name for name, run in zip(found, runs, strict=True)]
+    labels = [" ".join(f"{key}={_shown(config.get(key, ABSENT))}" for key in differing) for config in configs]
+    return [name if name and labels.count(name) == 1 else run.name for name, run in zip(labels, runs, strict=True)]
 
 
 def _differ(configs: Sequence[Mapping[str, Any]], key: str) -> bool:

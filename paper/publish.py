@@ -171,8 +171,8 @@ def card(run: Path, source: Source, folders: Sequence[Path]) -> str:
     config, backbone = source.recipe, source.backbone
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     dataset = registry.DATASETS[config.dataset]
-    found = list(numbers(run, folders))
-    table = [f"| {stage} | `{name}` | {value:.2f} |" for stage, name, value in found]
+    rows = list(numbers(run, folders))
+    table = [f"| {stage} | `{name}` | {value:.2f} |" for stage, name, value in rows]
     return CARD.format(
         run=source.identity,
         framework=config.framework,

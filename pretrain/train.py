@@ -24,6 +24,7 @@ from mixmask import collapse, datasets, knn, networks, registry
 from mixmask import config as configs
 from mixmask.batchnorm import span_processes
 from mixmask.config import Augment, Pretrain
+from mixmask.datasets.base import in_words
 from mixmask.datasets.settle import settle
 from mixmask.datasets.verify import verify
 from mixmask.datasets.views import train_batches
@@ -34,7 +35,7 @@ from mixmask.objective import in_parts, objective
 from mixmask.randomness import numpy_generator, seed_globals, torch_generator
 from mixmask.runs import Run, run_directory
 from mixmask.schedules import cautions, learning_rate
-from mixmask.training import distributed
+from mixmask.training import distributed, rendezvous
 from mixmask.training.checks import check, check_backbone, check_data, check_parts
 from mixmask.training.initial import load_initial, settle_initial
 from mixmask.training.loop import Loop, epoch_lines, finished, last_and_best, seconds
@@ -63,10 +64,10 @@ def train(
     config = settle_initial(settle(config))
     check(config)
     directory = directory or run_directory(runs_dir, "pretrain", config)
-    world = distributed.find()
+    world = rendezvous.find()
     check_processes(config, world.size)
     device = world.device(pick_device(config.run.device))
-    with distributed.start(world, device), distributed.open_run(directory, config) as run:
+    with rendezvous.start(world, device), distributed.open_run(directory, config) as run:
         if result := finished(run):
             return result
         framework, optimizer = build(config, device)
@@ -288,8 +289,7 @@ def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, sta
     lines = [
         f"{run.id}" + (f" (resumed at epoch {step / steps_per_epoch:.2f})" if step else ""),
         f"  {config.framework}, {config.method}; {backbone_in_words(config, state.model)}",
-        f"  {config.dataset}: {len(train_set)} images, {len(train_set.classes)} classes; "
-        f"views of {config.augment.size} px",
+        f"  {config.dataset}: {in_words(len(train_set), train_set.classes)}; views of {config.augment.size} px",
         f"  total batch {config.batch_size} in {config.mix_groups} mix group(s), {steps_per_epoch} steps an epoch, "
         f"{config.epochs} epochs; {o.name}, lr {o.lr:g} (used as it is), weight decay {o.weight_decay:g}",
         *([f"  {processes} processes of {config.batch_size // processes} images each"] if processes > 1 else []),

@@ -203,14 +203,14 @@ def _about(cell: Cell, chosen: Budget) -> str:
 
 def _states(jobs: list[Job]) -> dict[Path, str]:
     """What each run is, by directory, looked up once: finished, unfinished, new or not needed."""
-    found = {job.directory: job.state for job in jobs}
-    wanted = graph.needed(jobs, found)
-    return {where: s if s == "finished" or where in wanted else NOT_NEEDED for where, s in found.items()}
+    states = {job.directory: job.state for job in jobs}
+    wanted = graph.needed(jobs, states)
+    return {where: s if s == "finished" or where in wanted else NOT_NEEDED for where, s in states.items()}
 
 
 def _notes(cells: list[Cell], jobs: list[Job], chosen: Budget) -> list[str]:
     """What a reader of the cells must know, and what keeps some from being launched."""
-    found: dict[str, list[str]] = {}
+    concerned: dict[str, list[str]] = {}
     texts = [
         (cell.id, text)
         for cell in cells
@@ -219,8 +219,8 @@ def _notes(cells: list[Cell], jobs: list[Job], chosen: Budget) -> list[str]:
     texts += [(job.id, text) for job in jobs for text in (*job.notes, graph.missing_package(job))]
     for name, text in texts:
         if text:
-            found.setdefault(text, []).append(name)
-    return [f"{_some(names)}: {text}" for text, names in found.items()]
+            concerned.setdefault(text, []).append(name)
+    return [f"{_some(names)}: {text}" for text, names in concerned.items()]
 
 
 def _some(names: list[str]) -> str:

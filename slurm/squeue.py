@@ -141,24 +141,28 @@ def ended_as(jobs: Iterable[str]) -> dict[str, str]:
     remembered = shell.ask("squeue", "--noheader", MINE, "--array", "--states=all", "--format=%i|%T").splitlines()
     states = dict(line.strip().split("|") for line in remembered)
     states = _accounted([job for job in wanted if job not in states]) | states
-    return {job: states[job] for job in wanted if states.get(job, "PENDING") not in ("PENDING", "RUNNING")}
+    found = {job: states.get(job) or states.get(array_of(job), "PENDING") for job in wanted}
+    return {job: state for job, state in found.items() if state not in ("PENDING", "RUNNING")}
+
+
+def array_of(job: str) -> str:
+    """12 of 12_3: under this number stand, together, the tasks that never began."""
+    return job.partition("_")[0]
 
 
 def _accounted(wanted: list[str]) -> dict[str, str]:
-    """As `sacct` says; nothing, and a note, where it does not answer in time."""
+    """As `sacct` says, of all tasks of their arrays; nothing, and a note, where it does not answer in time."""
     if not wanted or not shutil.which("sacct") or "sacct" in silent:
         return {}
     words = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State", "--jobs"]
     try:
-        answer = shell.run(*words, ",".join(wanted), patience=ACCOUNTING).stdout
+        answer = shell.run(*words, ",".join(dict.fromkeys(map(array_of, wanted))), patience=ACCOUNTING).stdout
     except UserError:
         silent.add("sacct")
         print(f"note: sacct has not answered within {ACCOUNTING:g} s; how jobs of the past ended is not known")
         return {}
     lines = [line.split("|") for line in answer.splitlines() if line.count("|") == 1]
-    states = {job.partition("[")[0]: state.split()[0] for job, state in lines if state}  # "CANCELLED by 0"
-    never_began = {job: states.get(job.partition("_")[0] + "_") for job in wanted}  # 12_[3-5]: of an array, together
-    return {job: state for job in wanted if (state := states.get(job) or never_began[job])}
+    return {job.partition("_[")[0]: state.split()[0] for job, state in lines if state}  # 12_[3-5]; "CANCELLED by 0"
 
 
 def records(runs_dir: Path) -> dict[str, dict[str, Any]]:

@@ -23,11 +23,10 @@ from slurm import logs, shell, squeue
 from slurm.graph import Job, needed
 from slurm.squeue import Live
 
-AGAIN = "launch again: it goes on from its last checkpoint"
 ADVICE = {
-    "FAILED": f"mend what the log says; {AGAIN}",
-    "TIMEOUT": f"it did not save in time; {AGAIN}, or with a longer cluster.warning_seconds",
-    "OUT_OF_MEMORY": f"{AGAIN}, with a larger cluster.memory_gb",
+    "FAILED": "mend what the log says; {again}",
+    "TIMEOUT": "it did not save in time; {again}, or with a longer cluster.warning_seconds",
+    "OUT_OF_MEMORY": "{again}, with a larger cluster.memory_gb",
 }
 LOST = re.compile(r"no such (checkpoint|file)|(damaged)")
 
@@ -117,10 +116,10 @@ def _alive(job: Job, live: Live | None, runs_dir: Path) -> Report | None:
 def _ended(job: Job, number: str, state: str, runs_dir: Path) -> Report:
     """A job that is over and has left no result."""
     if state == "CANCELLED":
-        return Report("cancelled", f"job {number}; {AGAIN}{logs.progress(job)}")
+        return Report("cancelled", f"job {number}; {again(job)}{logs.progress(job)}")
     printed = logs.task_logs(runs_dir, number)
     log, lines = logs.root_cause(printed) if printed else (squeue.log_path(runs_dir, number), [])
-    advice = _lost_parent(job, lines) or ADVICE.get(state, AGAIN)
+    advice = _lost_parent(job, lines) or ADVICE.get(state, "{again}").format(again=again(job))
     task = f" of task {logs.task_of(log)}" if len(printed) > 1 else ""
     faulty = [f"; node {node} is at fault: the next launch leaves it out" for node in logs.faulty_nodes(printed)]
     return Report("failed", f"job {number} {state}; {advice}{''.join(faulty)}{logs.quote(log, lines, task)}")
@@ -131,10 +130,17 @@ def _stopped(job: Job) -> Report:
     log = job.directory / "output.log"
     lines = logs.said(log)[-logs.SHOWN :]
     if lines and any(cause.match(lines[-1]) for cause in logs.CAUSES):
-        return Report("failed", f"{_lost_parent(job, lines) or ADVICE['FAILED']}{logs.quote(log, lines)}")
+        advice = _lost_parent(job, lines) or ADVICE["FAILED"].format(again=again(job))
+        return Report("failed", f"{advice}{logs.quote(log, lines)}")
     if job.state == "unfinished":
-        return Report("stopped", f"{AGAIN}{logs.progress(job)}")
+        return Report("stopped", f"{again(job)}{logs.progress(job)}")
     return Report("not started")
+
+
+def again(job: Job) -> str:
+    """What a launch makes of a run that is not finished."""
+    saved = any(job.directory.glob("checkpoint*")) or any(job.directory.glob("model_*.pth"))
+    return "launch again: it goes on from its last checkpoint" if saved else "launch again: it has saved nothing yet"
 
 
 def _lost_parent(job: Job, lines: list[str]) -> str:

@@ -127,7 +127,7 @@ def settled(config: Config, notes: set[str]) -> Config:
         config = settle(config)
         if isinstance(config, Pretrain):
             config = settle_initial(config)
-    notes |= set(said.getvalue().splitlines())
+    notes |= {line.replace("note: ", f"note: {config.stage}: ", 1) for line in said.getvalue().splitlines()}
     return config
 
 

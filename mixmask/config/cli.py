@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -94,9 +95,10 @@ def main_guard(main: Callable[[], Any]) -> None:
 
 
 def _complain(text: str) -> None:
-    """To stderr in one write: the lines of several processes do not run together."""
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    """To stderr in one write: the lines of several processes do not run together. A terminal may be gone."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def _tell_torchrun(text: str) -> None:

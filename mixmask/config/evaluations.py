@@ -69,7 +69,11 @@ class Linear:
     data: str = ""  # which images, where they are not a published set, verified; filled in (datasets/settle.py)
     run: Execution = Execution()
 
-    __post_init__ = check_run
+    def __post_init__(self) -> None:
+        check_run(self)
+        if self.features == "cached" and self.augment.order:
+            found = ", ".join(self.augment.order)
+            raise ConfigError(f"augment.order: cached features are those of test views; expected [], found {found}")
 
 
 @dataclass(frozen=True)

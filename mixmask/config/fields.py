@@ -96,7 +96,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
 
 def _convert_tuple(value: Any, args: tuple, where: str) -> tuple:
     if not isinstance(value, list | tuple):
-        raise ConfigError(f"{where}: expected a list, found {value!r}")
+        example = f", such as [{value}];" if isinstance(value, str) else ","
+        raise ConfigError(f"{where}: expected a list{example} found {value!r}")
     many = args[-1] is Ellipsis
     if not many and len(value) != len(args):
         raise ConfigError(f"{where}: expected {len(args)} values, found {len(value)}")

@@ -6,6 +6,7 @@ numbers are decimal, `true` and `false` are the only truth values, and all else 
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +19,19 @@ from mixmask.config.fields import DECIMAL
 
 
 class Loader(yaml.SafeLoader):
-    """YAML with decimal numbers, true and false, and null; a key that wants a number refuses other spellings."""
+    """YAML with decimal numbers, true and false, and null; a key that wants a number refuses other spellings.
+
+    A key that stands twice in a section is refused: YAML would take the last one in silence.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{name}' stands twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 PLAIN = {
@@ -46,12 +59,18 @@ def parse_yaml(text: str) -> Any:
 
 def recipe_file(name: str | Path) -> Path:
     """A path as it is; where there is no such file, a bare name is that of a recipe which came with the code."""
-    path, package = Path(name), Path(__file__).resolve().parents[1]
+    path = Path(name)
     if path.exists() or len(path.parts) > 1:
         return path
-    homes = (package, package.parent)  # in a wheel the stages lie in the package, in a checkout beside it
-    candidates = [home / stage / "configs" / f"{path.stem}.yaml" for home in homes for stage in ("pretrain", "eval")]
-    return next((file for file in candidates if file.exists()), path)
+    return recipes().get(path.stem, path)
+
+
+def recipes() -> dict[str, Path]:
+    """Those that came with the code, by name."""
+    package = Path(__file__).resolve().parents[1]
+    homes = (package.parent, package)  # in a wheel the stages lie in the package, in a checkout beside it
+    folders = [home / stage / "configs" for home in homes for stage in ("eval", "pretrain")]
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -59,7 +78,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = parse_yaml(recipe_file(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"no such config file: {path}") from None
+        close = difflib.get_close_matches(Path(path).stem, recipes(), n=1)
+        hint = f"; did you mean {close[0]}, which came with the code?" if close else ""
+        raise ConfigError(f"no such config file: {path}{hint}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

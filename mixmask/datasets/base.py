@@ -119,6 +119,11 @@ def file_size(path: str) -> int:
         raise DataError(f"image file {path} is missing or unreadable: {error.strerror}") from None
 
 
+def in_words(images: int, classes: Sequence[str]) -> str:
+    """For a log: `1200 images, 10 classes`, or that they have no labels."""
+    return f"{images} images, " + (f"{len(classes)} classes" if classes else "no labels")
+
+
 def one_line(error: Exception) -> str:
     """An exception's text without its line breaks."""
     return " ".join(str(error).split())

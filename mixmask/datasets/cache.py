@@ -39,8 +39,8 @@ def decode_all(paths: Sequence[str], shape: tuple[int, int], upright: bool = Fal
 
 
 def kept(cache: Path, paths: Sequence[str], decode: Callable[[], Tensor]) -> Tensor:
-    """`decode()`, kept in the file `cache` for as long as names, sizes and times of the files stay the same."""
-    key = _listing_hash(paths)
+    """`decode()`, kept in the file `cache` for as long as paths below its folder, sizes and times of the files stay."""
+    key = _listing_hash(paths, f"{cache.parent}/")
     try:
         stored = torch.load(cache, weights_only=True)
         if stored["key"] == key and stored["crc32"] == zlib.crc32(stored["images"].numpy()):
@@ -65,12 +65,12 @@ def _save(cache: Path, content: dict) -> None:
         discard(partial)
 
 
-def _listing_hash(paths: Sequence[str]) -> str:
+def _listing_hash(paths: Sequence[str], folder: str) -> str:
     digest = hashlib.sha256()
     for path in paths:
         try:
             stat = os.stat(path)
         except OSError as error:
             raise DataError(f"image file {path} is missing or unreadable: {error.strerror}") from None
-        digest.update(f"{os.path.basename(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(f"{path.removeprefix(folder)} {stat.st_size} {stat.st_mtime_ns}\n"))
     return digest.hexdigest()

@@ -14,7 +14,7 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
@@ -49,7 +49,7 @@ def read_shape(path: str | os.PathLike[str]) -> tuple[int, int]:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             return (image.width, image.height) if turned else (image.height, image.width)
     except Exception as error:  # as in `decode`
-        raise _unreadable(os.fspath(path), getattr(error, "strerror", None) or one_line(error)) from None
+        raise _unreadable(os.fspath(path), getattr(error, "strerror", None) or _reason(error)) from None
 
 
 def decode(content: bytes, name: str, upright: bool = False) -> Tensor:
@@ -61,9 +61,15 @@ def decode(content: bytes, name: str, upright: bool = False) -> Tensor:
                 image.getexif().get(ExifTags.Base.Orientation) if upright else 1
             )  # gone where Pillow turned it
     except Exception as error:  # of a damaged file decoders raise nearly every type; all have one remedy
-        raise _unreadable(name, one_line(error) or type(error).__name__) from None
+        raise _unreadable(name, _reason(error)) from None
     flipped, turns = FLIPPED_AND_TURNED.get(orientation, (False, 0))
     return (pixels.flip(2) if flipped else pixels).rot90(turns, (1, 2)) if flipped or turns else pixels
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # Pillow names the file, or an object in memory
+        return f"not one of {', '.join(FORMATS)}"
+    return one_line(error) or type(error).__name__
 
 
 def _unreadable(name: str, reason: str) -> DataError:

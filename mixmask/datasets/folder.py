@@ -42,12 +42,13 @@ def read(root: Path, split: str, held_out: float) -> Resident | Files:
 def listing(root: Path, split: str, held_out: float) -> Listing:
     """The files of a split, of labelled images sorted by class and name. Raises DataError."""
     if not os.path.isdir(root):
-        raise DataError(f"run.data_root: '{root}' does not exist; expected a folder of images")
+        what = "is a file" if os.path.exists(root) else "does not exist"
+        raise DataError(f"run.data_root: '{root}' {what}; expected a folder of images")
     train, test = _parts(root)
     classes, loose = class_folders(train), _images_below(train, below=False)
     if classes and loose:
         raise DataError(
-            f"{train} holds {len(loose):,} images beside class folders ({some(loose)} beside {some(classes)}); "
+            f"{train} holds images beside class folders ({some(loose)} beside {some(classes)}); "
             "expected either folders, one a class, or images alone, which have no labels"
         )
     if len(classes) < 2:  # one folder tells nothing apart
@@ -93,8 +94,8 @@ def _members(folder: Path, classes: Sequence[str]) -> dict[str, list[str]]:
     """The images of each class, as paths below `folder`. Raises DataError for a class without any."""
     members = {name: [f"{name}/{path}" for path in _images_below(folder / name)] for name in classes}
     if empty := [name for name, paths in members.items() if not paths]:
-        found = entries_of(folder / empty[0])
-        raise DataError(f"{folder}: no images in {some(empty)} (found: {found}); remove what is no class")
+        entries = entries_of(folder / empty[0])
+        raise DataError(f"{folder}: no images in {some(empty)} (found: {entries}); remove what is no class")
     return members
 
 

@@ -93,9 +93,9 @@ def _names(folder: Path, split: str) -> tuple[list[str], tuple[str, ...], np.nda
     files, names, rows = tuple(str(path) for path in sorted(folder.glob(NAMES[split]))), [], []
     for number, file in enumerate(files):
         for group in range(_opened(file).num_row_groups):
-            found = _column(file, group, "image.path").field("path").to_pylist()
-            names += [_class_and_name(file, name) for name in found]
-            rows += [(number, group, row) for row in range(len(found))]
+            paths = _column(file, group, "image.path").field("path").to_pylist()
+            names += [_class_and_name(file, name) for name in paths]
+            rows += [(number, group, row) for row in range(len(paths))]
     return names, files, np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 

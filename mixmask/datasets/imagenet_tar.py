@@ -95,8 +95,8 @@ def _validation_wnids(folder: Path, names: Sequence[str], allow_partial: bool) -
     path = folder / name
     if not os.path.isfile(path):
         raise DataError(f"{path} is missing: it holds the labels of the validation images")
-    if not allow_partial and (found := _md5(path)) != md5:
-        raise DataError(f"{path} is not the official archive: md5 {found}, expected {md5}; download it again")
+    if not allow_partial and (actual := _md5(path)) != md5:
+        raise DataError(f"{path} is not the official archive: md5 {actual}, expected {md5}; download it again")
     try:
         with tarfile.open(path) as tar:
             members = {os.path.basename(member.name): member for member in tar if member.isfile()}

@@ -34,7 +34,7 @@ def find_folder(root: Path, below: Sequence[str], holds: Sequence[str], title: s
 def entries(folder: Path) -> list[os.DirEntry]:
     """What a folder holds, by name, without hidden entries (macOS adds a ._NAME to each file).
 
-    Raises DataError for a folder that cannot be read, and for a link that leads nowhere.
+    Raises DataError for a folder that cannot be read, and for a link that leads nowhere or in a circle.
     """
     try:
         with os.scandir(folder) as listing:
@@ -44,6 +44,8 @@ def entries(folder: Path) -> list[os.DirEntry]:
     for entry in visible:
         if entry.is_symlink() and not os.path.exists(entry.path):
             raise DataError(f"{entry.path} is a link that leads nowhere ({os.readlink(entry.path)}); mend or remove it")
+        if entry.is_symlink() and entry.is_dir() and Path(folder).resolve().is_relative_to(Path(entry.path).resolve()):
+            raise DataError(f"{entry.path} is a link to a folder that holds it; remove it")
     return visible
 
 

@@ -31,5 +31,5 @@ def verify(dataset: Resident | Files) -> None:
     progress.close()
     if errors:
         shown = "; ".join(errors[:3]) + (f"; and {len(errors) - 3:,} more" if len(errors) > 3 else "")
-        raise DataError(f"{len(errors):,} of {len(dataset):,} files are no images: {shown}")
+        raise DataError(f"{len(errors):,} of {len(dataset):,} files cannot be read: {shown}")
     say(f"verified: {len(dataset):,} images")

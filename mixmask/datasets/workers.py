@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import multiprocessing
 import multiprocessing.queues
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -39,21 +41,23 @@ def in_workers(
     line, for whatever goes wrong in a worker.
     """
     allow_open_files(workers, tensors)
-    data = torch.utils.data.DataLoader(
-        _Reader(read),
-        batch_sampler=[torch.as_tensor(batch).tolist() for batch in batches],
-        num_workers=workers,
-        collate_fn=_collate,
-        worker_init_fn=_begin,
-        pin_memory=pin_memory,
-        prefetch_factor=AHEAD if workers else None,
-        generator=torch.Generator(),  # of its own: the loader draws a number, which must not touch the run's state
-    )
+    with _more_than_cores():
+        data = torch.utils.data.DataLoader(
+            _Reader(read),
+            batch_sampler=[torch.as_tensor(batch).tolist() for batch in batches],
+            num_workers=workers,
+            collate_fn=_collate,
+            worker_init_fn=_begin,
+            pin_memory=pin_memory,
+            prefetch_factor=AHEAD if workers else None,
+            generator=torch.Generator(),  # of its own: the loader draws a number, which must not touch the run's state
+        )
     before = set(multiprocessing.active_children())
     stream, mine = None, set()
     try:
         try:
-            stream = iter(data)
+            with _more_than_cores():
+                stream = iter(data)
         finally:
             mine = set(multiprocessing.active_children()) - before
             _running.update(dict.fromkeys(mine, os.getpid()))
@@ -68,6 +72,14 @@ def in_workers(
     finally:
         stream = None  # the loader stops its workers, if nobody else holds it
         _stop(mine)
+
+
+@contextlib.contextmanager
+def _more_than_cores() -> Iterator[None]:
+    """More workers than there are cores are allowed without a warning: they wait for disks, too."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,7 @@ def _begin(worker: int) -> None:
 
     A batch that cannot be sent would be lost without a word, and waited for: the worker ends instead.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
     def end(error: Exception, batch: object) -> None:

@@ -71,21 +71,40 @@ def load_backbone(
     source = read(path, trust_pickle, **options)
     model = build_backbone(source.backbone)
     checkpoint.load_weights(model, source.weights, path)
-    text = f"{source.backbone.arch}, {feature_width(model)} features, of {source.identity} ({source.format})"
-    model.__class__ = type(type(model).__name__, (type(model),), {"__repr__": lambda _: text})
+    model.line = f"{source.backbone.arch}, {feature_width(model)} features, of {source.identity} ({source.format})"
+    model.__class__ = _one_line(type(model))
     model.source = replace(source, weights={})  # the network holds them
     return model.eval().to(device)
+
+
+class _OneLine:
+    """What a network that was read becomes besides: it prints as its `line`, also as a copy and out of a pickle."""
+
+    def __repr__(self) -> str:
+        return self.line
+
+    def __reduce_ex__(self, _: int) -> tuple:
+        return _blank, (type(self).__bases__[1],), self.__dict__
+
+
+def _one_line(network: type[nn.Module]) -> type[nn.Module]:
+    return type(network.__name__, (_OneLine, network), {})
+
+
+def _blank(network: type[nn.Module]) -> nn.Module:
+    """A network without anything in it, as a pickle begins with."""
+    return _one_line(network).__new__(_one_line(network))
 
 
 def read_for(path: str | Path, backbone: Backbone) -> Source:
     """`read`, for a network that begins with what the file holds. Raises FormatError where that is another one."""
     source = read(path, arch=None if backbone.arch in ARCHITECTURES else backbone.arch, stem=backbone.stem)
-    asked, found = ((b.arch, b.width, b.stem) for b in (backbone, source.backbone))
-    if found[0] in ARCHITECTURES and source.recipe is None and found[2] != "imagenet" != asked[2]:
-        found = (*found[:2], asked[2])  # a file of others does not say which of the small stems it has
-    if asked != found:
+    asked, held = ((b.arch, b.width, b.stem) for b in (backbone, source.backbone))
+    if held[0] in ARCHITECTURES and source.recipe is None and held[2] != "imagenet" != asked[2]:
+        held = (*held[:2], asked[2])  # a file of others does not say which of the small stems it has
+    if asked != held:
         words = "{} of width {} with the {} stem".format
-        raise FormatError(f"{path} holds a {words(*found)}; expected a {words(*asked)}")
+        raise FormatError(f"{path} holds a {words(*held)}; expected a {words(*asked)}")
     return source
 
 

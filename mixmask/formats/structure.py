@@ -116,8 +116,8 @@ def backbone_of(tensors: dict[str, Tensor], path: Path, options: Reading) -> Sou
         known = {"format": layout.format, "dropped": dropped}
         mean, std = layout.normalisation
     else:
-        found = _distinct(parts(tensors), tensors)
-        part, taken = _only(found, tensors, path) if options.take is None else _named(found, path, options.take)
+        groups = _distinct(parts(tensors), tensors)
+        part, taken = _only(groups, tensors, path) if options.take is None else _named(groups, path, options.take)
         known = {"format": "unlisted", "dropped": _dropped(part, tensors), "taken": taken}
         mean, std = IMAGENET
     weights = {name: tensors[key] for name, key in part.names.items()}
@@ -206,11 +206,11 @@ def _only(groups: list[list[Part]], tensors: dict[str, Tensor], path: Path) -> t
     """The one backbone that a file holds. Raises FormatError where there are more, or less, or it is not clear."""
     misfit = _misfit(tensors)
     if not groups:
-        found = misfit or f"found {prefixes(tensors)}"
+        reason = misfit or f"found {prefixes(tensors)}"
         if any(key.endswith("flat_param") for key in tensors):
-            found = "found FSDP's flattened parameters (save a full state dict)"
+            reason = "found FSDP's flattened parameters (save a full state dict)"
         raise FormatError(
-            f"{path} holds no backbone that we know: {found}; expected {_expected()}, or one complete ResNet"
+            f"{path} holds no backbone that we know: {reason}; expected {_expected()}, or one complete ResNet"
         )
     part = groups[0][0]
     if not part.whole:

@@ -7,16 +7,17 @@ Un-Mix's core code. The loss is one of the whole batch: `whole_batch.py` says wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mixmask.backbones import Encoder
 from mixmask.config import within
+from mixmask.frameworks import whole_batch
 from mixmask.frameworks.base import Framework
-from mixmask.frameworks.heads import cosine, spread
-from mixmask.frameworks.whole_batch import all_rows, centred, off_diagonal, projector, shares
+from mixmask.frameworks.heads import projector
+from mixmask.frameworks.whole_batch import Targets, all_rows, centred, clean_metrics, off_diagonal, shares
 from mixmask.networks import feature_width
 
 EPS = 1e-5  # BatchNorm's, which the published code normalises with
@@ -30,15 +31,6 @@ class Settings:
     hidden: int = within(1)  # of the projector's first two layers
     off_diagonal: float = within(0)  # the weight lambda of Eq. 1
     scale: float = within(0)  # of the whole loss
-
-
-@dataclass
-class Targets:
-    """The second view, and what the clean pair showed. `embed` fills in its projection."""
-
-    x2: Tensor  # (N, C, H, W)
-    z2: Tensor | None = None  # (N, dim) of x2, of all processes, with gradient
-    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class BarlowTwins(Framework):
@@ -58,15 +50,13 @@ class BarlowTwins(Framework):
 
     def embed(self, batches: Sequence[Tensor], targets: Targets) -> list[tuple[Tensor]]:
         """Of each batch of images projections (N, dim)."""
-        z2, *outputs = self.encoder.views([targets.x2, *batches])
-        targets.z2 = all_rows(z2)
-        return [(z,) for z in outputs]
+        return whole_batch.embed(self.encoder, batches, targets)
 
     def loss(self, embedding: tuple[Tensor], targets: Targets, weight: Tensor | float, clean: bool) -> Tensor:
         """Eq. 1 of the pair of `embedding` and x2, times the mean weight; a scalar."""
         z, z2 = all_rows(embedding[0]), targets.z2
         if clean:
-            targets.metrics = {"positive_similarity": cosine(z, z2).detach().mean(), "output_spread": spread(z)}
+            targets.metrics = clean_metrics(z, z2)
         share, mean_weight = shares(weight, z)
         with torch.autocast(z.device.type, enabled=False):  # float32
             correlation = (share[:, None] * standardised(z, share)).T @ standardised(z2, share)  # (dim, dim), Eq. 2

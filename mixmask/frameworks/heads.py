@@ -6,12 +6,41 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmask.frameworks.whole_batch import BatchNorm
+from mixmask.training import distributed
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm over the rows of all processes: nn.BatchNorm1d where there is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C), normalised; same shape. Moves the running statistics while training."""
+        if not self.training or distributed.size() == 1:
+            return super().forward(x)
+        var, mean = torch.var_mean(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, dim=0, correction=0)
+        mean, var = distributed.shared_statistics(mean, var, distributed.size())
+        with torch.no_grad():
+            n = len(x) * distributed.size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
 
 
 def mlp(features: int, hidden: int, dim: int) -> nn.Sequential:
     """Linear - BatchNorm - ReLU - Linear: rows of `features` numbers to rows of `dim`."""
     return nn.Sequential(nn.Linear(features, hidden), BatchNorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
+
+
+def projector(features: int, *widths: int, bias: bool = False) -> nn.Sequential:
+    """Linear - BatchNorm - ReLU to each width but the last, and a last Linear: (N, features) -> (N, widths[-1]).
+
+    Barlow Twins and VICReg need no bias: a BatchNorm or the loss behind it would take it away again.
+    """
+    layers: list[nn.Module] = []
+    for width in widths[:-1]:
+        layers += [nn.Linear(features, width, bias=bias), BatchNorm(width), nn.ReLU(inplace=True)]
+        features = width
+    return nn.Sequential(*layers, nn.Linear(features, widths[-1], bias=bias))
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from mixmask.backbones import Encoder, views
 from mixmask.config import within
 from mixmask.frameworks.base import Framework
-from mixmask.frameworks.heads import cosine, mlp, spread, unit
-from mixmask.frameworks.whole_batch import BatchNorm
+from mixmask.frameworks.heads import BatchNorm, cosine, mlp, spread, unit
 from mixmask.networks import feature_width
 from mixmask.training import distributed
 from mixmask.training.distributed import gather, gather_with_gradient

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from mixmask.backbones import Encoder
 from mixmask.config import within
 from mixmask.frameworks.base import Framework
-from mixmask.frameworks.heads import cosine, mlp, spread
-from mixmask.frameworks.whole_batch import BatchNorm
+from mixmask.frameworks.heads import BatchNorm, cosine, mlp, spread
 from mixmask.networks import feature_width
 from mixmask.training.distributed import gather
 

@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from mixmask.backbones import Encoder
 from mixmask.config import Augment, ConfigError, within
 from mixmask.frameworks.base import Framework
-from mixmask.frameworks.heads import cosine, spread, unit
-from mixmask.frameworks.whole_batch import projector
+from mixmask.frameworks.heads import cosine, projector, spread, unit
 from mixmask.networks import feature_width
 from mixmask.training.distributed import gather, local_slice
 

@@ -8,16 +8,17 @@ the weights of its rows mean.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mixmask.backbones import Encoder
 from mixmask.config import within
+from mixmask.frameworks import whole_batch
 from mixmask.frameworks.base import Framework
-from mixmask.frameworks.heads import cosine, spread
-from mixmask.frameworks.whole_batch import all_rows, centred, off_diagonal, projector, shares
+from mixmask.frameworks.heads import projector
+from mixmask.frameworks.whole_batch import Targets, all_rows, centred, clean_metrics, off_diagonal, shares
 from mixmask.networks import feature_width
 
 EPS = 1e-4  # under the root of the variance (Eq. 2)
@@ -32,15 +33,6 @@ class Settings:
     invariance: float = within(0)  # lambda of Eq. 6
     variance: float = within(0)  # mu of Eq. 6, of each view's term; the published code gives each half of its own
     covariance: float = within(0)  # nu of Eq. 6, of each view's term
-
-
-@dataclass
-class Targets:
-    """The second view, and what the clean pair showed. `embed` fills in its output."""
-
-    x2: Tensor  # (N, C, H, W)
-    z2: Tensor | None = None  # (N, dim) of x2, of all processes, with gradient
-    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class VICReg(Framework):
@@ -60,15 +52,13 @@ class VICReg(Framework):
 
     def embed(self, batches: Sequence[Tensor], targets: Targets) -> list[tuple[Tensor]]:
         """Of each batch of images the expander's outputs (N, dim)."""
-        z2, *outputs = self.encoder.views([targets.x2, *batches])
-        targets.z2 = all_rows(z2)
-        return [(z,) for z in outputs]
+        return whole_batch.embed(self.encoder, batches, targets)
 
     def loss(self, embedding: tuple[Tensor], targets: Targets, weight: Tensor | float, clean: bool) -> Tensor:
         """Eq. 6 of the pair of `embedding` and x2, times the mean weight; a scalar."""
         s, z, z2 = self.settings, all_rows(embedding[0]), targets.z2
         if clean:
-            targets.metrics = {"positive_similarity": cosine(z, z2).detach().mean(), "output_spread": spread(z)}
+            targets.metrics = clean_metrics(z, z2)
         share, mean_weight = shares(weight, z)
         with torch.autocast(z.device.type, enabled=False):  # float32
             invariance = share @ (z - z2).pow(2).mean(dim=1)  # Eq. 5, per dimension

@@ -1,4 +1,4 @@
-"""What losses of the whole batch share: the rows of all processes, what the weights of rows mean, a projector.
+"""What losses of the whole batch share: the rows of all processes, what the weights of rows mean.
 
 A mixture's anchor gives each row a weight w_i, its lambda or 1 - lambda. Where all are one number w, the anchor's
 part is w times the loss of the batch. Where they differ, row i takes the share w_i / sum(w) in every mean and
@@ -7,11 +7,37 @@ correlation, in place of 1 / N, and the loss is multiplied by the mean weight: a
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
+from mixmask.backbones import Encoder
+from mixmask.frameworks.heads import cosine, spread
 from mixmask.training import distributed
 from mixmask.training.distributed import gather_with_gradient
+
+
+@dataclass
+class Targets:
+    """The second view, which all pairs share, and what the clean pair showed. `embed` fills in its output."""
+
+    x2: Tensor  # (N, C, H, W)
+    z2: Tensor | None = None  # (N, dim) of x2, of all processes, with gradient
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+def embed(encoder: Encoder, batches: Sequence[Tensor], targets: Targets) -> list[tuple[Tensor]]:
+    """Of each batch of images (N, C, H, W) outputs (N, dim); of x2 as well, into `targets`."""
+    z2, *outputs = encoder.views([targets.x2, *batches])
+    targets.z2 = all_rows(z2)
+    return [(z,) for z in outputs]
+
+
+def clean_metrics(z: Tensor, z2: Tensor) -> dict[str, Tensor]:
+    """What the log says of the clean pair's outputs (N, dim)."""
+    return {"positive_similarity": cosine(z, z2).detach().mean(), "output_spread": spread(z)}
 
 
 def all_rows(z: Tensor) -> Tensor:
@@ -38,32 +64,3 @@ def centred(z: Tensor, share: Tensor) -> Tensor:
 def off_diagonal(matrix: Tensor) -> Tensor:
     """A square matrix (D, D) with zeros on its diagonal."""
     return matrix - torch.diag(matrix.diagonal())
-
-
-class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the rows of all processes: nn.BatchNorm1d where there is one."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C), normalised; same shape. Moves the running statistics while training."""
-        if not self.training or distributed.size() == 1:
-            return super().forward(x)
-        var, mean = torch.var_mean(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, dim=0, correction=0)
-        mean, var = distributed.shared_statistics(mean, var, distributed.size())
-        with torch.no_grad():
-            n = len(x) * distributed.size()
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
-        return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
-
-
-def projector(features: int, *widths: int, bias: bool = False) -> nn.Sequential:
-    """Linear - BatchNorm - ReLU to each width but the last, and a last Linear: (N, features) -> (N, widths[-1]).
-
-    Barlow Twins and VICReg need no bias: a BatchNorm or the loss behind it would take it away again.
-    """
-    layers: list[nn.Module] = []
-    for width in widths[:-1]:
-        layers += [nn.Linear(features, width, bias=bias), BatchNorm(width), nn.ReLU(inplace=True)]
-        features = width
-    return nn.Sequential(*layers, nn.Linear(features, widths[-1], bias=bias))

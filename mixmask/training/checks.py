@@ -86,5 +86,6 @@ def check_parts(config: Pretrain, framework: nn.Module) -> None:
     norms = any(isinstance(module, SplitBatchNorm2d) for module in framework.encoder.modules())
     groups = config.backbone.bn_groups // distributed.size() if norms else rows
     if not groups or groups % parts or rows % parts:
-        key = f"backbone.bn_groups={config.backbone.bn_groups}" if norms else f"batch_size={config.batch_size}"
-        raise ConfigError(f"run.accumulate: {parts} parts would split {key}; expected a divisor of it")
+        of = "whole BatchNorm groups (backbone.bn_groups)" if norms else "equally many images"
+        has = f"of which {'a process' if distributed.size() > 1 else 'the batch'} has {groups}"
+        raise ConfigError(f"run.accumulate: {parts} parts cannot hold {of}, {has}; expected a divisor of it")

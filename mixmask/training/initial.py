@@ -17,7 +17,7 @@ def load_initial(config: Pretrain, backbone: nn.Module) -> None:
         return
     if not config.run.init:
         raise ConfigError("init: the run begins with weights, which are not given; expected run.init=FILE")
-    source = formats.read_for(config.run.init, config.backbone)
+    source = _read(config)
     if checkpoint.digest(source.weights)[:16] != config.init:
         raise ConfigError(f"run.init: {config.run.init} holds other weights than those that the run began with")
     checkpoint.load_weights(backbone, source.weights, config.run.init)
@@ -28,6 +28,14 @@ def settle_initial(config: Pretrain) -> Pretrain:
     fit."""
     if not config.run.init:
         return config
-    source = formats.read_for(config.run.init, config.backbone)
+    source = _read(config)
     say(f"note: the backbone begins with the weights of {source.identity}")
     return dataclasses.replace(config, init=checkpoint.digest(source.weights)[:16])
+
+
+def _read(config: Pretrain) -> formats.Source:
+    try:
+        return formats.read_for(config.run.init, config.backbone)
+    except checkpoint.CheckpointError as error:
+        hint = "; an option of detection/convert.py, which writes what run.init takes" if " --" in str(error) else ""
+        raise ConfigError(f"run.init: {error}{hint}") from None

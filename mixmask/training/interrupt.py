@@ -1,6 +1,6 @@
 """Ctrl-C, SIGTERM and a closed terminal (SIGHUP) stop a run between two steps, after a checkpoint.
 
-A second Ctrl-C stops it at once.
+A second Ctrl-C stops it at once. Under nohup a closed terminal stops nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+            numbers = [n for n in self.SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -115,9 +115,9 @@ def test_the_library_offers_what_its_page_names():
 
 
 def test_no_name_that_the_library_offers_is_hidden_by_a_module_of_that_name():
-    for home in set(mixmask._HOME.values()):
+    for home in set(mixmask.HOME.values()):
         importlib.import_module(f"mixmask.{home}")  # which binds its name in the package
-    assert [name for name in mixmask._HOME if isinstance(getattr(mixmask, name), ModuleType)] == []
+    assert [name for name in mixmask.HOME if isinstance(getattr(mixmask, name), ModuleType)] == []
 
 
 def test_the_librarys_own_words_train():

@@ -206,6 +206,8 @@ def test_a_step_that_was_not_started_is_told_in_the_words_of_srun(jobs, ended, l
 
 def test_a_job_that_was_cancelled_is_no_failure_and_its_child_waits_for_a_launch(jobs, tmp_path, ended, monkeypatch):
     monkeypatch.setattr(squeue, "ended_as", lambda numbers: dict.fromkeys(numbers, "CANCELLED"))
+    assert ended(jobs[0]).startswith("job 12; launch again: it has saved nothing yet")
+    (jobs[0].directory / "checkpoint.pt").touch()
     assert ended(jobs[0]).startswith("job 12; launch again: it goes on from its last checkpoint")
     first, second = report(jobs, tmp_path)
     assert first.state == "cancelled"

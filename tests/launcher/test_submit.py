@@ -291,7 +291,16 @@ def test_the_controller_is_believed_over_accounting_which_is_asked_for_what_the_
     )
     found = squeue.ended_as(["7", "8", "9", "10", "11_4", "12"])
     assert found == {"8": "FAILED", "9": "TIMEOUT", "11_4": "CANCELLED"}
-    assert (tmp_path / "asked").read_text().split()[-2:] == ["--jobs", "11_4,12,9"]
+    assert (tmp_path / "asked").read_text().split()[-2:] == ["--jobs", "11,12,9"]
+
+
+def test_tasks_of_an_array_that_never_began_are_known_under_its_number(programs):
+    """Real answers of SLURM 22.05 after `scancel` of an array whose first task ran: none of them names the others."""
+    programs(squeue="echo '9|CANCELLED'; echo '9_0|CANCELLED'")
+    assert squeue.ended_as(["9_0", "9_2"]) == dict.fromkeys(["9_0", "9_2"], "CANCELLED")
+    tasks = r"case $* in *9_2*) ;; *) echo '9_0|FAILED'; echo '9_[2-5%2]|CANCELLED by 0';; esac"
+    programs(squeue="true", sacct=tasks)
+    assert squeue.ended_as(["9_0", "9_2"]) == {"9_0": "FAILED", "9_2": "CANCELLED"}
 
 
 NO_END = "this has no end by itself: cancel, mend, launch"
@@ -342,6 +351,36 @@ def test_the_jobs_that_an_interrupted_launch_has_left_without_a_pickle_are_cance
     assert sorted((tmp_path / "cancelled").read_text().split()) == ["10_1", "7"]
     shown = capsys.readouterr().out
     assert shown.count("\n") == 2 and f"cancelled job 7 of {one}, which an interrupted launch has left" in shown
+
+
+def test_an_array_that_is_too_large_is_halved_and_no_run_is_lost(tmp_path, monkeypatch):
+    jobs = [job for job in table4(tmp_path) if not job.parents]
+    place, taken = placing(jobs, tmp_path, {}), []
+
+    def at_most_two(group, asked, *_):
+        if len(group) > 2:
+            raise submit.Full("too many")
+        taken.append(group)
+        return [f"{len(taken)}_{task}" for task in range(len(group))]
+
+    monkeypatch.setattr(submit, "_submit", at_most_two)
+    monkeypatch.setattr(submit, "take", lambda *_: tmp_path / "snapshot")
+    place.submit(jobs)
+    assert len(jobs) > 4 and [job for group in taken for job in group] == jobs
+    numbers = [place.live[submit.key_of(job.directory)].job for job in jobs]
+    assert len(set(numbers)) == len(jobs) and all(number.split("_")[1] in "01" for number in numbers)
+
+
+def test_of_several_submissions_of_a_run_the_last_is_on_record(tmp_path):
+    (tmp_path / "slurm").mkdir()
+    for job, directory in (("7", "/a"), ("8", "/b"), ("9", "/a")):
+        squeue.record(tmp_path, directory=directory, job=job)
+    assert {path: values["job"] for path, values in squeue.records(tmp_path).items()} == {"/a": "9", "/b": "8"}
+
+
+def test_a_run_directory_is_all_behind_the_third_bar(programs, tmp_path):
+    programs(squeue=f"echo '7|RUNNING|n1|{tmp_path}/a|b'")
+    assert {path: live.job for path, live in squeue.live_jobs().items()} == {f"{tmp_path}/a|b": "7"}
 
 
 def test_a_cancel_that_changes_nothing_is_no_success(programs, tmp_path, monkeypatch):

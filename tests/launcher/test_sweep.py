@@ -65,7 +65,7 @@ def test_a_list_is_several_values_unless_the_key_takes_it_as_it_stands(item, val
         ("seed=[]", r"--set seed=\[\]: expected at least one value"),
         ("lr=[0.1,0.2]", "unknown key 'lr'; did you mean 'optimizer.lr'"),
         ("optimizer.lr=[0.1,fast]", "optimizer.lr: expected a number, found 'fast'"),
-        ("augment.order=[crop,turn]", "augment.order: expected a list, found 'crop'"),
+        ("augment.order=[crop,turn]", r"augment.order: expected a list, such as \[crop\]; found 'crop'"),
     ],
 )
 def test_what_no_run_can_take_is_refused_before_any_is_launched(tmp_path, item, message):
@@ -98,6 +98,7 @@ def test_then_of_something_else_is_refused(tmp_path):
         (["--config", "cifar100_moco", "--preset", "smoke"], "found --preset smoke"),
         (["table4", "--then", "cifar100_linear_adam"], "--then: of --config alone"),
         (["--config", "nowhere.yaml"], "no such config file"),
+        (["--config", "folder_smal_moco"], "smal_moco; did you mean folder_small_moco, which came with the code?"),
         (["stauts"], "unknown target 'stauts'; did you mean 'status'?"),
         (["cancle", "table4"], "did you mean 'cancel'?"),
     ],
@@ -130,6 +131,7 @@ def test_a_sweep_of_own_images_runs_here_is_skipped_when_finished_and_seen_by_st
     launch.main(words)
     text = capfd.readouterr().out
     assert "4 distinct (2 pretrain, 2 linear): 4 new" in text and "cifar" not in text
+    assert "note: pretrain: batch_size: 256 becomes" in text and "note: linear: batch_size: 256 becomes" in text
     monkeypatch.chdir(tmp_path)
     launch.main(["status", *words])
     text = capfd.readouterr().out

@@ -59,6 +59,14 @@ def test_the_tolerance_is_relative_to_the_greater_value(compared, tolerance, sta
     assert compared([epoch(1, -96.0)], [epoch(1, -100.0)], "--tolerance", tolerance)[0] == status
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_parts_from_one_that_is_and_not_from_its_like(compared, value):
+    for ours, theirs in ((value, 2.0), (2.0, value)):
+        status, out, _ = compared([epoch(1, ours)], [epoch(1, theirs)])
+        assert status == 1 and "part at epoch 1: loss is" in out
+    assert compared([epoch(1, value)], [epoch(1, value)])[0] == 0
+
+
 def test_a_run_that_is_still_going_is_compared_as_far_as_it_is(compared):
     status, out, _ = compared([epoch(1, 2.0)], [epoch(1, 2.0), epoch(2, 1.0)])
     assert status == 0 and "bit by bit over epochs 1 to 1 (the run has come to 1, the reference to 2)" in out
@@ -162,18 +170,22 @@ def test_evaluations_are_named_by_the_keys_of_their_pretrainings(tmp_path, capsy
             tmp_path,
             "linear",
             f"probe-{n}",
-            {"recipe": "probe", "checkpoint": Path(path).name, "seed": 0},
+            {"recipe": "probe", "checkpoint": Path(path).name, "seed": n % 2},
             [60 + n, 50],
         )
-        for n, path in enumerate(list(sweep_of(tmp_path))[::2])
+        for n, path in enumerate(sweep_of(tmp_path))
     ]
-    third = run_of(tmp_path, "pretrain", "third", {"recipe": "mine", "optimizer": {"lr": 0.1}, "seed": 0}, [1.0])
+    third = run_of(
+        tmp_path, "pretrain", "third", {"recipe": "mine", "optimizer": {"lr": 0.1, "name": "sgd"}, "seed": 0}, [1.0]
+    )
     probes.append(
         run_of(tmp_path, "linear", "p2", {"recipe": "probe", "checkpoint": Path(third).name, "seed": 0}, [62])
     )
     compare.main([*probes, "--out", str(tmp_path / "c.png")])
     _, *rows = table_of(capsys.readouterr().out)
-    assert [re.search("lr=[0-9.]+", row[0])[0] for row in rows] == ["lr=0.03", "lr=0.06", "lr=0.1"]
+    rates = [f"pretrain.optimizer.lr={rate}" for rate in ("0.03", "0.06")]  # the seed is both's, and said once
+    assert [row[0] for row in rows][:4] == [f"seed={seed} {rate}" for rate in rates for seed in (0, 1)]
+    assert rows[4][0] == "seed=0 pretrain.optimizer.lr=0.1"
     assert rows[1][1:] == ["epoch 2", "1", "50.00 (best 61.00)"]
 
 

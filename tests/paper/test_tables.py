@@ -1,5 +1,6 @@
 """paper/make_tables.py: tables of numbers (1 to 7) and of settings (8 to 10)."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -15,6 +16,7 @@ import pytest
 from mixmask.config import ConfigError, UserError
 from paper import cells, make_tables, settings
 from paper.cells import select
+from paper.collect import collect
 from paper.presets import budget, chains, directory, metric, steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,6 +155,22 @@ def test_five_detection_trainings_of_one_pretraining_are_one_seed(tmp_path):
     row = frame.loc[cell.id]
     assert (row["n"], row["ours_mean"], row["verdict"]) == ("5", "57.8", "undecided: one seed")
     assert "Several trainings from one pre-training count as one seed." in texts["md"]
+
+
+def test_several_trainings_of_each_pretraining_are_runs_of_their_own_and_one_value_a_seed(tmp_path):
+    cell = select(["table7/moco/mixmask/voc/box_AP"])[0]
+    two = budget("paper", ["seed=[0,1]"])
+    seeds = [(chain[0].config.seed, chain[-1].config.seed) for chain in chains(cell, two)]
+    assert seeds == [(0, k) for k in range(5)] + [(1, k) for k in range(5, 10)]
+    for chain, value in zip(
+        chains(cell, two), (57.5, 57.9, 58.1, 57.7, 58.0, 60.0, 60.1, 60.2, 60.3, 60.4), strict=True
+    ):
+        where = directory(tmp_path / "runs", chain[-1])
+        where.mkdir(parents=True)
+        (where / "result.json").write_text(json.dumps({"metrics": {"box_AP": value}}))
+    table = dataclasses.replace(cells.tables()["table7"], cells=(cell,))
+    found = collect(table, [two], [tmp_path / "runs"]).iloc[0]
+    assert found["by_seed"] == {0: pytest.approx(57.84), 1: pytest.approx(60.2)} and found["n"] == 10
 
 
 def test_a_knn_number_of_the_smoke_preset_is_found_and_named_after_its_own_k(tmp_path):

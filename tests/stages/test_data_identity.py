@@ -73,7 +73,7 @@ def test_images_without_labels_are_trained_on_and_not_probed(pretrain, tmp_path,
     status, out, err = pretrain(tmp_path / "flat")
     assert status == 0, err
     (run,) = runs(tmp_path)
-    assert set(read_result(run)["metrics"]) == {"loss"} and "0 classes" in out
+    assert set(read_result(run)["metrics"]) == {"loss"} and "images, no labels; views" in out
     words = ["--checkpoint", run / "checkpoint.pt", "--runs-dir", tmp_path / "runs"]
     for main, more in ((knn.main, []), (linear.main, ["--config", "eval/configs/folder_linear.yaml"])):
         status, _, err = cli(main, *words, *more)

@@ -349,7 +349,7 @@ def test_data_set_that_is_not_whole_is_refused_unless_asked_for(task, count, tre
         datasets.prepare(full(trees, task), tmp_path)
     data = datasets.prepare(full(trees, task, "allow_partial_data=true"), tmp_path)
     assert len(data.notes) == len(data.training) + 1 and "not the paper's data" in data.notes[0]
-    assert (data.test.path.name, data.test.split) == {"voc": ("VOC2007", "test"), "coco": ("coco", "val2017")}[task]
+    assert (data.test.path.name, data.test.name) == {"voc": ("VOC2007", "test"), "coco": ("coco", "val2017")}[task]
 
 
 def test_missing_files_are_refused_even_of_a_part(trees, tmp_path, monkeypatch):
@@ -545,7 +545,7 @@ def test_voc_is_read_as_detectron2_reads_it(trees):
     from detection import loading
 
     assert CLASS_NAMES == annotations.VOC_CLASSES
-    own = loading.voc_images(datasets.Found(trees / "VOC2007", "test"))
+    own = loading.voc_images(datasets.Split(trees / "VOC2007", "test"))
     assert {thing.pop("difficult") for image in own for thing in image["annotations"]} == {False}
     assert own == load_voc_instances(str(trees / "VOC2007"), "test", CLASS_NAMES)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,9 @@ from mixmask.config import ConfigError
 from mixmask.datasets.views import train_batches
 from mixmask.frameworks import build_framework
 from mixmask.runs import read_log
-from mixmask.training import distributed
-from mixmask.training.distributed import World, find, first_host
+from mixmask.training import distributed, rendezvous
 from mixmask.training.processes import check_processes, fitting_processes
+from mixmask.training.rendezvous import World, find, first_host
 from pretrain import train as script
 from pretrain.train import train
 
@@ -422,7 +423,7 @@ def test_one_process_exchanges_nothing():
 
 
 def test_processes_that_do_not_come_are_named(tmp_path, tiny, monkeypatch, capfd):
-    monkeypatch.setattr(distributed, "ARRIVAL", distributed.timedelta(seconds=1))
+    monkeypatch.setattr(rendezvous, "ARRIVAL", timedelta(seconds=1))
     children = [start(tiny(*FOUR), tmp_path, 0, 2, free_port(), lambda rank: None)]
     assert wait(children) == [1]
     assert re.search(r"error: 2 processes do not find each other at env://", capfd.readouterr().err)
@@ -459,8 +460,8 @@ def test_a_process_that_waits_for_others_says_at_once_for_whom_and_where():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = "import torch\nfrom mixmask.training import distributed\nworld = distributed.find()\n"
-    code += "with distributed.start(world, torch.device('cpu')):\n    pass\n"
+    code = "import torch\nfrom mixmask.training import rendezvous\nworld = rendezvous.find()\n"
+    code += "with rendezvous.start(world, torch.device('cpu')):\n    pass\n"
     step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
     step |= {"SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(port)}
     words, environment = [sys.executable, "-c", code], {**os.environ, **step}

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from eval import finetune as script
-from eval.finetune import build_groups, build_model, finetune, learning_rates, set_rates
+from eval.finetune import build_groups, build_model, finetune, learning_rates
 from mixmask import checkpoint, config, datasets, formats, labels, registry
 from mixmask.augment import test_view
 from mixmask.batchnorm import SplitBatchNorm2d
@@ -25,6 +25,7 @@ from mixmask.datasets.views import train_batches
 from mixmask.runs import read_log, run_directory
 from mixmask.schedules import learning_rate
 from mixmask.training.loop import Loop
+from mixmask.training.supervised import set_rates
 from pretrain.train import train
 
 RECIPE = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -179,15 +180,35 @@ def test_byol_s_target_moves_after_the_optimiser_towards_the_weights_that_it_has
     config = configs.load(ROOT / "pretrain/configs/cifar100_byol.yaml", {**items, "optimizer.lr": 0.1})
     config = configs.resolve(configs.to_dict(config), {"schedule.warmup_iterations": 0, "method": "vanilla"}, Pretrain)
     framework, optimizer = build(config, CPU)
-    state = TrainState(framework, optimizer, 1, 4)
-    before = [parameter.clone() for parameter in framework.target_encoder.parameters()]
+    state = TrainState(framework, optimizer, 2, 2)
+    generator = torch.Generator().manual_seed(0)
+    for share in (0.1, 0.1 * (1 + math.cos(math.pi / 4)) / 2):  # a quarter of all steps, half of an epoch
+        before = [parameter.clone() for parameter in framework.encoder.parameters()]
+        target = [parameter.clone() for parameter in framework.target_encoder.parameters()]
+        pretrain_stage.iterate(config, state, [torch.randn(8, 3, 16, 16, generator=generator) for _ in range(2)])
+        online = [parameter.detach() for parameter in framework.encoder.parameters()]
+        moved = [not torch.equal(a, b) for a, b in zip(before, online, strict=True)]
+        assert sum(moved) > 20
+        for old, new, now in zip(target, online, framework.target_encoder.parameters(), strict=True):
+            torch.testing.assert_close(now, (1 - share) * old + share * new, rtol=1e-5, atol=1e-7)
+
+
+# ---------------------------------------------------------------------------------------------------- SwAV's step
+
+
+@pytest.mark.parametrize(("step", "frozen"), [(2, True), (3, False)])
+def test_swav_s_prototypes_are_frozen_by_the_step_of_the_run_also_when_it_is_resumed(step: int, frozen: bool):
+    items = {"swav.frozen": 3, "swav.prototypes": 6, "swav.dim": 4, "swav.hidden": 8, "swav.crops": 0, "swav.queue": 0}
+    config = configs.load(ROOT / "pretrain/configs/cifar100_swav.yaml")
+    more = {"backbone.width": 2, "batch_size": 8, "mix_groups": 1, "backbone.bn_groups": 1, "method": "vanilla"}
+    config = configs.resolve(configs.to_dict(config), {**items, **more}, Pretrain)
+    framework, optimizer = build(config, CPU)
+    state = TrainState(framework, optimizer, 2, 4)
+    state.step = step  # as a checkpoint has it: the framework itself is new
+    before = nn.functional.normalize(framework.prototypes.weight.detach(), dim=1)
     generator = torch.Generator().manual_seed(0)
     pretrain_stage.iterate(config, state, [torch.randn(8, 3, 16, 16, generator=generator) for _ in range(2)])
-    online = [parameter.detach() for parameter in framework.encoder.parameters()]
-    moved = [not torch.equal(a, b) for a, b in zip(before, online, strict=True)]
-    assert sum(moved) > 20
-    for old, new, now in zip(before, online, framework.target_encoder.parameters(), strict=True):
-        torch.testing.assert_close(now, 0.9 * old + 0.1 * new, rtol=1e-5, atol=1e-7)
+    assert torch.equal(framework.prototypes.weight, before) == frozen
 
 
 # ------------------------------------------------------------------------------------------- the test images' crop

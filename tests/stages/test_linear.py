@@ -17,7 +17,7 @@ from eval import linear as script
 from eval.linear import build_classifier, probe
 from mixmask import checkpoint, config, datasets
 from mixmask.backbones import ResNet
-from mixmask.config import UserError
+from mixmask.config import ConfigError, UserError
 from mixmask.features import extract
 from mixmask.runs import read_log
 from mixmask.training import loop
@@ -190,13 +190,19 @@ def test_normalisation_is_that_of_the_pretraining(tiny_linear, pretrained, tmp_p
     [
         ((), "linear_sgd"),
         (CACHED, "linear_cached_adam"),
-        (("features=cached",), "linear_cached_sgd"),
+        (("features=cached", "augment.order=[]"), "linear_cached_sgd"),
         (CACHED[1:], "linear_adam"),
     ],
 )
 def test_metric_names_the_protocol(tiny_linear, pretrained, tmp_path, items, name):
     metrics = probe(tiny_linear(*items, "epochs=1"), pretrained, tmp_path)["metrics"]
     assert metrics.keys() == {f"{name}_last", f"{name}_best"}
+
+
+def test_cached_features_of_augmented_views_are_refused(tiny_linear):
+    """They would be those of test views, under the name of another run."""
+    with pytest.raises(ConfigError, match=r"augment.order: cached features are those of test views; .* found crop"):
+        tiny_linear("features=cached")
 
 
 def test_last_epoch_is_reported_and_the_best_noted(undisturbed):
@@ -223,8 +229,8 @@ def test_log_follows_the_step_schedule(undisturbed):
 def test_sigkill_at_any_point_changes_nothing(tiny_linear, pretrained, tmp_path, undisturbed, lines, delay):
     pid = os.fork()
     if not pid:
-        step = script.set_learning_rate
-        script.set_learning_rate = lambda *a: (time.sleep(0.05), step(*a))  # so that a signal finds it at work
+        step = script.fit
+        script.fit = lambda *a: (time.sleep(0.05), step(*a))[1]  # so that a signal finds it at work
         try:
             probe(tiny_linear(), pretrained, tmp_path)
         finally:

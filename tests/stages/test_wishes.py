@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 import types
 
@@ -22,6 +23,7 @@ from mixmask.backbones import build_backbone
 from mixmask.config import Backbone
 from mixmask.features import accuracies
 from mixmask.training import progress
+from mixmask.training.interrupt import Interrupt
 from pretrain import train as script
 from tests import foreign
 from tests.conftest import LINEAR, TINY
@@ -118,6 +120,24 @@ def test_the_features_of_a_folder(cli, here):
     assert np.load("flat.npz")["labels"].tolist() == [-1, -1, -1] and not len(np.load("flat.npz")["classes"])
 
 
+def test_features_of_two_splits_by_a_public_checkpoint(cli, here):
+    """Each row stands beside its file, and images are normalised as the file's network has them."""
+    torch.save(foreign.backbone("resnet18", width=8), "public.pth")
+    for number, place in enumerate(("train/a/1", "train/b/1", "val/a/0", "val/b/2")):
+        path = here / "split" / f"{place}.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(np.full((40, 40, 3), 50 * number, np.uint8)).save(path)
+    words = ("--checkpoint", "public.pth", "--workers", 0, "--size", 32)
+    ok(cli, features_script.main, *words, "--data", here / "split", "out.npz")
+    found, model = np.load("out.npz"), formats.load_backbone("public.pth")
+    assert found["files"].tolist() == ["train/a/1.png", "train/b/1.png", "val/a/0.png", "val/b/2.png"]
+    assert found["labels"].tolist() == [0, 1, 0, 1]
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    images = torch.stack([(torch.full((3, 32, 32), 50 * number / 255) - mean) / std for number in range(4)])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found["features"]), model(images))
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -177,8 +197,13 @@ def test_other_weights_are_refused_in_one_line(cli, here):
     pretrain(cli, "first")
     pretrain(cli, "wide", "backbone.width=4")
     pretrain(cli, "second", "run.init=first/checkpoint.pt")
+    torch.save({"state_dict": {}, "args": types.SimpleNamespace()}, "pickled.pt")
     for items, message in (
-        (["run.init=nowhere.pt"], "no such file: nowhere.pt"),
+        (["run.init=nowhere.pt"], "run.init: no such file: nowhere.pt"),
+        (
+            ["run.init=pickled.pt"],
+            "--trust-pickle; an option of detection/convert.py, which writes",
+        ),
         (
             ["run.init=wide/checkpoint.pt"],
             "wide/checkpoint.pt holds a resnet18 of width 4 with the tiny stem;",
@@ -285,6 +310,33 @@ def test_a_closed_terminal_costs_no_step(cli, here, monkeypatch):
     ok(cli, script.main, *words, "run")
     one, two = (checkpoint.load(f"{name}/checkpoint.pt")["model"] for name in ("undisturbed", "run"))
     assert all(value.equal(two[name]) for name, value in one.items())
+
+
+def test_a_closed_terminal_ends_no_process_that_reads_images(here):
+    """It sends SIGHUP to all processes of its group, of which the run alone is to end, after a checkpoint."""
+    for number in range(16):
+        Image.new("RGB", (200 + number, 200), (9 * number,) * 3).save(here / f"{number}.png")
+    words = ("--config", "folder_small_moco", "--run-dir", "run", "--set", "run.data_root=.", "run.workers=1")
+    words += ("epochs=1000", "augment.size=16", "backbone.width=4", "run.device=cpu", "knn.every=0")
+    with subprocess.Popen(
+        [sys.executable, script.__file__, *words], start_new_session=True, stdout=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 1/"):
+                os.killpg(process.pid, signal.SIGHUP)
+                break
+    assert process.returncode == 130 and checkpoint.load("run/checkpoint.pt")["step"] >= 1
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupt.requested and signal.getsignal(signal.SIGTERM) == interrupt._receive
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_where_there_is_no_terminal_the_whole_runs_time_left_is_said_once_a_minute(cli, here, monkeypatch):

@@ -83,9 +83,12 @@ def test_a_warning_of_collapse_and_of_nothing_else(dim, scale):
     for healthy in (spread, rectified, mean + 0.5 * noise):
         assert collapse.warning(collapse.measures(scale * healthy), dim) == ""
     for collapsed in (near, line, mean.expand(300, dim), torch.zeros(300, dim)):
-        found = collapse.warning(collapse.measures(scale * collapsed), dim)
-        assert found.startswith("warning: the features look collapsed: std") and "\n" not in found
-        assert f"of {dim}, expected at least 2" in found
+        values = collapse.measures(scale * collapsed)
+        found = collapse.warning(values, dim)
+        assert found.startswith("warning: the features look collapsed: ") and "\n" not in found
+        # each is named where it is out of bounds, and only there
+        assert ("feature_std is" in found) == (values["feature_std"] * dim**0.5 < 0.1)
+        assert (f"of {dim}, expected at least 2" in found) == (values["effective_rank"] < 2)
 
 
 def test_features_that_are_not_finite_have_no_measures_but_a_warning():

@@ -283,6 +283,12 @@ def test_a_whole_number_is_written_in_digits(tiny, text, tmp_path):
             make()
 
 
+@pytest.mark.parametrize(("line", "key"), [("seed: 1\nseed: 2", "seed"), ("knn: {k: 3, k: 5}\nseed: 0", "k")])
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path, line, key):
+    with pytest.raises(ConfigError, match=rf"^cannot read .*tiny.yaml: key '{key}' stands twice .*tiny.yaml|line \d+"):
+        tiny_from_file(tmp_path, line)
+
+
 def tiny_from_file(folder: Path, line: str) -> configs.Pretrain:
     """The tiny recipe of a file that has this line in place of its seed."""
     from tests.conftest import TINY

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -126,6 +127,23 @@ def test_cifar100_truncated_file_is_named_and_kept(tmp_path):
         with pytest.raises(DataError, match=r"cifar-100-python/train is truncated or altered \(5 bytes"):
             datasets.load("cifar100", root, "train")
     assert [path.name for path in folder.iterdir()] == ["train"]
+
+
+def test_cifar100_images_stand_upright_with_their_labels(tmp_path, monkeypatch):
+    """In its files: three planes of 32 rows of 32 pixels, red first."""
+    rows = np.arange(2 * 3072).reshape(2, 3072) % 251
+    for split in ("train", "test"):
+        content = {"data": rows.astype(np.uint8), "fine_labels": [1, 0]}
+        (tmp_path / "cifar-100-python").mkdir(exist_ok=True)
+        (tmp_path / "cifar-100-python" / split).write_bytes(pickle.dumps(content))
+    names = {"fine_label_names": ["apple", "baby"]}
+    (tmp_path / "cifar-100-python" / "meta").write_bytes(pickle.dumps(names))
+    for place in ("mixmask.datasets.cifar100", "torchvision.datasets.cifar"):
+        monkeypatch.setattr(f"{place}.check_integrity", lambda *_: True)
+    for split in ("train", "test"):
+        found = datasets.load("cifar100", tmp_path, split, expected=Expected(2, 2, 2, 32))
+        assert found.images.flatten(1).tolist() == rows.tolist() and found.images.shape == (2, 3, 32, 32)
+        assert found.labels.tolist() == [1, 0] and found.classes == ("apple", "baby")
 
 
 @pytest.mark.parametrize(("split", "each"), [("train", 2), ("test", 1)])

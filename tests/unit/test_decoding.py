@@ -1,5 +1,6 @@
 """Every kind of image file becomes the same RGB bytes, and whatever is damaged one line."""
 
+import functools
 import io
 import struct
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from mixmask.datasets import DataError
-from mixmask.datasets.decoding import FORMATS, decode, read_image
+from mixmask.datasets.decoding import FORMATS, decode, read_image, read_shape
 
 LOSSLESS = ("PNG", "BMP", "TIFF", "PPM", "JPEG2000")
 RGB = np.zeros((24, 36, 3), np.uint8)
@@ -106,9 +107,12 @@ def test_immense_image_is_refused_before_it_is_decoded():
 def test_no_image_is_one_line(content, tmp_path):
     path = tmp_path / "grüße 1.JPEG"
     path.write_bytes(content)
-    for upright in (False, True):
-        with pytest.raises(DataError, match=r"^image file .*grüße 1.JPEG is missing, truncated or no image: .+$"):
-            read_image(path, upright)
+    for read in (read_image, functools.partial(read_image, upright=True), read_shape):
+        with pytest.raises(
+            DataError, match=r"^image file .*grüße 1.JPEG is missing, truncated or no image: .+$"
+        ) as error:
+            read(path)
+        assert "BytesIO" not in str(error.value) and str(error.value).count(str(path)) == 1
 
 
 def test_missing_file_and_folder_are_one_line(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,9 @@ def test_images_without_class_folders_have_no_labels(tmp_path, below):
 def test_what_cannot_be_meant_is_one_line(tmp_path, pets):
     with pytest.raises(DataError, match=r"run.data_root: '.*nowhere' does not exist"):
         load(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(DataError, match=r"run.data_root: '.*notes.txt' is a file; expected a folder of images"):
+        load(tmp_path / "notes.txt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no images under .*empty .*; found: nothing"):
         load(tmp_path / "empty")
@@ -112,7 +116,7 @@ def test_what_cannot_be_meant_is_one_line(tmp_path, pets):
     (pets / "documents" / "a.txt").unlink()
     (pets / "documents").rmdir()
     image(pets / "loose.png")
-    with pytest.raises(DataError, match=r"1 images beside class folders \(loose.png beside cat, dög\)"):
+    with pytest.raises(DataError, match=r"holds images beside class folders \(loose.png beside cat, dög\)"):
         load(pets)
 
 
@@ -132,6 +136,15 @@ def test_hidden_files_links_and_other_endings(pets):
     (pets / "cat" / "gone.png").symlink_to("nowhere.png")
     with pytest.raises(DataError, match=r"gone.png is a link that leads nowhere"):
         load(pets)
+    (pets / "cat" / "gone.png").unlink()
+    (pets / "cat" / "more").symlink_to(pets.resolve() / "cat")  # a circle
+    with pytest.raises(DataError, match=r"cat/more is a link to a folder that holds it; remove it$"):
+        load(pets)
+    (pets / "cat" / "more").unlink()
+    (pets.parent / "elsewhere").mkdir()
+    image(pets.parent / "elsewhere" / "new.png")
+    (pets / "cat" / "more").symlink_to(pets.parent / "elsewhere")
+    assert len(names(pets, "train") | names(pets, "test")) == 66
 
 
 # ---------------------------------------------------------------------------------------------------- what is read
@@ -147,6 +160,29 @@ def test_small_equal_images_are_held_in_memory_others_are_read_by_workers(pets, 
     monkeypatch.undo()
     image(pets / "cat" / "large.png", 17)
     assert isinstance(load(pets), Files) and isinstance(load(pets, "test"), Files)
+
+
+def test_images_in_memory_follow_their_labels_when_class_folders_are_renamed(tmp_path):
+    """Files of equal names, sizes and times, as many archives hold them."""
+    for name, value in (("a", 10), ("b", 200)):
+        (tmp_path / name).mkdir()
+        for k in range(3):
+            Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(tmp_path / name / f"{k}.bmp")
+            os.utime(tmp_path / name / f"{k}.bmp", (0, 0))
+    assert load(tmp_path, held_out=0.0).images[:, 0, 0, 0].tolist() == [10] * 3 + [200] * 3
+    (tmp_path / "a").rename(tmp_path / "c")
+    held = load(tmp_path, held_out=0.0)
+    assert held.classes == ("b", "c") and held.images[:, 0, 0, 0].tolist() == [200] * 3 + [10] * 3
+
+
+def test_names_that_are_no_unicode_are_names(tmp_path):
+    """As an old archive has them: bytes of Latin-1."""
+    for name in (b"caf\xe9", b"th\xe9"):
+        for k in range(5):
+            image(tmp_path / os.fsdecode(name) / os.fsdecode(b"\xfc%d.png" % k))
+    for items in (("held_out", 0.0), ("held_out", 0.3)):
+        assert isinstance(load(tmp_path, **dict([items])), Resident)
+    assert settle(recipe(tmp_path, "folder.held_out=0")).data.startswith("train: 10 images in 2 classes")
 
 
 def test_images_are_upright_in_memory_and_from_workers(tmp_path):
@@ -174,7 +210,7 @@ def test_verify_names_all_that_are_no_images(pets, capsys):
     config = folder.listing(pets, "train", 0.0)
     files = Files(config.paths, config.labels, config.classes, "folder", upright=True)
     with pytest.raises(
-        DataError, match=r"2 of 66 files are no images: image file .*cat/1.png .*; image file .*cat/2.png"
+        DataError, match=r"2 of 66 files cannot be read: image file .*cat/1.png .*; image file .*cat/2.png"
     ):
         verify(files)
 
@@ -224,8 +260,16 @@ def test_other_images_are_another_run(pets, tmp_path):
     assert configs.hash8(settle(recipe(tmp_path / "elsewhere"))) == configs.hash8(
         before
     )  # where they are does not count
-    image(tmp_path / "elsewhere" / "cat" / "77.png")
-    assert configs.hash8(settle(recipe(tmp_path / "elsewhere"))) != configs.hash8(before)
+    seen = {configs.hash8(before)}
+    for change in (
+        lambda cat: image(cat / "77.png"),
+        lambda cat: image(cat / "77.png", 14),  # of another size
+        lambda cat: (cat / "77.png").rename(cat / "78.png"),
+    ):
+        change(tmp_path / "elsewhere" / "cat")
+        found = configs.hash8(settle(recipe(tmp_path / "elsewhere")))
+        assert found not in seen
+        seen.add(found)
 
 
 def test_probes_take_from_the_pretraining_what_they_leave_open(pets, capsys):

@@ -14,7 +14,7 @@ import torch
 
 from mixmask import checkpoint
 from mixmask import config as configs
-from mixmask.backbones import ResNet
+from mixmask.backbones import ResNet, build_backbone
 from mixmask.checkpoint import CheckpointError
 from mixmask.formats import FormatError, detectron2_name, load_backbone, read, read_detectron2
 from mixmask.frameworks import build_framework
@@ -148,7 +148,22 @@ def test_load_backbone_gives_the_features_of_the_encoder_that_was_trained(tiny, 
     assert torch.equal(model(images), encoder.backbone(images)) and model.source.mean == (0.5, 0.5, 0.5)
     assert repr(model) == "resnet18, 64 features, of tiny-x-0a1b2c3d-s0 (mixmask)" and not model.training
     assert all(p.requires_grad for p in model.parameters()) and not model.source.weights
-    assert same(copy.deepcopy(model).state_dict(), encoder.backbone.state_dict())
+    torch.save(model, tmp_path / "whole.pt")
+    loaded = torch.load(tmp_path / "whole.pt", weights_only=False)
+    for other in (copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
+        assert same(other.state_dict(), encoder.backbone.state_dict()) and torch.equal(other(images), model(images))
+        assert repr(other) == repr(model) and other.source == model.source and isinstance(other, ResNet)
+
+
+@pytest.mark.parametrize("arch", ["torchvision/mobilenet_v3_small", "timm/test_byobnet"])
+def test_a_network_of_others_is_pickled_too(arch, tmp_path):
+    pytest.importorskip("timm")
+    network = build_backbone(configs.Backbone(arch, "imagenet", 64, 1))
+    torch.save(network.state_dict(), tmp_path / "x.pth")
+    model = load_backbone(tmp_path / "x.pth", arch=arch, allow_unit_statistics=True)
+    other = pickle.loads(pickle.dumps(model))
+    assert same(other.state_dict(), network.state_dict()) and isinstance(other, type(network))
+    assert repr(other) == repr(model) and not other.training
 
 
 def test_identity_of_a_file_that_is_not_ours_is_its_name_and_checksum(weights, tmp_path):

@@ -48,6 +48,11 @@ def test_the_width_is_found_and_the_names_stay(arch, width):
     assert len(classifier) == 2 and net.state_dict().keys() < whole.state_dict().keys()
 
 
+def test_dropout_in_front_of_the_classifier_goes_with_it():
+    net = build_backbone(backbone("torchvision/mobilenet_v3_small")).train()
+    assert feature_width(net) == 1024 and not any(isinstance(module, nn.Dropout) for module in net.modules())
+
+
 def steps() -> list:
     """Each network in each framework; without `-m slow` one network in all of them, and all in one of them."""
     return [

@@ -22,7 +22,12 @@ def test_run_of_another_config_is_refused_naming_the_key(tiny, tmp_path):
     with Run(tmp_path, tiny()) as run:
         run.describe()
     before = contents(tmp_path)
-    for item, key in (("seed=1", "seed"), ("moco.queue=32", r"moco\.queue"), ("mask.grid=4", r"mask\.grid")):
+    noted = {"seed=1": "seed", "moco.queue=32": r"moco\.queue", "mask.grid=4": r"mask\.grid"}
+    noted |= {
+        "mask.switch=false": r"mask\.switch",
+        "augment.solarize_prob=0.2": r"augment\.solarize_prob",
+    }  # by default
+    for item, key in noted.items():
         with pytest.raises(UserError, match=f"another config .{key}: .* there, .* now"):
             Run(tmp_path, tiny(item))
     assert contents(tmp_path) == before

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mixmask import config
 from mixmask.frameworks.barlow_twins import BarlowTwins
+from mixmask.frameworks.heads import BatchNorm
 from mixmask.frameworks.vicreg import VICReg
-from mixmask.frameworks.whole_batch import BatchNorm
 from mixmask.methods import METHODS
 from mixmask.objective import objective
 from tests.reference import ROOT, SmallNet, views

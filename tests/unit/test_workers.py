@@ -1,6 +1,7 @@
 """Workers that read ahead: an error arrives as one line, and no process outlives its loader or the program."""
 
 import multiprocessing
+import os
 import resource
 import subprocess
 import sys
@@ -46,6 +47,11 @@ def test_any_error_of_a_worker_is_one_line_that_names_the_file(files, monkeypatc
     with pytest.raises(DataError, match=rf"^image file .*ä 9.png: {type(error).__name__}: .*$") as caught:
         list(read(files, number))
     assert "\n" not in str(caught.value) and not multiprocessing.active_children()
+
+
+def test_more_workers_than_cores_are_no_warning(files, monkeypatch, recwarn):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    assert len(list(read(files, 2))) == 10 and not list(recwarn)
 
 
 @pytest.mark.parametrize("number", [0, 2])
