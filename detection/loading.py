@@ -174,5 +174,5 @@ def as_list(images: list) -> list:
 
 def ignore_signals(worker: int) -> None:
     """Ctrl-C and SLURM signal every process of a job: a worker goes on until its training loop is done with it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

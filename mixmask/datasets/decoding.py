@@ -1,6 +1,7 @@
 """Image files as RGB bytes: one decoder for every reader.
 
-JPEG and PNG, known by their first bytes, are decoded by torchvision, all other formats by Pillow; names say nothing.
+JPEG, known by its first bytes, is decoded by torchvision, all other formats by Pillow; names say nothing. (torchvision
+decodes PNG, too, but 0.29.2 ends the process at some damaged files.)
 Every image becomes RGB as `convert("RGB")` of the field's public code has it: gray is repeated, a palette is looked
 up, CMYK is converted, transparency is dropped, and of an animation the first frame counts. Of 16 bits the upper 8 are
 taken. Images of 32 bits are refused, since their white is unknown. EXIF orientation is applied where it is asked for.
@@ -8,6 +9,7 @@ taken. Images of 32 bits are refused, since their white is unknown. EXIF orienta
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import warnings
@@ -16,12 +18,12 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from mixmask.datasets.base import DataError, one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")  # Pillow's names; all others refused
-DECODERS = {b"\xff\xd8\xff": decode_jpeg, b"\x89PNG\r\n\x1a\n": decode_png}
+JPEG = b"\xff\xd8\xff"
 FLIPPED_AND_TURNED = {  # EXIF orientation -> mirrored left to right, then turned so many times to the left
     1: (False, 0), 2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3), 8: (False, 1)
 }  # fmt: skip
@@ -77,15 +79,10 @@ def _unreadable(name: str, reason: str) -> DataError:
 
 
 def _decoded(content: bytes, image: Image.Image) -> Tensor:
-    for signature, decoder in DECODERS.items():
-        if content.startswith(signature):
-            try:
-                pixels = decoder(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-            except RuntimeError:
-                break  # Pillow reads some that torchvision does not, and says more clearly what is wrong
-            if pixels.dtype == torch.uint16:
-                pixels = (pixels.int() >> 8).byte()
-            if pixels.dtype == torch.uint8 and pixels.shape == (3, image.height, image.width):
+    if content.startswith(JPEG):
+        with contextlib.suppress(RuntimeError):  # Pillow reads some of these, and says more clearly what is wrong
+            pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+            if pixels.shape == (3, image.height, image.width):
                 return pixels
     return torch.from_numpy(_by_pillow(image)).permute(2, 0, 1)
 

@@ -110,7 +110,7 @@ def _begin(worker: int) -> None:
 
     A batch that cannot be sent would be lost without a word, and waited for: the worker ends instead.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
     def end(error: Exception, batch: object) -> None:

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
 import types
 
@@ -310,22 +309,6 @@ def test_a_closed_terminal_costs_no_step(cli, here, monkeypatch):
     ok(cli, script.main, *words, "run")
     one, two = (checkpoint.load(f"{name}/checkpoint.pt")["model"] for name in ("undisturbed", "run"))
     assert all(value.equal(two[name]) for name, value in one.items())
-
-
-def test_a_closed_terminal_ends_no_process_that_reads_images(here):
-    """It sends SIGHUP to all processes of its group, of which the run alone is to end, after a checkpoint."""
-    for number in range(16):
-        Image.new("RGB", (200 + number, 200), (9 * number,) * 3).save(here / f"{number}.png")
-    words = ("--config", "folder_small_moco", "--run-dir", "run", "--set", "run.data_root=.", "run.workers=1")
-    words += ("epochs=1000", "augment.size=16", "backbone.width=4", "run.device=cpu", "knn.every=0")
-    with subprocess.Popen(
-        [sys.executable, script.__file__, *words], start_new_session=True, stdout=subprocess.PIPE, text=True
-    ) as process:
-        for line in process.stdout:
-            if line.startswith("epoch 1/"):
-                os.killpg(process.pid, signal.SIGHUP)
-                break
-    assert process.returncode == 130 and checkpoint.load("run/checkpoint.pt")["step"] >= 1
 
 
 def test_under_nohup_a_closed_terminal_stops_nothing(monkeypatch):
