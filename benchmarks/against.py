@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +51,36 @@ def checked_out(commit: str) -> Iterator[Path]:
 
 
 def numbers(commit: str, framework: str, method: str, overrides: Mapping[str, Any], pairs: int) -> dict[str, Any]:
-    """Seconds of a step on the CPU, before (at `commit`) and now, and the median of the paired ratios; 1 warms up."""
+    """Seconds of a step on the CPU, before (at `commit`) and now: medians, and the ratios of pairs of steps.
+
+    Either comes first in turn; the first step of each does not count.
+    """
     words = [sys.executable, "-c", WORKER, framework, method, json.dumps(dict(overrides))]
     with checked_out(commit) as before, contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(_worker(words, tree)) for tree in (before, ROOT)]
-        (batch, precision), *_ = [_answer(worker).split() for worker in workers]
-        taken = [[_step(worker) for worker in workers] for _ in range(pairs)]  # pairs of (wall, cpu) before and now
-    kinds = {"wall": 0, "cpu": 1}
+        workers = {key: stack.enter_context(_worker(words, tree)) for key, tree in (("before", before), ("now", ROOT))}
+        (batch, precision), *_ = [_answer(worker).split() for worker in workers.values()]
+        taken = []
+        for number in range(pairs):
+            turn = sorted(workers, reverse=number % 2 == 1)
+            taken.append({key: _step(workers[key]) for key in turn})
     found: dict[str, Any] = {"before": commit, "batch": int(batch), "precision": precision, "steps": pairs}
-    for kind, i in kinds.items():
-        old, new = ([pair[tree][i] for pair in taken] for tree in (0, 1))
+    for i, kind in enumerate(("wall", "cpu")):
+        old, new = ([pair[key][i] for pair in taken] for key in ("before", "now"))
         ratios = [after / first for first, after in zip(old, new, strict=True)]
         found |= {f"{kind}_before": median(old), f"{kind}_now": median(new), f"{kind}_ratio": median(ratios)}
-        found |= {f"{kind}_of_each": [[round(a, 3), round(b, 3)] for a, b in zip(old, new, strict=True)]}
+        found |= {f"{kind}_interval": interval(ratios), f"{kind}_ratios": [round(ratio, 4) for ratio in ratios]}
     return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Of the median, at 95 % (of five values or fewer all that there are): two of the ordered values, whatever their
+    distribution."""
+    n, left_out, tail = len(values), 0, 2 / 2 ** len(values)
+    while tail + 2 * math.comb(n, left_out + 1) / 2**n <= 0.05:
+        left_out += 1
+        tail += 2 * math.comb(n, left_out) / 2**n
+    ordered = sorted(values)
+    return ordered[left_out], ordered[n - 1 - left_out]
 
 
 @contextlib.contextmanager

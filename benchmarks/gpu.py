@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,7 @@ from mixmask.training.optim import arithmetic, pick_device
 SHARES = {"tests": 0.15, "steps": 0.3, "curve": 0.05, "runs": 0.5}  # of the minutes, in this order
 OUTCOME = re.compile(r"^(\S+::\S.*?) (PASSED|FAILED|SKIPPED|ERROR)", re.MULTILINE)
 CURVE = 20  # steps
+LEAST = 10.0  # seconds that the quickest step takes
 EVERY = 10.0  # seconds after which the records of running trainings are written again
 
 
@@ -68,7 +70,7 @@ class Report:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Each part in its share of the time that is left."""
+    """Each part in its share of the time that is left; what the runs do not need is for what was left out before."""
     begin, options = time.monotonic(), _parse(arguments)
     end, device = begin + 60 * options.minutes, pick_device(options.device)
     report = opened(options, device)
@@ -76,13 +78,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for place, part in enumerate(parts):
         left = sum(SHARES[each] for each in parts[place:])
         until = time.monotonic() + max(0.0, end - time.monotonic()) * SHARES[part] / left
-        report.content["left_out"].pop(part, None)
-        try:
-            PARTS[part](report, device, until, options)
-        except UserError as error:  # data that are missing, say: the other parts go on
-            report.leave_out(part, str(error))
+        _carry_out(part, report, device, until, options)
+    if "steps" in parts and time.monotonic() + LEAST < end:
+        _carry_out("steps", report, device, end, options)
+    if "curve" in report.content["left_out"]:
+        _carry_out("curve", report, device, end, options)
     report.save()
     print(f"written: {report.folder} ({(time.monotonic() - begin) / 60:.1f} minutes)")
+
+
+def _carry_out(part: str, report: Report, device: torch.device, until: float, options: argparse.Namespace) -> None:
+    """One part. Whatever it fails of, the others go on."""
+    report.content["left_out"].pop(part, None)
+    try:
+        PARTS[part](report, device, until, options)
+    except Exception as error:  # data that are missing, say, or a fault of ours
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        report.leave_out(part, _first_line(error))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -206,7 +219,7 @@ def run_steps(report: Report, device: torch.device, until: float, options: argpa
             continue
         try:
             report.add("results", name, work(device, report.content["peak"], settings))
-        except (RuntimeError, ImportError, OSError) as error:  # a compiler that is missing, memory that is too small
+        except Exception as error:  # a compiler that is missing, memory that is too small: whatever it is
             report.leave_out(name, f"failed: {_first_line(error)}")
 
 

@@ -194,7 +194,7 @@ def against_cases(options: argparse.Namespace, peaks: object) -> Iterator[tuple[
     """Steps of this code beside those of the commit --before."""
     from benchmarks import against, steps
 
-    overrides, pairs = configs.parse_overrides(options.set), 2 if options.quick else 7
+    overrides, pairs = configs.parse_overrides(options.set), 2 if options.quick else 15
     for framework, method in itertools.product(steps.FRAMEWORKS, steps.MIXTURES):
         name, asked = f"against/{framework}/{method}", (options.before, framework, method, overrides, pairs)
         yield name, lambda name=name, asked=asked: {name: against.numbers(*asked)}

@@ -16,6 +16,10 @@ def _ratio(value: float) -> str:
     return f"{value:.2f}x"
 
 
+def _interval(ends: Sequence[float]) -> str:
+    return " to ".join(f"{end:.3f}" for end in ends)
+
+
 def _seconds(value: float) -> str:
     return f"{value:.2f}"
 
@@ -48,9 +52,11 @@ GROUPS: dict[str, tuple[str, list[Column]]] = {
             ("CPU time before", "cpu_before", _seconds),
             ("now", "cpu_now", _seconds),
             ("now / before", "cpu_ratio", "{:.3f}".format),
+            ("its 95 %", "cpu_interval", _interval),
             ("wall time before", "wall_before", _seconds),
             ("now", "wall_now", _seconds),
             ("now / before", "wall_ratio", "{:.3f}".format),
+            ("its 95 %", "wall_interval", _interval),
         ],
     ),
     "input": (

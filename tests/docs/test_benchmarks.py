@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import launcher, measure, neighbours, pipelines, plain, profiling, run, steps, tables
+from benchmarks import against, launcher, measure, neighbours, pipelines, plain, profiling, run, steps, tables
 from mixmask.frameworks import build_framework
 from mixmask.methods import METHODS
 from mixmask.objective import objective
@@ -231,10 +231,10 @@ def test_launches_count_kernels_and_neither_views_nor_allocations():
     assert counter.operations == {"add": 1, "mul_": 1, "clone": 1, "_foreach_add_": 1} and counter.total == 4
 
 
-def losses_and_state(framework, *context, compiled=False, dtype=torch.float64, precision="fp32"):
-    """Three steps on given batches, with weights and images of this type, inside the contexts."""
+def losses_and_state(framework, *context, dtype=torch.float64, **keys):
+    """Three steps on given batches, weights and images of this type, inside the contexts; keys as `run__compile`."""
     own = {"moco.queue": 32, "moco.shuffle_bn": True} if framework == "moco" else {}
-    small = {"batch_size": 16, "backbone.width": 4, "run.compile": compiled, "precision": precision, **own}
+    small = {"batch_size": 16, "backbone.width": 4, **own, **{k.replace("__", "."): v for k, v in keys.items()}}
     config = steps.recipe("cifar100", framework, "both", CPU, small)
     with contextlib.ExitStack() as stack:
         for each in context:
@@ -259,10 +259,18 @@ def test_compiled_steps_are_the_eager_ones(framework):
     """A graph sums in another order, which is 1e-16 of a number in float64; three steps through 20 layers make 3e-15 of
     it in MoCo."""
     losses, state = losses_and_state(framework)
-    fewer, same = losses_and_state(framework, as_on_a_gpu("aot_eager"), compiled=True)
+    fewer, same = losses_and_state(framework, as_on_a_gpu("aot_eager"), run__compile=True)
     assert fewer == pytest.approx(losses, rel=1e-10)
     for name, value in state.items():
         torch.testing.assert_close(same[name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_the_layout_of_images_and_weights_changes_no_step():
+    (losses, state), (same, other) = losses_and_state("moco"), losses_and_state("moco", run__channels_last=False)
+    layouts = [each["encoder.backbone.layer1.0.conv1.weight"].stride() for each in (state, other)]
+    assert layouts == [(36, 1, 12, 4), (36, 9, 3, 1)] and same == pytest.approx(losses, rel=1e-10)
+    for name, value in state.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("framework", steps.FRAMEWORKS)
@@ -321,6 +329,24 @@ def test_a_ratio_stands_beside_a_number_with_a_partner():
     assert "ratio" not in rows["steps/byol/unmix"] and "ratio" not in rows["knn/predict/plain"]
     text = tables.markdown(report(**rows))
     assert "2.00x" in text and "3.00x" in text and "`c0`" in text and "torch 2" in text
+
+
+def test_the_interval_of_a_median_is_two_of_the_ordered_values():
+    """For 15 values the 4th and the 12th: as many as 3 of 15 fair coins show heads in 1.8 % of all throws."""
+    assert against.interval([*range(15, 0, -1)]) == (4, 12) and against.interval([2.0, 1.0]) == (1, 2)
+
+
+def test_an_unknown_commit_is_refused(cli):
+    status, _, error = cli(run.main, "against/moco/vanilla", "--before", "nothing-like-this")
+    assert status == 1 and error.splitlines()[-1].startswith("error: --before nothing-like-this: ")
+
+
+@pytest.mark.slow
+def test_steps_are_measured_beside_those_of_a_commit(cli):
+    small = ["batch_size=16", "backbone.width=4", "moco.queue=32"]
+    status, shown, _ = cli(run.main, "against/moco/mixmask", "--quick", "--device", "cpu", "--set", *small)
+    row = next(line for line in shown.splitlines() if "moco/mixmask" in line).split("|")
+    assert status == 0 and row[2].strip() == "HEAD" and 0.2 < float(row[7]) < 5
 
 
 def test_numbers_of_other_code_are_not_mixed(tmp_path):

@@ -116,3 +116,28 @@ def test_missing_data_end_the_runs_alone(tmp_path, monkeypatch):
     gpu.main(words(tmp_path, tmp_path / "nowhere", "--minutes", "10", "--parts", "runs", "--set", "epochs=1"))
     (why,) = json.loads((tmp_path / "out/report.json").read_text())["left_out"].values()
     assert "nowhere" in why
+
+
+def test_whatever_fails_ends_neither_the_other_steps_nor_the_other_parts(tmp_path, images, monkeypatch, capsys):
+    def fails(*_):
+        raise TypeError("a kernel\nof another version")
+
+    cases = [("steps/a", 0, fails), ("steps/b", 0, lambda *_: {"ms_per_step": 2.0, "steps": 1})]
+    monkeypatch.setattr(gpu, "step_cases", lambda device: cases)
+    monkeypatch.setitem(gpu.PARTS, "tests", fails)
+    monkeypatch.setitem(gpu.PARTS, "curve", fails)
+    gpu.main(words(tmp_path, images, "--minutes", "1", "--parts", "tests,steps,curve"))
+    found = json.loads((tmp_path / "out/report.json").read_text())
+    assert found["left_out"] == {"tests": "a kernel", "steps/a": "failed: a kernel", "curve": "a kernel"}
+    assert found["results"] == {"steps/b": {"ms_per_step": 2.0, "steps": 1}}
+    assert "of another version" in capsys.readouterr().err  # where it happened
+
+
+def test_time_that_the_runs_do_not_need_is_for_what_was_left_out(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(gpu, "SHARES", {"steps": 0.0, "runs": 1.0})
+    monkeypatch.setattr(gpu, "step_cases", lambda device: [("steps/b", 5, lambda *_: {"ms_per_step": 2.0, "steps": 1})])
+    monkeypatch.setitem(gpu.PARTS, "runs", lambda report, *_: left_out.update(report.content["left_out"]))
+    left_out = {}
+    gpu.main(words(tmp_path, images, "--minutes", "1", "--parts", "steps,runs"))
+    found = json.loads((tmp_path / "out/report.json").read_text())
+    assert list(left_out) == list(found["results"]) == ["steps/b"] and not found["left_out"]
