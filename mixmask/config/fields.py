@@ -82,6 +82,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             return float(value)
     elif hint is Any or type(value) is hint or (origin in (Mapping, dict) and isinstance(value, Mapping)):
         return value
+    if hint is bool and value in ("True", "TRUE", "False", "FALSE"):
+        return value.lower() == "true"
     if hint is str and type(value) in (int, bool):  # a text that looks like one
         return str(value).lower()
     names = {

@@ -35,9 +35,9 @@ class Loader(yaml.SafeLoader):
 
 
 PLAIN = {
-    "int": (r"[-+]?(0|[1-9][0-9]*)$", "-+0123456789"),
+    "int": (r"(0|-?[1-9][0-9]*)$", "-0123456789"),  # only as Python writes it: where a text is expected it is one
     "float": (rf"{DECIMAL.pattern}$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$", "-+.0123456789"),
-    "bool": (r"(true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    "bool": (r"(true|false)$", "tf"),
     "null": (r"(~|null|Null|NULL|)$", ("~", "n", "N", "")),
 }
 Loader.yaml_implicit_resolvers = {

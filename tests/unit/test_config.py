@@ -265,6 +265,8 @@ def test_decimal_numbers_are_read_as_they_look(text, value):
         "%x",
         "7",
         "true",
+        "TRUE",
+        "False",
         "",
         "a, b",
         "x=y",
@@ -273,6 +275,18 @@ def test_decimal_numbers_are_read_as_they_look(text, value):
 def test_a_text_arrives_as_it_stands(tiny, text):
     """YAML 1.1 takes each of these for something else, or for nothing."""
     assert tiny(f"run.data_root={text}").run.data_root == os.path.expanduser(text)
+
+
+@pytest.mark.parametrize("text", ["+5", "-0", "1e3", "0.50"])
+def test_a_text_that_looks_like_another_spelling_of_a_number_is_to_be_quoted(tiny, text):
+    with pytest.raises(ConfigError, match="run.data_root: expected a text; quote what looks like a number"):
+        tiny(f"run.data_root={text}")
+    assert tiny(f"run.data_root='{text}'").run.data_root == text
+
+
+@pytest.mark.parametrize("text", ["true", "True", "TRUE"])
+def test_python_s_truth_values_are_understood(tiny, text):
+    assert tiny(f"run.channels_last={text}").run.channels_last is True
 
 
 @pytest.mark.parametrize("text", ["010", "4:00", "1_000", "0x1F", "1e3", "no", "null", "2024-01-01", "0o7", ""])
