@@ -29,10 +29,10 @@ def torch_file(path: Path, trust_pickle: bool) -> Any:
             f"{TRUST}"
         )
     try:
-        with warnings.catch_warnings():  # about sparse and quantized tensors, which are refused by name
-            warnings.simplefilter("ignore", UserWarning)
+        with warnings.catch_warnings(), path.open("rb") as file:  # opened here: newer versions go by a file's name
+            warnings.simplefilter("ignore", UserWarning)  # about sparse and quantized tensors, refused by name
             return torch.load(
-                path, "cpu", pickle_module=TRUSTING if trust_pickle else None, weights_only=not trust_pickle
+                file, "cpu", pickle_module=TRUSTING if trust_pickle else None, weights_only=not trust_pickle
             )
     except Exception as error:  # bytes that are no checkpoint end in any error of torch's reader
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
