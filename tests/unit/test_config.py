@@ -279,7 +279,7 @@ def test_a_text_arrives_as_it_stands(tiny, text):
 
 @pytest.mark.parametrize("text", ["+5", "-0", "1e3", "0.50"])
 def test_a_text_that_looks_like_another_spelling_of_a_number_is_to_be_quoted(tiny, text):
-    with pytest.raises(ConfigError, match="run.data_root: expected a text; quote what looks like a number"):
+    with pytest.raises(ConfigError, match=r"run.data_root: expected a text; quote what looks like a number"):
         tiny(f"run.data_root={text}")
     assert tiny(f"run.data_root='{text}'").run.data_root == text
 
