@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -134,8 +135,17 @@ def test_every_kept_reduced_run_is_one_that_a_cell_asks_for_and_was_made_by_unmo
     kept = [path.parent for path in ROOT.glob("results/*/cifar100_reduced_*/result.json")]
     assert kept and {path.parent.name for path in ROOT.glob("results/*/*/result.json")} <= wanted
     for path in kept:
-        environment = json.loads((path / "environment.json").read_text())
-        assert environment["commit"] and environment["modified"] is False and not (path / "environments.jsonl").exists()
+        first, *resumed = environments(path)
+        for environment in (first, *resumed):  # a run that was resumed by a later commit says so (docs/replication.md)
+            assert environment["commit"] and environment["modified"] is False
+            assert all(environment[name] == first[name] for name in ("torch", "torchvision", "numpy", "pillow"))
+
+
+def environments(run: Path) -> list[dict]:
+    """Where a run was begun, and where it was resumed if that was elsewhere."""
+    later = run / "environments.jsonl"
+    lines = later.read_text().splitlines() if later.exists() else []
+    return [json.loads((run / "environment.json").read_text()), *map(json.loads, lines)]
 
 
 def test_the_documents_blocks_of_reduced_runs_hold_what_the_kept_runs_logged():
