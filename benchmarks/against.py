@@ -63,13 +63,13 @@ def numbers(commit: str, framework: str, method: str, overrides: Mapping[str, An
         for number in range(pairs):
             turn = sorted(workers, reverse=number % 2 == 1)
             taken.append({key: _step(workers[key]) for key in turn})
-    found: dict[str, Any] = {"before": commit, "batch": int(batch), "precision": precision, "steps": pairs}
+    row: dict[str, Any] = {"before": commit, "batch": int(batch), "precision": precision, "steps": pairs}
     for i, kind in enumerate(("wall", "cpu")):
         old, new = ([pair[key][i] for pair in taken] for key in ("before", "now"))
         ratios = [after / first for first, after in zip(old, new, strict=True)]
-        found |= {f"{kind}_before": median(old), f"{kind}_now": median(new), f"{kind}_ratio": median(ratios)}
-        found |= {f"{kind}_interval": interval(ratios), f"{kind}_ratios": [round(ratio, 4) for ratio in ratios]}
-    return found
+        row |= {f"{kind}_before": median(old), f"{kind}_now": median(new), f"{kind}_ratio": median(ratios)}
+        row |= {f"{kind}_interval": interval(ratios), f"{kind}_ratios": [round(ratio, 4) for ratio in ratios]}
+    return row
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -91,11 +91,11 @@ def warning(values: dict[str, float], dim: int) -> str:
     """One line where `measures` of features of `dim` numbers say collapse, or say nothing; else none."""
     if not values:
         return "warning: a feature that k-NN compares is not finite"
-    std, rank, found = values["feature_std"], values["effective_rank"], []
+    std, rank, faults = values["feature_std"], values["effective_rank"], []
     if (spread := std * dim**0.5) < LEAST_SPREAD:
-        found += [
+        faults += [
             f"feature_std is {std:.2g}, {spread:.2g} of 1 / sqrt({dim}), expected at least {LEAST_SPREAD:g} of it"
         ]
     if rank < LEAST_RANK:
-        found += [f"effective_rank is {rank:.3g} of {dim}, expected at least {LEAST_RANK:g}"]
-    return f"warning: the features look collapsed: {'; '.join(found)}" if found else ""
+        faults += [f"effective_rank is {rank:.3g} of {dim}, expected at least {LEAST_RANK:g}"]
+    return f"warning: the features look collapsed: {'; '.join(faults)}" if faults else ""

@@ -141,8 +141,8 @@ def ended_as(jobs: Iterable[str]) -> dict[str, str]:
     remembered = shell.ask("squeue", "--noheader", MINE, "--array", "--states=all", "--format=%i|%T").splitlines()
     states = dict(line.strip().split("|") for line in remembered)
     states = _accounted([job for job in wanted if job not in states]) | states
-    found = {job: states.get(job) or states.get(array_of(job), "PENDING") for job in wanted}
-    return {job: state for job, state in found.items() if state not in ("PENDING", "RUNNING")}
+    ends = {job: states.get(job) or states.get(array_of(job), "PENDING") for job in wanted}
+    return {job: state for job, state in ends.items() if state not in ("PENDING", "RUNNING")}
 
 
 def array_of(job: str) -> str:

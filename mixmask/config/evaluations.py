@@ -72,8 +72,8 @@ class Linear:
     def __post_init__(self) -> None:
         check_run(self)
         if self.features == "cached" and self.augment.order:
-            found = ", ".join(self.augment.order)
-            raise ConfigError(f"augment.order: cached features are those of test views; expected [], found {found}")
+            order = ", ".join(self.augment.order)
+            raise ConfigError(f"augment.order: cached features are those of test views; expected [], found {order}")
 
 
 @dataclass(frozen=True)
