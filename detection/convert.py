@@ -29,6 +29,7 @@ from torch import Tensor
 
 from mixmask import config as configs
 from mixmask.config import Convert, UserError
+from mixmask.config.resnets import ARCHITECTURES
 from mixmask.formats import (
     FormatError,
     Source,
@@ -39,7 +40,6 @@ from mixmask.formats import (
     reading_options,
     sidecar,
 )
-from mixmask.registry import ARCHITECTURES
 from mixmask.runs import Run, commit, discard, file_sha256
 from mixmask.training.progress import say
 

@@ -17,9 +17,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 from mixmask.batchnorm import SplitBatchNorm2d, Together, move_running_statistics
 from mixmask.config import Backbone, ConfigError
+from mixmask.config.resnets import ARCHITECTURES
 from mixmask.networks import build_network
 from mixmask.paths import compiler
-from mixmask.registry import ARCHITECTURES
 
 
 class ResNet(nn.Module):

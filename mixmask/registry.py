@@ -1,4 +1,4 @@
-"""What there is to choose from: frameworks, methods, data sets, backbones, one line each, and what is known of them.
+"""What there is to choose from: frameworks, methods, data sets, one line each, and what is known of them.
 
 Whoever validates, costs, launches, draws or documents reads these facts here, without torch; the code that a line names
 is imported by whoever runs it. Adding a framework, a method or a data set is its code, and a line here.
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from mixmask.config.errors import ConfigError
 from mixmask.config.fields import nearest
+from mixmask.config.resnets import ARCHITECTURES
 
 T = TypeVar("T")
 
@@ -65,18 +66,6 @@ class Dataset:
         return self.train if split == "train" else self.test
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A ResNet: blocks in each of its four stages; a bottleneck's output is four times as wide as its inside."""
-
-    blocks: tuple[int, int, int, int]
-    bottleneck: bool
-
-    def features(self, width: int) -> int:
-        """Channels of the pooled features, where the first stage has `width`."""
-        return width * (32 if self.bottleneck else 8)
-
-
 FRAMEWORKS = {  # in the paper's order; then those that it does not train
     "moco": Framework("MoCo", "mixmask.frameworks.moco:MoCo", 1, 1, (2, 2), metric="knn"),
     "simclr": Framework("SimCLR", "mixmask.frameworks.simclr:SimCLR", 2, 0),
@@ -109,11 +98,6 @@ DATASETS = {
     "folder": Dataset(
         0, 0, 0, 0, "your own images", f"{_FOLDER}:read", f"{_FOLDER}:listing"
     ),  # the images say the rest
-}
-
-ARCHITECTURES = {
-    "resnet18": Architecture((2, 2, 2, 2), bottleneck=False),
-    "resnet50": Architecture((3, 4, 6, 3), bottleneck=True),
 }
 
 

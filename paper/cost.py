@@ -20,6 +20,7 @@ from pathlib import Path
 
 from mixmask import registry
 from mixmask.config import Backbone, Config, ConfigError, Convert, Detection, Finetune, Linear, Pretrain
+from mixmask.config.resnets import ARCHITECTURES
 
 DETECTION = 0.57 * 8 / 16 / 2 / 3600  # hours an image of a training iteration, on one A100
 CONVERSION = 0.01  # hours, anywhere
@@ -68,9 +69,9 @@ def basis(gpu: str = "") -> str:
 def forward_gflop(backbone: Backbone, size: int) -> float:
     """GFLOP of one forward pass of one image of `size` x `size` pixels (convolutions only; of a network of others as
     PyTorch counts it, on which ConfigError is raised where there is none)."""
-    if backbone.arch not in registry.ARCHITECTURES:
+    if backbone.arch not in ARCHITECTURES:
         return registry.of_network("forward_gflop", backbone, size)
-    arch, width = registry.ARCHITECTURES[backbone.arch], backbone.width
+    arch, width = ARCHITECTURES[backbone.arch], backbone.width
     bottleneck = arch.bottleneck
     side = size // 2 if backbone.stem == "imagenet" else size
     macs = 3 * width * side**2 * (49 if backbone.stem == "imagenet" else 9)

@@ -24,6 +24,7 @@ from typing import Any
 from detection.convert import convert
 from mixmask import registry
 from mixmask.config import UserError, main_guard, read_yaml
+from mixmask.config.resnets import ARCHITECTURES
 from mixmask.formats import Source, read
 from mixmask.runs import read_result
 from paper.keep import TEXTS
@@ -233,7 +234,7 @@ def loading(source: Source) -> str:
         return OURS
     small = source.backbone.stem != "imagenet"
     stem = (SMALL_STEM if small else "") + (NO_POOLING if source.backbone.stem == "cifar" else "")
-    if source.backbone.arch not in registry.ARCHITECTURES:  # timm's: no other is written for it
+    if source.backbone.arch not in ARCHITECTURES:  # timm's: no other is written for it
         return BY_NAME.format(name=source.backbone.arch.removeprefix("timm/"), stem=stem)
     torchvision = TORCHVISION.format(arch=source.backbone.arch, stem=stem)
     return torchvision if small else f"{TIMM}\n{torchvision}"
@@ -241,7 +242,7 @@ def loading(source: Source) -> str:
 
 def _is_public(source: Source) -> bool:
     """Whether torchvision and timm build this network by its name alone."""
-    known = source.backbone.arch in registry.ARCHITECTURES
+    known = source.backbone.arch in ARCHITECTURES
     return known and source.backbone.width == 64 and source.backbone.stem == "imagenet"
 
 
@@ -251,7 +252,7 @@ def _timm_config(source: Source) -> dict[str, Any]:
     return {
         "architecture": source.backbone.arch,
         "num_classes": 0,
-        "num_features": registry.ARCHITECTURES[source.backbone.arch].features(source.backbone.width),
+        "num_features": ARCHITECTURES[source.backbone.arch].features(source.backbone.width),
         "pretrained_cfg": {
             "input_size": [3, size, size],
             "mean": list(source.mean),

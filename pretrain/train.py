@@ -24,6 +24,7 @@ from mixmask import collapse, datasets, knn, networks, registry
 from mixmask import config as configs
 from mixmask.batchnorm import span_processes
 from mixmask.config import Augment, Pretrain
+from mixmask.config.resnets import ARCHITECTURES
 from mixmask.datasets.base import in_words
 from mixmask.datasets.settle import settle
 from mixmask.datasets.verify import verify
@@ -302,7 +303,7 @@ def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, sta
 
 def backbone_in_words(config: Pretrain, framework: nn.Module) -> str:
     b = config.backbone
-    if b.arch not in registry.ARCHITECTURES:
+    if b.arch not in ARCHITECTURES:
         return networks.described(b, framework.encoder.backbone)
     return f"{b.arch}, {b.stem} stem, width {b.width}, {b.bn_groups} BatchNorm group(s)"
 

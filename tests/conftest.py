@@ -15,6 +15,7 @@ import yaml
 
 from mixmask import config as configs
 from mixmask import datasets, registry
+from mixmask.config import resnets
 
 torch.set_num_threads(1)
 
@@ -28,7 +29,7 @@ batch_size: 16
 seed: 0
 mix_groups: 1
 precision: fp32
-backbone: {arch: resnet18, stem: tiny, width: 8, bn_groups: 2}
+backbone: {arch: resnet10, stem: tiny, width: 8, bn_groups: 2}
 moco: {dim: 8, queue: 64, momentum: 0.9, temperature: 0.1, mlp: false, symmetric: true, shuffle_bn: true}
 mask: {type: block, block_impl: repaired, grid: 2, ratio: 0.5, switch: true, permutation: reverse}
 unmix: {prob: 0.5}
@@ -78,6 +79,7 @@ def squares(split: str, expected: datasets.Expected) -> datasets.Resident:
 def _squares() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(registry.DATASETS, "squares", registry.Dataset(4, 96, 40, 12, "squares", squares))
+        patch.setitem(resnets.ARCHITECTURES, "resnet10", resnets.Architecture((1, 1, 1, 1), bottleneck=False))
         yield
 
 

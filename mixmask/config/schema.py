@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from mixmask.config.errors import ConfigError
 from mixmask.config.fields import check_fields, within
+from mixmask.config.resnets import ARCHITECTURES
 
 # ---------------------------------------------------------------------------------------------- pre-training
 
@@ -26,14 +27,16 @@ Permutation = Literal["reverse", "random", "derangement"]  # derangement: a rand
 class Backbone:
     """ResNet and its stem (Tables 8, 9; stems: docs/fidelity.md), or a network of others (mixmask/networks.py)."""
 
-    arch: str = field(metadata={"words": "resnet18, resnet50, timm/NAME, torchvision/NAME, or MODULE:FUNCTION"})
+    arch: str = field(
+        metadata={"words": ", ".join((*ARCHITECTURES, "timm/NAME", "torchvision/NAME, or MODULE:FUNCTION"))}
+    )
     stem: Literal["cifar", "tiny", "imagenet"]
     width: int = within(1)  # channels of the first stage; 64 in the paper
     bn_groups: int = within(1)  # split BatchNorm: how many parts of the batch have their own statistics
     stem_init: Literal["default", "kaiming"] = "default"  # of a small stem: PyTorch's own, or as all other convolutions
 
     def __post_init__(self) -> None:
-        if self.arch in ("resnet18", "resnet50"):
+        if self.arch in ARCHITECTURES:
             return
         module = re.fullmatch(r"(?!\d)(\w+)(\.\w+)*:[^\W\d]\w*", self.arch)
         if module is None and not re.fullmatch(r"(timm|torchvision)/[\w.]+", self.arch):

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mixmask.backbones import build_backbone
 from mixmask.config import Backbone
+from mixmask.config.resnets import ARCHITECTURES
 from mixmask.formats.source import FormatError, Reading, some, word
-from mixmask.registry import ARCHITECTURES
 
 PART = re.compile(r"(conv1|bn1|layer[1-9])\.")  # how the name of each tensor of a ResNet begins
 COUNTER = "num_batches_tracked"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mixmask import checkpoint
 from mixmask.backbones import Encoder, build_backbone
 from mixmask.config import Backbone
+from mixmask.config.resnets import ARCHITECTURES
 from mixmask.formats.architectures import check_statistics, check_values
 from mixmask.formats.detectron2_files import from_detectron2, is_detectron2, unpickle
 from mixmask.formats.notes import read_sidecar, with_sidecar
@@ -27,7 +28,6 @@ from mixmask.formats.state_dicts import flat, network_of
 from mixmask.formats.structure import backbone_of, titles
 from mixmask.formats.torch_files import is_older_torch, torch_file
 from mixmask.networks import feature_width
-from mixmask.registry import ARCHITECTURES
 from mixmask.runs import file_identity, file_sha256
 
 OTHER = {  # how a file begins that people take for a checkpoint -> what it is

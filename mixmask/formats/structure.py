@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mixmask.config import Backbone
+from mixmask.config.resnets import ARCHITECTURES
 from mixmask.formats.architectures import (
     PART,
     check_complete,
@@ -31,7 +32,6 @@ from mixmask.formats.architectures import (
 from mixmask.formats.detectron2_files import detectron2_name
 from mixmask.formats.layouts import LAYOUTS, Layout
 from mixmask.formats.source import IMAGENET, FormatError, Reading, Source, some
-from mixmask.registry import ARCHITECTURES
 
 WRAPPERS = {  # words of a key that say how a network was run, not what it is
     *("module", "_module"),  # DataParallel, DistributedDataParallel, AveragedModel, DeepSpeed

@@ -9,6 +9,7 @@ from torch import nn
 from mixmask import networks, registry
 from mixmask.batchnorm import SplitBatchNorm2d
 from mixmask.config import ConfigError, Pretrain
+from mixmask.config.resnets import ARCHITECTURES
 from mixmask.datasets.views import check_augment
 from mixmask.frameworks.base import Framework
 from mixmask.masks import check_grid, sample_mask
@@ -62,7 +63,7 @@ def check_data(config: Pretrain, framework: nn.Module, train_set: Any) -> None:
 def check_backbone(config: Pretrain, framework: nn.Module) -> None:
     """Raises ConfigError for a network of others that does not take the views, or that processes cannot share."""
     backbone, groups = framework.encoder.backbone, config.backbone.bn_groups
-    if config.backbone.arch in registry.ARCHITECTURES:
+    if config.backbone.arch in ARCHITECTURES:
         return
     networks.check_groups(backbone, groups, "backbone.bn_groups", config.backbone.arch)
     if distributed.size() > 1 and (norms := networks.whole_batch_norms(backbone)):

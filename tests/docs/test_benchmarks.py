@@ -234,7 +234,13 @@ def test_launches_count_kernels_and_neither_views_nor_allocations():
 def losses_and_state(framework, *context, dtype=torch.float64, **keys):
     """Three steps on given batches, weights and images of this type, inside the contexts; keys as `run__compile`."""
     own = {"moco.queue": 32, "moco.shuffle_bn": True} if framework == "moco" else {}
-    small = {"batch_size": 16, "backbone.width": 4, **own, **{k.replace("__", "."): v for k, v in keys.items()}}
+    small = {
+        "backbone.arch": "resnet10",
+        "batch_size": 16,
+        "backbone.width": 4,
+        **own,
+        **{k.replace("__", "."): v for k, v in keys.items()},
+    }
     config = steps.recipe("cifar100", framework, "both", CPU, small)
     with contextlib.ExitStack() as stack:
         for each in context:
@@ -256,8 +262,8 @@ def test_steps_of_few_launches_are_the_cpus(framework):
 
 @pytest.mark.parametrize("framework", steps.FRAMEWORKS)
 def test_compiled_steps_are_the_eager_ones(framework):
-    """A graph sums in another order, which is 1e-16 of a number in float64; three steps through 20 layers make 3e-15 of
-    it in MoCo."""
+    """A graph sums in another order, which is 1e-16 of a number in float64; three steps through many layers make 3e-15
+    of it in MoCo."""
     losses, state = losses_and_state(framework)
     fewer, same = losses_and_state(framework, as_on_a_gpu("aot_eager"), run__compile=True)
     assert fewer == pytest.approx(losses, rel=1e-10)

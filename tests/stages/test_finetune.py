@@ -319,7 +319,7 @@ def test_public_checkpoint_is_fine_tuned(source, recipe_file, cli, tmp_path):
     torch.save({"state_dict": {**state, "module.queue": torch.zeros(8, 4)}}, tmp_path / "moco.pth.tar")
     command = ["--checkpoint", tmp_path / "moco.pth.tar", "--config", recipe_file, "--run-dir", tmp_path / "run"]
     status, out, err = cli(script.main, *command, "--set", "epochs=1")
-    assert (status, err) == (0, "") and "(moco; resnet18" in out
+    assert (status, err) == (0, "") and "(moco; resnet10" in out
     assert json.loads((tmp_path / "run" / "result.json").read_text())["checkpoint"].startswith("moco.pth@")
 
 

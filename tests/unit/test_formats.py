@@ -135,7 +135,7 @@ def test_our_checkpoints_of_every_framework(framework, tiny, tmp_path):
     assert source.format == "mixmask" and source.identity == state["run"] and source.recipe == config
     prefix = "encoder.backbone."
     assert same(source.weights, {k[len(prefix) :]: v for k, v in state["model"].items() if k.startswith(prefix)})
-    assert source.backbone == configs.Backbone("resnet18", "tiny", 8, 1)
+    assert source.backbone == configs.Backbone("resnet10", "tiny", 8, 1)
     assert (source.mean, source.std) == ((0.5,) * 3, (0.25,) * 3)
     assert len(source.weights) + sum(source.dropped.values()) == len(state["model"])
 
@@ -146,7 +146,7 @@ def test_load_backbone_gives_the_features_of_the_encoder_that_was_trained(tiny, 
     model = load_backbone(tmp_path / "checkpoint.pt")
     images = torch.rand(2, 3, 12, 12)
     assert torch.equal(model(images), encoder.backbone(images)) and model.source.mean == (0.5, 0.5, 0.5)
-    assert repr(model) == "resnet18, 64 features, of tiny-x-0a1b2c3d-s0 (mixmask)" and not model.training
+    assert repr(model) == "resnet10, 64 features, of tiny-x-0a1b2c3d-s0 (mixmask)" and not model.training
     assert all(p.requires_grad for p in model.parameters()) and not model.source.weights
     torch.save(model, tmp_path / "whole.pt")
     loaded = torch.load(tmp_path / "whole.pt", weights_only=False)

@@ -313,6 +313,7 @@ def small_run(framework: str, *items: str) -> configs.Pretrain:
         "epochs": 2,
         "batch_size": 16,
         "mix_groups": 2,
+        "backbone.arch": "resnet10",
         "backbone.stem": "tiny",
         "backbone.width": 4,
         "backbone.bn_groups": 2,

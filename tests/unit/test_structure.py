@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from mixmask.backbones import ResNet
+from mixmask.config.resnets import ARCHITECTURES
 from mixmask.formats import FormatError, detectron2_name, read
-from mixmask.registry import ARCHITECTURES
 from tests import foreign
 from tests.unit.test_formats import refused, same, saved
 
