@@ -373,11 +373,14 @@ def test_an_unknown_target_is_refused(cli):
 
 def test_the_command_writes_every_number(tmp_path, cli, few_images, monkeypatch):
     monkeypatch.setitem(measure.MATMUL, "cpu", 128)
+    monkeypatch.setattr(steps, "launches", lambda config, device, compiled=False: 7 if compiled else 75)
     small = ["backbone.width=8", "batch_size=16"]
     status, shown, _ = cli(
         run.main, "steps/byol/vanilla", "--device", "cpu", "--json", tmp_path / "x.json", "--set", *small
     )
     written = json.loads((tmp_path / "x.json").read_text())
     assert status == 0 and "byol/vanilla" in shown and written["peak"]["fp32"] > 0
-    assert set(written["results"]["steps/byol/vanilla"]) >= {"images_per_second", "gflop_per_step", "data_wait"}
+    numbers = written["results"]["steps/byol/vanilla"]
+    assert numbers.keys() >= {"images_per_second", "gflop_per_step", "data_wait"}
+    assert (numbers["launches"], numbers["launches_compiled"]) == (75, 7) and "| 75 |" in " ".join(shown.split())
     assert written["machine"]["torch"] == torch.__version__.split("+")[0]

@@ -64,7 +64,9 @@ def test_the_cards_lines_load_the_same_network_in_timm_and_torchvision(full, cli
 
 @pytest.mark.parametrize("stem, width", [("cifar", 64), ("tiny", 64), ("cifar", 8)])
 def test_the_cards_lines_load_small_stems_and_other_widths(stem, width, tiny, cli, tmp_path):
-    _, backbone = finished(tmp_path / "runs/pretrain/a", tiny("backbone.arch=resnet18", f"backbone.width={width}", f"backbone.stem={stem}"))
+    _, backbone = finished(
+        tmp_path / "runs/pretrain/a", tiny("backbone.arch=resnet18", f"backbone.width={width}", f"backbone.stem={stem}")
+    )
     assert cli(publish.main, tmp_path / "runs/pretrain/a", tmp_path / "out")[0] == 0
     assert not (tmp_path / "out" / "config.json").exists()  # timm could not build it by name
     (block,) = blocks(tmp_path / "out")

@@ -306,6 +306,13 @@ def test_recipes_hold_the_reconstruction_and_differ_in_grid_and_crop_alone(path:
         assert round(recipe.mscn.focal_side * extent) == round(200 / 224 * extent)
 
 
+SMALL_HEADS = {
+    "moco": {"queue": 64},
+    "barlow_twins": {"dim": 16, "hidden": 16},
+    "vicreg": {"dim": 16, "hidden": 16},
+}
+
+
 def small_run(framework: str, *items: str) -> configs.Pretrain:
     values = {
         "method": "mscn",
@@ -323,7 +330,7 @@ def small_run(framework: str, *items: str) -> configs.Pretrain:
         "knn.every": 0,
         "run.device": "cpu",
         "run.log_every": 1,
-        **({"moco.queue": 64} if framework == "moco" else {}),
+        **{f"{framework}.{key}": value for key, value in SMALL_HEADS.get(framework, {}).items()},
         **configs.parse_overrides(items),
     }
     return configs.load(ROOT / f"pretrain/configs/cifar100_{framework}.yaml", values)
