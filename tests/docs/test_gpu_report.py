@@ -35,7 +35,7 @@ def test_every_part_is_written_and_a_second_call_goes_on(tmp_path, images, monke
     monkeypatch.setitem(measure.MATMUL, "cpu", 128)
     monkeypatch.setattr(gpu_runs, "GROUPS", gpu_runs.GROUPS[:1])
     monkeypatch.setattr(gpu, "CURVE", 2)
-    given = words(tmp_path, images, "--minutes", "3", "--set", *SMALL, "epochs=1")
+    given = words(tmp_path, images, "--minutes", "20", "--set", *SMALL, "epochs=1")
     known = list(gpu.step_cases(CPU))[:1]
     monkeypatch.setattr(gpu, "step_cases", lambda device: known)
     gpu.main(given)

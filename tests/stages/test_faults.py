@@ -289,10 +289,10 @@ def skip_without_namespace(status: int) -> int:
 
 
 def test_full_disk_is_one_line_and_the_last_checkpoint_is_whole(tiny, tmp_path, capfd):
-    """A disk of 4 MB, checkpoints of 2.2 MB: there is room for the first, not for the second."""
+    """A disk of 1.8 MB, checkpoints of 1.0 MB: there is room for the first, not for the second."""
 
     def fill() -> None:
-        mount(tmp_path, "4m")
+        mount(tmp_path, "1800k")
         try:
             train(tiny(), tmp_path / "run")
         finally:
