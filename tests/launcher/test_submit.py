@@ -280,6 +280,18 @@ def test_jobs_of_other_users_are_not_ours(programs, tmp_path):
     assert squeue.ended_as(["7"]) == {"7": "FAILED"}
 
 
+def test_lines_of_a_comment_of_another_job_are_no_jobs_and_an_answer_that_is_no_list_is_refused(programs, tmp_path):
+    """sbatch --comment="$(git log -1)" is printed as it stands; an error on standard output is no empty queue."""
+    lines = ["6|RUNNING|n1|commit 1", "", "    words|more", f"7|PENDING|(None)|{tmp_path}/a"]
+    programs(squeue="\n".join(f"echo '{line}'" for line in lines))
+    assert {directory: live.job for directory, live in squeue.all_jobs()}[f"{tmp_path}/a"] == "7"
+    programs(squeue="echo 'slurm_load_jobs error: Unable to contact slurm controller'")
+    with pytest.raises(UserError, match="squeue: expected jobs, found 'slurm_load_jobs error: "):
+        squeue.all_jobs()
+    programs(squeue="exit 0")
+    assert squeue.all_jobs() == []
+
+
 def test_the_controller_is_believed_over_accounting_which_is_asked_for_what_the_controller_has_forgotten(
     programs, tmp_path
 ):
@@ -321,6 +333,10 @@ NO_END = "this has no end by itself: cancel, mend, launch"
         ("SUSPENDED", "n1", "suspended, job 7: n1; it goes on when SLURM lets it; by hand: scontrol resume 7"),
         ("COMPLETING", "n1", "ending, job 7: n1; what becomes of it is seen in a minute"),
         ("CONFIGURING", "n1", "starting, job 7: n1; its nodes are being made ready"),
+        ("POWER_UP_NODE", "n1", "starting, job 7: n1; its nodes are being made ready"),
+        ("STAGE_OUT", "n1", "ending, job 7: n1; what becomes of it is seen in a minute"),
+        ("REQUEUED", "(None)", "waiting, job 7: None"),
+        ("RESV_DEL_HOLD", "(None)", "held, job 7: None; its reservation is gone: cancel, mend, launch"),
         ("PENDING", "(Resources)", "waiting, job 7: Resources"),
         ("PENDING", "(Dependency)", "waiting, job 7: Dependency"),
         ("PENDING", "(QOSMaxJobsPerUserLimit)", "waiting, job 7: QOSMaxJobsPerUserLimit"),
