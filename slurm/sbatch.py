@@ -227,8 +227,8 @@ def check_nodes(jobs: list[Job]) -> None:
             whose = f"of partition {asked.partition}" if asked.partition else "of this cluster"
             kind = f" (GPUs of type {asked.gpu_type} alone)" if asked.gpu_type else ""
             raise UserError(
-                f"a job asks for {wanted} of a node, and no node {whose} has so much: the largest has {max(nodes)}{kind}; "
-                "fewer: --set cluster.gpus, cluster.cpus (per process), cluster.memory_gb (per process)"
+                f"a job asks for {wanted} of a node, and no node {whose} has so much: the largest has {max(nodes)}{kind}"
+                "; fewer: --set cluster.gpus, cluster.cpus (per process), cluster.memory_gb (per process)"
             )
 
 
