@@ -225,10 +225,10 @@ def check_nodes(jobs: list[Job]) -> None:
         nodes = nodes_of(asked.partition, asked.gpu_type)
         if nodes and not any(node.holds(wanted) for node in nodes):
             whose = f"of partition {asked.partition}" if asked.partition else "of this cluster"
-            kind = f" (GPUs of type {asked.gpu_type} alone)" if asked.gpu_type else ""
+            kind = f" (of type {asked.gpu_type})" if asked.gpu_type else ""
             raise UserError(
-                f"a job asks for {wanted} of a node, and no node {whose} has so much: the largest has {max(nodes)}{kind}"
-                "; fewer: --set cluster.gpus, cluster.cpus (per process), cluster.memory_gb (per process)"
+                f"a job asks for {wanted} of a node, and no node {whose} has so much: the largest has {max(nodes)}"
+                f"{kind}; fewer: --set cluster.gpus, cluster.cpus (per process), cluster.memory_gb (per process)"
             )
 
 

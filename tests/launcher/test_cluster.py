@@ -201,7 +201,7 @@ def test_a_job_that_no_node_holds_is_refused_with_what_the_largest_has(tmp_path,
         UserError, match=r"1 GPUs, 100 CPUs, 64 GB of a node, .* partition big .* 4 GPUs, 64 CPUs, 250 GB"
     ):
         launch("cluster.partition=big", "cluster.cpus=100")
-    with pytest.raises(UserError, match=r"1 GPUs, 8 CPUs, .* has 0 GPUs, 128 CPUs, 500 GB .GPUs of type h100 alone.;"):
+    with pytest.raises(UserError, match=r"1 GPUs, 8 CPUs, .* has 0 GPUs, 128 CPUs, 500 GB .of type h100.;"):
         launch("cluster.gpu_type=h100")
 
 

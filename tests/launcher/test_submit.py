@@ -443,7 +443,8 @@ def batch_end(programs, tmp_path):
 
     def run(state="RUNNING", status=1, limit=0, log=(), **memory):
         (folder / "5_0_log.out").write_text("\n".join([start, *log]) + "\n")
-        programs(squeue=f"echo {state}", scontrol=f'echo "$*" >> {tmp_path}/asked')
+        nodes = """[ "$2" = --partition=small ] && printf '16000\\n24000+\\n8000\\n'"""
+        programs(squeue=f"echo {state}", scontrol=f'echo "$*" >> {tmp_path}/asked', sinfo=nodes)
         words = ["bash", ROOT / "slurm" / "batch_end.sh", status, tmp_path / "slurm", limit, 2, 4]
         environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "5", **memory}
         done = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True)
@@ -475,6 +476,9 @@ OOM = "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0. Some of the s
         ({"SLURM_MEM_PER_NODE": "8000"}, 0, [OOM], ""),
         ({"SLURM_MEM_PER_NODE": "8000"}, 64000, ["torch.OutOfMemoryError: CUDA out of memory"], ""),
         ({}, 64000, [OOM], ""),
+        ({"SLURM_MEM_PER_NODE": "18000", "SLURM_JOB_PARTITION": "small"}, 64000, [OOM], "MinMemoryNode=24000"),
+        ({"SLURM_MEM_PER_CPU": "2500", "SLURM_JOB_PARTITION": "small"}, 64000, [OOM], "MinMemoryCPU=3000"),
+        ({"SLURM_MEM_PER_NODE": "24000", "SLURM_JOB_PARTITION": "small"}, 64000, [OOM], ""),
     ],
 )
 def test_a_job_that_ran_out_of_memory_is_requeued_with_half_as_much_more_up_to_the_limit(
@@ -484,6 +488,8 @@ def test_a_job_that_ran_out_of_memory_is_requeued_with_half_as_much_more_up_to_t
     assert asked == (["requeue 5", f"update JobId=5 {expected}"] if expected else [])
     if limit == 4000:
         assert "error: out of memory with 8000 MB a node, and cluster.memory_limit_gb allows no more" in said
+    if memory.get("SLURM_MEM_PER_NODE") == "24000":
+        assert "with 24000 MB a node, and the largest node of partition small allows no more" in said
 
 
 def test_only_the_last_start_of_a_job_counts_as_out_of_memory(batch_end):
