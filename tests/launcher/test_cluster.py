@@ -182,7 +182,7 @@ def test_the_environment_of_the_launching_shell_is_cleaned_of_what_belongs_to_ot
     ],
 )
 def test_the_gpus_of_a_node_are_read_from_sinfo(tmp_path, monkeypatch, gres, kind, count):
-    (tmp_path / "sinfo").write_text(f"#!/bin/sh\necho '64|256000|{gres}'\n")
+    (tmp_path / "sinfo").write_text(f"#!/bin/sh\necho Welcome\necho '64|256000|{gres}'\n")
     (tmp_path / "sinfo").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert sbatch.nodes_of("p", kind) == [sbatch.Node(count, 64, 256000)]

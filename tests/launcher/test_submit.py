@@ -276,7 +276,7 @@ def test_jobs_of_other_users_are_not_ours(programs, tmp_path):
     ours, others = [f"7|RUNNING|n1|{tmp_path}/a"], [f"8|RUNNING|n1|{tmp_path}/b", f"9|RUNNING|n1|{tmp_path}/a"]
     programs(squeue=asked_for_mine(ours, others))
     assert [(directory, live.job) for directory, live in squeue.all_jobs()] == [(f"{tmp_path}/a", "7")]
-    programs(squeue=asked_for_mine(["7|FAILED"], ["7|COMPLETED"]))
+    programs(squeue=asked_for_mine(["", "7|FAILED"], ["7|COMPLETED"]))
     assert squeue.ended_as(["7"]) == {"7": "FAILED"}
 
 
