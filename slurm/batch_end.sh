@@ -27,15 +27,20 @@ if [ -e "$folder/requeue" ]; then
     fi
 elif [ "$status" != 0 ] && [ "$limit" -gt 0 ] && out_of_memory; then
     if [ -n "$SLURM_MEM_PER_NODE" ]; then
-        asked=$SLURM_MEM_PER_NODE most=$((limit * tasks)) field=MinMemoryNode of=node
+        asked=$SLURM_MEM_PER_NODE most=$((limit * tasks)) share=1 field=MinMemoryNode of=node
     else
-        asked=${SLURM_MEM_PER_CPU:-0} most=$((limit / cpus)) field=MinMemoryCPU of=CPU
+        asked=${SLURM_MEM_PER_CPU:-0} most=$((limit / cpus)) share=$((tasks * cpus)) field=MinMemoryCPU of=CPU
+    fi
+    by=cluster.memory_limit_gb
+    largest=$(sinfo --noheader --partition="$SLURM_JOB_PARTITION" --format=%m 2>/dev/null | tr -d ' +' | sort -n | tail -1)
+    if [ -n "$largest" ] && [ $((largest / share)) -lt "$most" ]; then
+        most=$((largest / share)) by="the largest node of partition $SLURM_JOB_PARTITION"
     fi
     more=$((asked * 3 / 2 < most ? asked * 3 / 2 : most))
     if [ "$more" -le "$asked" ]; then
-        echo "error: out of memory with $asked MB a $of, and cluster.memory_limit_gb allows no more"
+        echo "error: out of memory with $asked MB a $of, and $by allows no more"
     elif running; then
-        echo "out of memory with $asked MB a $of: requeueing job $job with $more MB (cluster.memory_limit_gb: at most $most MB)"
+        echo "out of memory with $asked MB a $of: requeueing job $job with $more MB ($by: at most $most MB)"
         scontrol requeue "$job" && scontrol update "JobId=$job" "$field=$more"
     fi
 fi

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmask.config import ConfigError, build, nearest, read_yaml, within
+from mixmask.config.fields import DECIMAL
 from mixmask.stages import STAGES
 from paper.cells import ROOT
 from paper.presets import Budget
@@ -37,10 +38,14 @@ OWN = {
     "signal": "cluster.warning_seconds",
     "array": "cluster.parallel",
     "chdir": "a job runs a copy of the code",
-    "export": "a job has the environment of the launch, without SLURM's variables; cluster.setup adds to it",
-    **dict.fromkeys(("wrap", "parsable", "test-only", "wait", "quiet", "help", "version"), "the launcher reads sbatch"),
+    **dict.fromkeys(
+        ("export", "export-file"),
+        "a job has the environment of the launch, without SLURM's variables; cluster.setup adds to it",
+    ),
+    **dict.fromkeys(("wrap", "parsable", "test-only", "wait", "quiet", "help", "usage", "version"), "it reads sbatch"),
     **dict.fromkeys(("clusters", "cluster", "uid", "gid", "hold"), "the next launch would not find the job"),
 }
+SECTIONS = {*STAGES, "extra"}  # keys whose value has keys
 DAYS = r"(?P<days>\d+)-(?P<h>\d+)(:(?P<m>\d+)(:(?P<s>\d+))?)?"
 TIME = re.compile(rf"{DAYS}|(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+)|(?P<only>\d+):(?P<rest>\d+)")
 
@@ -102,7 +107,7 @@ def _check_extra(name: str, value: Any) -> None:
 def cluster(budget: Budget, stage: str = "pretrain", profile: str = "") -> Cluster:
     """What a job of `stage` asks for. Raises ConfigError for a wrong key or value, and for an unknown profile."""
     given = [_flat(read_yaml(ROOT / "slurm" / "cluster.yaml")), _flat(read_profile(profile))]
-    given += [dict(budget.preset.cluster), dict(budget.settings.get("cluster", {}))]
+    given += [_flat(budget.preset.cluster), _flat(budget.settings.get("cluster", {}))]
     every: dict[str, Any] = {}
     own: dict[str, Any] = {}
     for values in given:
@@ -123,17 +128,21 @@ def read_profile(name: str) -> dict[str, Any]:
         return read_yaml(Path(name))
     known = sorted(path.stem for path in (ROOT / "slurm" / "clusters").glob("*.yaml"))
     if name not in known:
-        raise ConfigError(f"--cluster {name}: expected a file, or a profile of slurm/clusters{nearest(name, known)}")
+        hint = nearest(name, known)
+        raise ConfigError(f"--cluster {name}: expected a file NAME.yaml, or a profile of slurm/clusters{hint}")
     return read_yaml(ROOT / "slurm" / "clusters" / f"{name}.yaml")
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections (`extra`, a stage's) as dotted keys."""
+    """Sections (`extra`, a stage's) as dotted keys; one without keys is none."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        section = str(key).rpartition(".")[2] in SECTIONS
+        if section and value is not None and not isinstance(value, Mapping):
+            raise ConfigError(f"cluster.{key}: expected keys and values, found {value!r}")
         if isinstance(value, Mapping) and value:
             flat |= {f"{key}.{name}": inner for name, inner in _flat(value).items()}
-        else:
+        elif not section:
             flat[str(key)] = value
     return flat
 
@@ -142,8 +151,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The dotted keys of `extra` as its section."""
     values = {key: value for key, value in flat.items() if not key.startswith("extra.")}
     extra = {key.removeprefix("extra."): value for key, value in flat.items() if key.startswith("extra.")}
-    base = values.get("extra")
-    return {**values, "extra": {**(base if isinstance(base, Mapping) else {}), **extra}}
+    return {**values, "extra": extra}
 
 
 KINDS = {field.name: field.type for field in dataclasses.fields(Cluster)}
@@ -160,6 +168,9 @@ def _said(key: str, value: Any) -> Any:
         return (value,) if value else ()
     if key == "hours" and isinstance(value, str) and (time := TIME.fullmatch(value)):
         return _hours(**{name: int(text or 0) for name, text in time.groupdict().items()})
+    if key == "hours" and isinstance(value, str) and not DECIMAL.fullmatch(value):
+        forms = "or as SLURM has it: 30:00, 24:00:00, 2-00:00:00"
+        raise ConfigError(f"cluster.hours: expected a number, found {value!r}; {forms}")
     return value
 
 

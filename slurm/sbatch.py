@@ -78,7 +78,7 @@ def options(
         "chdir": str(snapshot),
         **asked.extra,
     }
-    return {name: value for name, value in values.items() if value not in ("", False)}
+    return {name: value for name, value in values.items() if value != "" and value is not False}  # 0 is asked for
 
 
 def _memory(asked: Cluster, where: Layout) -> dict[str, str]:
@@ -225,9 +225,10 @@ def check_nodes(jobs: list[Job]) -> None:
         nodes = nodes_of(asked.partition, asked.gpu_type)
         if nodes and not any(node.holds(wanted) for node in nodes):
             whose = f"of partition {asked.partition}" if asked.partition else "of this cluster"
+            kind = f" (of type {asked.gpu_type})" if asked.gpu_type else ""
             raise UserError(
-                f"a job asks for {wanted} of a node, and no node {whose} has so much: the largest has {max(nodes)}; "
-                "fewer: --set cluster.gpus, cluster.cpus (per process), cluster.memory_gb (per process)"
+                f"a job asks for {wanted} of a node, and no node {whose} has so much: the largest has {max(nodes)}"
+                f"{kind}; fewer: --set cluster.gpus, cluster.cpus (per process), cluster.memory_gb (per process)"
             )
 
 
@@ -235,7 +236,7 @@ def nodes_of(partition: str, gpu_type: str = "") -> list[Node]:
     """What the nodes of a partition (every one) have, by sinfo, with their GPUs of one type alone where it is given."""
     words = ["sinfo", "--noheader", "--Node", "--format=%c|%m|%G", *([f"--partition={partition}"] if partition else [])]
     nodes = []
-    for cpus, memory, gres in (line.split("|") for line in shell.ask(*words).splitlines()):
+    for cpus, memory, gres in re.findall(r"^\s*(\d+\+?)\|(\d+\+?)\|(.*)$", shell.ask(*words), re.MULTILINE):
         gpus = re.findall(r"\bgpu:(?:([^:,(]+):)?(\d+)", gres)
         count = sum(int(number) for kind, number in gpus if not gpu_type or kind == gpu_type)
         nodes.append(Node(count, int(cpus.rstrip("+")), int(memory.rstrip("+"))))

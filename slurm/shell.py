@@ -19,7 +19,7 @@ PATIENCE = 60  # seconds for an answer of SLURM's programs
 NO_ANSWER = "SLURM is installed, but its controller does not answer"
 KEPT = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT"}  # where the cluster is, and who asks
 DROPPED = re.compile(
-    r"(SLURM|SLURMD|SBATCH|SALLOC|SRUN|SQUEUE|SACCT|SACCTMGR|SCANCEL|SCONTROL|SINFO|SUBMITIT|PMI|PMIX|PMI2|OMPI|MPI"
+    r"(_?SLURM|SLURMD|SBATCH|SALLOC|SRUN|SQUEUE|SACCT|SACCTMGR|SCANCEL|SCONTROL|SINFO|SUBMITIT|PMI|PMIX|PMI2|OMPI|MPI"
     r"|TORCHELASTIC|TORCHRUN)_.*"  # options, and what an allocation or a launcher tells its processes
     r"|(GROUP_|LOCAL_|NODE_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"  # where the processes of a run meet
     r"|(CUDA|HIP|ROCR|NVIDIA)_VISIBLE_DEVICES|GPU_DEVICE_ORDINAL|ZE_AFFINITY_MASK"  # the GPUs of that allocation

@@ -25,6 +25,8 @@ AGAIN = 2.0  # seconds until a second look: between two of its states a job may 
 ENDING = 30.0  # seconds to wait for jobs that are ending: some of them are about to be requeued
 ACCOUNTING = 10.0  # seconds for an answer of sacct, without which `status` knows less
 silent: set[str] = set()  # programs that have not answered this process in time, and are not asked again
+FORMAT = "--format=%i|%T|%R|%k"
+JOB = re.compile(r"\s*(\d[^|]*)\|([^|]+)\|([^|]*)\|(.*)")  # a line of it
 MINE = f"--user={os.getuid()}"  # `squeue --me` is younger
 
 # Why a job waits, where no end of waiting is in sight: a hold, or what it asks for.
@@ -37,10 +39,14 @@ NEVER = re.compile(
 OTHERWISE = {
     "COMPLETING": ("ending", "what becomes of it is seen in a minute"),
     "CONFIGURING": ("starting", "its nodes are being made ready"),
+    "POWER_UP_NODE": ("starting", "its nodes are being made ready"),
+    "STAGE_OUT": ("ending", "what becomes of it is seen in a minute"),
+    "REQUEUED": ("waiting", ""),
     "SUSPENDED": ("suspended", "it goes on when SLURM lets it; by hand: scontrol resume {job}"),
     "STOPPED": ("suspended", "it goes on when SLURM lets it; by hand: scancel --signal=CONT {job}"),
     "REQUEUE_HOLD": ("held", "scontrol release {job}"),
     "SPECIAL_EXIT": ("held", "scontrol release {job}"),
+    "RESV_DEL_HOLD": ("held", "its reservation is gone: cancel, mend, launch"),
 }
 
 
@@ -84,8 +90,11 @@ def live_jobs() -> dict[str, Live]:
 def all_jobs() -> list[tuple[str, Live]]:
     """`live_jobs`, where a run may have more than one. Raises UserError."""
     jobs = []
-    for line in shell.ask("squeue", "--noheader", MINE, "--array", "--format=%i|%T|%R|%k").splitlines():
-        job, state, reason, comment = (word.strip() for word in line.split("|", 3))
+    lines = [line for line in shell.ask("squeue", "--noheader", MINE, "--array", FORMAT).splitlines() if line.strip()]
+    if lines and not JOB.match(lines[0]):
+        raise UserError(f"squeue: expected jobs, found {lines[0].strip()!r}")
+    for found in filter(None, map(JOB.match, lines)):  # the comment of a user's own job may have several lines
+        job, state, reason, comment = (word.strip() for word in found.groups())
         if directory := _directory(job, comment):
             jobs.append((directory, Live(job, state, reason.strip("()"))))
     return jobs
@@ -139,7 +148,7 @@ def ended_as(jobs: Iterable[str]) -> dict[str, str]:
     if not wanted:
         return {}
     remembered = shell.ask("squeue", "--noheader", MINE, "--array", "--states=all", "--format=%i|%T").splitlines()
-    states = dict(line.strip().split("|") for line in remembered)
+    states = dict(line.strip().split("|") for line in remembered if line.count("|") == 1)
     states = _accounted([job for job in wanted if job not in states]) | states
     ends = {job: states.get(job) or states.get(array_of(job), "PENDING") for job in wanted}
     return {job: state for job, state in ends.items() if state not in ("PENDING", "RUNNING")}

@@ -26,6 +26,7 @@ from slurm.squeue import Live
 ADVICE = {
     "FAILED": "mend what the log says; {again}",
     "TIMEOUT": "it did not save in time; {again}, or with a longer cluster.warning_seconds",
+    "DEADLINE": "{again}, with a later cluster.extra.deadline",
     "OUT_OF_MEMORY": "{again}, with a larger cluster.memory_gb",
 }
 LOST = re.compile(r"no such (checkpoint|file)|(damaged)")

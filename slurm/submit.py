@@ -36,6 +36,11 @@ UNCERTAIN = re.compile(
 # ... where it takes no more jobs, of this user now or of anybody, or no array of so many.
 FULL = re.compile("submit limit|job limit|MaxJobCount|job array|temporarily una", re.IGNORECASE)
 LIMIT = re.compile(r"\b(?:Assoc|QOS)\w+")  # sbatch's own word for the limit, which the sentence after it leaves open
+# What to do where it refuses a job in words that do not say so.
+REMEDIES = {
+    "dependency problem": "one that it waits for has ended meanwhile: launch again",
+    "invalid number of nodes": "a job takes all nodes of cluster.nodelist, and has fewer: cluster.exclude names others",
+}
 
 
 class Full(UserError):
@@ -251,8 +256,8 @@ def _submit(group: list[Job], asked: dict[str, Any], runs_dir: Path, snapshot: P
 def _failure(group: list[Job], text: str, runs_dir: Path) -> str:
     """What to make of an sbatch that has failed: SLURM may have accepted the job nevertheless, which is cancelled."""
     if not UNCERTAIN.search(text):
-        ended = "; one that it waits for has ended meanwhile: launch again" if "dependency problem" in text else ""
-        return f"SLURM refused {group[0].id}: {text}{ended}"
+        remedies = [remedy for words, remedy in REMEDIES.items() if words in text]
+        return "; ".join([f"SLURM refused {group[0].id}: {text}", *remedies])
     time.sleep(squeue.AGAIN)
     said = f"sbatch has failed for {group[0].id}, which SLURM may have accepted ({text})"
     try:

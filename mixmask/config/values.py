@@ -84,7 +84,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}")
+        found = "none" if values is None else f"a {type(values).__name__}"
+        raise ConfigError(f"{path}: expected keys and values, found {found}")
     return values
 
 

@@ -40,6 +40,8 @@ def asked(*settings, preset="paper", profile="", stage="pretrain"):
         (["cluster.extra={licenses: matlab, nice: 100}"], "nice", 100),
         (["cluster.extra.licenses=matlab"], "licenses", "matlab"),
         (["cluster.extra.contiguous=true"], "contiguous", True),
+        (["cluster.extra.core-spec=0"], "core-spec", 0),
+        (["cluster.extra={nice: 5}", "linear.cluster.extra.nice=6"], "nice", 5),
         (["cluster.account=12345"], "account", "12345"),
         (["cluster.account=0123"], "account", "0123"),
         (["cluster.account=1_000"], "account", "1_000"),
@@ -75,6 +77,11 @@ def test_what_is_empty_is_not_asked_for(setting, option):
         ("cluster.extra.mem=1G", "--mem itself (cluster.memory_gb)"),
         ("cluster.extra.account=x", "--account itself (cluster.account)"),
         ("cluster.extra.J=x", "the long name of an option"),
+        ("cluster.extra.export-file=x", "--export-file itself (a job has the environment of the launch"),
+        ("cluster.extra.usage=true", "--usage itself"),
+        ("cluster.extra=licenses", "cluster.extra: expected keys and values, found 'licenses'"),
+        ("linear.cluster.extra=[nice]", "cluster.linear.extra: expected keys and values, found ['nice']"),
+        ("cluster.linear=4", "cluster.linear: expected keys and values, found 4"),
         ("cluster.extra.nice=[1]", "expected a word, a number or true"),
         ('cluster.extra.nice="1\\n#SBATCH --hold"', "expected a word, a number or true"),
         ('cluster.partition="a\\nb"', "cluster.partition: expected one line"),
@@ -82,7 +89,8 @@ def test_what_is_empty_is_not_asked_for(setting, option):
         ("cluster.qos=true", "cluster.qos: expected a word, found True; quote it"),
         ("cluster.partitoin=x", "did you mean 'cluster.partition'?"),
         ("linear.cluster.partitoin=x", "did you mean 'cluster.partition'?"),
-        ("cluster.hours=1:2:3:4", "cluster.hours: expected a number, found '1:2:3:4'"),
+        ("cluster.hours=1:2:3:4", "cluster.hours: expected a number, found '1:2:3:4'; or as SLURM has it: 30:00, "),
+        ("cluster.hours=UNLIMITED", "cluster.hours: expected a number, found 'UNLIMITED'; or as SLURM has it"),
         ("cluster.cpus=08", "cluster.cpus: expected a whole number, found '08'"),
     ],
 )
@@ -128,6 +136,12 @@ def test_a_profile_lies_between_cluster_yaml_and_the_command_line(tmp_path):
     assert (linear["time"], linear["cpus-per-task"], linear["nice"], linear["qos"]) == (120, 2, 6, "10")
     smoke = asked(preset="smoke", profile=str(path), stage="linear")
     assert smoke["time"] == 60  # its small nets need little on any cluster
+    assert asked("cluster.extra={nice: 7}", profile=str(path))["nice"] == 7  # over the profile's
+    path.write_text("partition: gpu\nextra:\nlinear:\n")  # sections of which nothing is left
+    assert asked(profile=str(path), stage="linear")["partition"] == "gpu"
+    path.write_text("# nothing\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: expected keys and values, found none$"):
+        asked(profile=str(path))
     path.write_text("partitoin: gpu\n")
     with pytest.raises(ConfigError, match=r"did you mean 'cluster\.partition'"):
         asked(profile=str(path))
@@ -143,7 +157,14 @@ def test_every_profile_of_the_repository_is_valid_and_makes_a_batch_script(name,
 
 
 def test_the_environment_of_the_launching_shell_is_cleaned_of_what_belongs_to_others():
-    brought = {"SLURM_JOB_ID": "7", "SBATCH_QOS": "x", "SQUEUE_FORMAT": "x", "RANK": "0", "TMPDIR": "/of/job/7"}
+    brought = {
+        "SLURM_JOB_ID": "7",
+        "SBATCH_QOS": "x",
+        "_SLURM_SPANK_OPTION_pyxis_image": "x",
+        "SQUEUE_FORMAT": "x",
+        "RANK": "0",
+        "TMPDIR": "/of/job/7",
+    }
     kept = {"SLURM_CONF": "/c", "HOME": "/h", "OMP_NUM_THREADS": "2", "PATH": "/bin", "RANKING": "1"}
     assert shell.clean({**brought, **kept}) == kept
     assert shell.clean({"TMPDIR": "/tmp"}) == {"TMPDIR": "/tmp"}
@@ -161,7 +182,7 @@ def test_the_environment_of_the_launching_shell_is_cleaned_of_what_belongs_to_ot
     ],
 )
 def test_the_gpus_of_a_node_are_read_from_sinfo(tmp_path, monkeypatch, gres, kind, count):
-    (tmp_path / "sinfo").write_text(f"#!/bin/sh\necho '64|256000|{gres}'\n")
+    (tmp_path / "sinfo").write_text(f"#!/bin/sh\necho Welcome\necho '64|256000|{gres}'\n")
     (tmp_path / "sinfo").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert sbatch.nodes_of("p", kind) == [sbatch.Node(count, 64, 256000)]
@@ -180,6 +201,8 @@ def test_a_job_that_no_node_holds_is_refused_with_what_the_largest_has(tmp_path,
         UserError, match=r"1 GPUs, 100 CPUs, 64 GB of a node, .* partition big .* 4 GPUs, 64 CPUs, 250 GB"
     ):
         launch("cluster.partition=big", "cluster.cpus=100")
+    with pytest.raises(UserError, match=r"1 GPUs, 8 CPUs, .* has 0 GPUs, 128 CPUs, 500 GB .of type h100.;"):
+        launch("cluster.gpu_type=h100")
 
 
 def test_both_images_install_the_lock_and_nothing_else_of_python_s():

@@ -221,6 +221,14 @@ def test_a_job_that_no_node_can_hold_is_refused_before_anything_is_submitted(job
     assert max(sbatch.nodes_of("queue")) == sbatch.Node(2, 4, 16000)
 
 
+def test_more_nodes_in_a_list_than_the_job_has_are_refused_with_the_key_that_is_meant(jobs, tmp_path):
+    with pytest.raises(
+        UserError, match=r"invalid number of nodes .*; a job takes all nodes .*: cluster\.exclude names"
+    ):
+        submit.launch(jobs(1, "cluster.nodelist=n[1-2]"), tmp_path / "runs")
+    assert not squeue.live_jobs()
+
+
 def test_an_array_is_cut_where_slurm_takes_none_so_long_and_still_runs_so_many_at_once(jobs, tmp_path):
     """MaxArraySize=4: indices 0 to 3."""
     six = jobs(6, "cluster.parallel=1", script=STAGE, arguments=("2",))

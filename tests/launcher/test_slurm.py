@@ -361,6 +361,7 @@ def test_a_node_that_dies_takes_nothing_with_it(cluster, stages, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # with two other runs beside its four processes
 def test_a_pretraining_on_two_nodes_with_two_processes_each_is_warned_goes_on_and_gives_the_loss_of_one(real, tmp_path):
     """To float32's accuracy: on one process, too, another order of summation is seen 1e-7 in the first loss and a few
     per cent after two epochs. In float64, and so exactly: tests/stages/test_distributed.py.

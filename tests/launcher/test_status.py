@@ -238,6 +238,13 @@ def test_an_accounting_that_does_not_answer_costs_seconds_and_is_noted(jobs, tmp
     assert capsys.readouterr().out.count("note: sacct has not answered within 0.2 s") == 1
 
 
+def test_a_job_that_could_not_end_before_its_deadline_is_told_which_key_says_it(jobs, ended, monkeypatch):
+    monkeypatch.setattr(squeue, "ended_as", lambda numbers: dict.fromkeys(numbers, "DEADLINE"))
+    assert "job 12 DEADLINE; launch again: it has saved nothing yet, with a later cluster.extra.deadline" in ended(
+        jobs[0]
+    )
+
+
 def test_of_a_job_that_was_requeued_only_the_last_start_counts(jobs, ended):
     text = ended(
         jobs[0], [START, "error: old", START, "epoch 2", "error: new", "srun: error: x: Exited with exit code 1"]

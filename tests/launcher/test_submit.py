@@ -276,8 +276,20 @@ def test_jobs_of_other_users_are_not_ours(programs, tmp_path):
     ours, others = [f"7|RUNNING|n1|{tmp_path}/a"], [f"8|RUNNING|n1|{tmp_path}/b", f"9|RUNNING|n1|{tmp_path}/a"]
     programs(squeue=asked_for_mine(ours, others))
     assert [(directory, live.job) for directory, live in squeue.all_jobs()] == [(f"{tmp_path}/a", "7")]
-    programs(squeue=asked_for_mine(["7|FAILED"], ["7|COMPLETED"]))
+    programs(squeue=asked_for_mine(["", "7|FAILED"], ["7|COMPLETED"]))
     assert squeue.ended_as(["7"]) == {"7": "FAILED"}
+
+
+def test_lines_of_a_comment_of_another_job_are_no_jobs_and_an_answer_that_is_no_list_is_refused(programs, tmp_path):
+    """sbatch --comment="$(git log -1)" is printed as it stands; an error on standard output is no empty queue."""
+    lines = ["6|RUNNING|n1|commit 1", "", "    words|more", f"7|PENDING|(None)|{tmp_path}/a"]
+    programs(squeue="\n".join(f"echo '{line}'" for line in lines))
+    assert {directory: live.job for directory, live in squeue.all_jobs()}[f"{tmp_path}/a"] == "7"
+    programs(squeue="echo 'slurm_load_jobs error: Unable to contact slurm controller'")
+    with pytest.raises(UserError, match="squeue: expected jobs, found 'slurm_load_jobs error: "):
+        squeue.all_jobs()
+    programs(squeue="exit 0")
+    assert squeue.all_jobs() == []
 
 
 def test_the_controller_is_believed_over_accounting_which_is_asked_for_what_the_controller_has_forgotten(
@@ -321,6 +333,10 @@ NO_END = "this has no end by itself: cancel, mend, launch"
         ("SUSPENDED", "n1", "suspended, job 7: n1; it goes on when SLURM lets it; by hand: scontrol resume 7"),
         ("COMPLETING", "n1", "ending, job 7: n1; what becomes of it is seen in a minute"),
         ("CONFIGURING", "n1", "starting, job 7: n1; its nodes are being made ready"),
+        ("POWER_UP_NODE", "n1", "starting, job 7: n1; its nodes are being made ready"),
+        ("STAGE_OUT", "n1", "ending, job 7: n1; what becomes of it is seen in a minute"),
+        ("REQUEUED", "(None)", "waiting, job 7: None"),
+        ("RESV_DEL_HOLD", "(None)", "held, job 7: None; its reservation is gone: cancel, mend, launch"),
         ("PENDING", "(Resources)", "waiting, job 7: Resources"),
         ("PENDING", "(Dependency)", "waiting, job 7: Dependency"),
         ("PENDING", "(QOSMaxJobsPerUserLimit)", "waiting, job 7: QOSMaxJobsPerUserLimit"),
@@ -427,7 +443,8 @@ def batch_end(programs, tmp_path):
 
     def run(state="RUNNING", status=1, limit=0, log=(), **memory):
         (folder / "5_0_log.out").write_text("\n".join([start, *log]) + "\n")
-        programs(squeue=f"echo {state}", scontrol=f'echo "$*" >> {tmp_path}/asked')
+        nodes = """[ "$2" = --partition=small ] && printf '16000\\n24000+\\n8000\\n'"""
+        programs(squeue=f"echo {state}", scontrol=f'echo "$*" >> {tmp_path}/asked', sinfo=nodes)
         words = ["bash", ROOT / "slurm" / "batch_end.sh", status, tmp_path / "slurm", limit, 2, 4]
         environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "5", **memory}
         done = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True)
@@ -459,6 +476,9 @@ OOM = "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0. Some of the s
         ({"SLURM_MEM_PER_NODE": "8000"}, 0, [OOM], ""),
         ({"SLURM_MEM_PER_NODE": "8000"}, 64000, ["torch.OutOfMemoryError: CUDA out of memory"], ""),
         ({}, 64000, [OOM], ""),
+        ({"SLURM_MEM_PER_NODE": "18000", "SLURM_JOB_PARTITION": "small"}, 64000, [OOM], "MinMemoryNode=24000"),
+        ({"SLURM_MEM_PER_CPU": "2500", "SLURM_JOB_PARTITION": "small"}, 64000, [OOM], "MinMemoryCPU=3000"),
+        ({"SLURM_MEM_PER_NODE": "24000", "SLURM_JOB_PARTITION": "small"}, 64000, [OOM], ""),
     ],
 )
 def test_a_job_that_ran_out_of_memory_is_requeued_with_half_as_much_more_up_to_the_limit(
@@ -468,6 +488,8 @@ def test_a_job_that_ran_out_of_memory_is_requeued_with_half_as_much_more_up_to_t
     assert asked == (["requeue 5", f"update JobId=5 {expected}"] if expected else [])
     if limit == 4000:
         assert "error: out of memory with 8000 MB a node, and cluster.memory_limit_gb allows no more" in said
+    if memory.get("SLURM_MEM_PER_NODE") == "24000":
+        assert "with 24000 MB a node, and the largest node of partition small allows no more" in said
 
 
 def test_only_the_last_start_of_a_job_counts_as_out_of_memory(batch_end):
