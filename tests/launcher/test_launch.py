@@ -73,8 +73,8 @@ def test_states_finished_unfinished_new(tmp_path):
     assert [job.state for job in jobs[:3]] == ["finished", "new", "unfinished"]
 
 
-def test_smoke_epochs_are_the_papers_divided_by_100(tmp_path):
-    assert [job.config.epochs for job in table4(tmp_path, "smoke")[::2]] == [2, 8] * 3
+def test_smoke_epochs_are_the_papers_divided_by_50(tmp_path):
+    assert [job.config.epochs for job in table4(tmp_path, "smoke")[::2]] == [4, 16] * 3
 
 
 def test_a_mask_grid_finer_than_the_image_is_clamped_with_a_note():
