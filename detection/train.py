@@ -238,7 +238,7 @@ def result_of(
 
 
 def header(run: Run, task: Any, backbone: weights.Weights, norm: str, notes: list[str], state: TrainState) -> str:
-    """What is about to happen, with the numbers that are really used."""
+    """What is about to run, with the numbers that are actually used."""
     fresh = [part for part in weights.NEW if any(name.startswith(part) for name in state.model.state_dict())]
     solver, dropped = task.cfg.SOLVER, ", ".join(f"{what} {count}" for what, count in backbone.dropped.items())
     return (

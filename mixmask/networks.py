@@ -1,8 +1,7 @@
-"""Networks that others built, as backbones: timm's and torchvision's by name, or what a function of yours makes.
+"""Third-party backbones: timm's and torchvision's by name, or what a function of yours returns.
 
-They stay as they are, and so do the names of their tensors, but for three things: the last linear layer, which is the
-classifier, is gone; every BatchNorm keeps the groups of the batch apart; a ResNet may have the first layers of small
-images.
+They and the names of their tensors stay as they are, with three exceptions: the last linear layer (the classifier) is
+removed; every BatchNorm keeps the groups of the batch apart; a ResNet may get a stem for small images.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from mixmask.batchnorm import SplitBatchNorm2d
 from mixmask.config import Backbone, ConfigError
 
-SIZES = (224, 64, 32, 96, 28, 128, 384, 512)  # pixels: images that are tried where nobody says how large they are
-IMAGES = 2  # of a batch that is tried
+SIZES = (224, 64, 32, 96, 28, 128, 384, 512)  # pixels: image sizes tried when none is given
+IMAGES = 2  # in a batch that is tried
 
 
 def build_network(backbone: Backbone, key: str = "backbone.bn_groups") -> nn.Module:
     """The network that `backbone.arch` names, with fresh weights: images (N, 3, H, W) -> features (N, D).
 
-    `key`: of the recipe, that gives the groups. Raises ConfigError for an unknown name, a library that is missing, and
-    for a stem or groups that the network cannot have.
+    `key`: the recipe's key of the BatchNorm groups. Raises ConfigError for an unknown name, a missing library, and a
+    stem or groups that the network cannot have.
     """
     library, slash, name = backbone.arch.partition("/")
     make = {"timm": _timm, "torchvision": _torchvision}[library] if slash else _yours
@@ -76,7 +75,7 @@ _LISTS = {"timm": "list_models()", "torchvision": "models.list_models()"}
 
 
 def _yours(code: str) -> nn.Module:
-    """What FUNCTION of MODULE makes; the folder in which the program was started is looked in, too."""
+    """The network that FUNCTION of MODULE returns; modules in the current directory are found, too."""
     module, _, name = code.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -124,7 +123,7 @@ def _small_stem(network: nn.Module, backbone: Backbone) -> None:
 
 
 def split_batch_norms(network: nn.Module, groups: int) -> None:
-    """Every BatchNorm of images keeps its weights and takes its statistics of each of `groups` parts of the batch."""
+    """Every BatchNorm2d keeps its weights and takes its statistics over each of `groups` parts of the batch."""
     new: dict[int, SplitBatchNorm2d] = {}
     for path, module in list(network.named_modules(remove_duplicate=False)):
         if isinstance(module, SplitBatchNorm2d):

@@ -1,4 +1,4 @@
-"""Files and command lines as plain values: YAML without what it takes for something else than it says.
+"""Files and command lines as plain values: YAML without its surprising conversions.
 
 In YAML 1.1 010 is 8, 4:00 is 240, 1_000 is 1000, `no` is false, 2024-01-01 is a date, and ` #` begins a comment. Here
 numbers are decimal, `true` and `false` are the only truth values, and all else is text, as it stands.
@@ -58,7 +58,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def recipe_file(name: str | Path) -> Path:
-    """A path as it is; where there is no such file, a bare name is that of a recipe which came with the code."""
+    """A path as it is; if there is no such file, a bare name stands for a bundled recipe."""
     path = Path(name)
     if path.exists() or len(path.parts) > 1:
         return path
@@ -66,7 +66,7 @@ def recipe_file(name: str | Path) -> Path:
 
 
 def recipes() -> dict[str, Path]:
-    """Those that came with the code, by name."""
+    """The bundled recipes, by name."""
     package = Path(__file__).resolve().parents[1]
     homes = (package.parent, package)  # in a wheel the stages lie in the package, in a checkout beside it
     folders = [home / stage / "configs" for home in homes for stage in ("eval", "pretrain")]

@@ -72,7 +72,7 @@ def _download(parent: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """A tar archive of files and folders. Raises DataError, and unpacks nothing, for a link or one that leaves."""
+    """Unpack a tar archive. Raises DataError, and unpacks nothing, for links and for paths that leave the folder."""
     try:
         with tarfile.open(archive) as tar:
             for member in tar:

@@ -1,7 +1,7 @@
 """Your own images: DIR/train/CLASS/* with DIR/val or DIR/test, DIR/CLASS/*, or images without labels in DIR.
 
-What has no test images of its own holds a share of each class out: which, a hash of the file's path says, so that
-adding files moves nobody. All formats and modes of `decoding` are read, and turned upright. Small images of equal size
+Without test images of its own, a share of each class is held out, chosen by a hash of each file's path: adding files
+moves no other. All formats and modes of `decoding` are read, and turned upright. Small images of equal size
 are held in memory, others are read by workers.
 """
 
@@ -51,7 +51,7 @@ def listing(root: Path, split: str, held_out: float) -> Listing:
             f"{train} holds images beside class folders ({some(loose)} beside {some(classes)}); "
             "expected either folders, one a class, or images alone, which have no labels"
         )
-    if len(classes) < 2:  # one folder tells nothing apart
+    if len(classes) < 2:  # a single class is no label
         paths = [os.path.join(train, name) for name in _images_below(train)] if split == "train" else []
         if split == "train" and not paths:
             raise DataError(f"no images under {train} ({', '.join(ENDINGS)}); found: {entries_of(train)}")

@@ -1,4 +1,4 @@
-"""ImageNet-1K in the official archives, read where they lie: no file for each image, which few cluster quotas bear.
+"""ImageNet-1K in the official archives, read in place: few cluster quotas allow a file for each image.
 
 Each archive is checked once and indexed once: names, places and sizes of its images are kept in NAME.tar.index.npz
 beside it (where that is not allowed, in the user's cache folder). An image is then one read at its place.
@@ -58,7 +58,7 @@ class TarMembers:
 
 @functools.cache
 def _opened(path: str) -> int:
-    """A descriptor of the archive, one a process: reads at a place do not disturb one another."""
+    """A descriptor of the archive, one per process: positioned reads do not interfere."""
     return os.open(path, os.O_RDONLY)
 
 

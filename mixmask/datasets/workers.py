@@ -35,10 +35,10 @@ class Read(Protocol):
 def in_workers(
     read: Read, batches: Iterable[Sequence[int]], workers: int, pin_memory: bool = False, tensors: int = 2
 ) -> Iterator[tuple[Any, Tensor]]:
-    """For each batch of indices what `read` has read, collated, and the indices int64 (N,).
+    """For each batch of indices: what `read` returns, collated, and the indices int64 (N,).
 
-    `workers` processes read ahead, 0 reads here. `tensors`: of a batch, the indices included. Raises DataError, of one
-    line, for whatever goes wrong in a worker.
+    `workers` processes read ahead, 0 reads here. `tensors`: how many a batch has, including the indices. Raises
+    DataError, of one line, for whatever goes wrong in a worker.
     """
     allow_open_files(workers, tensors)
     with _more_than_cores():
@@ -76,7 +76,7 @@ def in_workers(
 
 @contextlib.contextmanager
 def _more_than_cores() -> Iterator[None]:
-    """More workers than there are cores are allowed without a warning: they wait for disks, too."""
+    """No warning for more workers than cores: workers also wait for disks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         yield
@@ -108,7 +108,7 @@ def _collate(items: list) -> list | DataError:
 def _begin(worker: int) -> None:
     """Ctrl-C and SLURM signal every process of a job: a worker goes on until its training loop is done with it.
 
-    A batch that cannot be sent would be lost without a word, and waited for: the worker ends instead.
+    A batch that cannot be sent would be lost silently, and the loop would wait for it: the worker exits instead.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -122,7 +122,7 @@ def _begin(worker: int) -> None:
 
 @atexit.register
 def _stop(workers: set[multiprocessing.process.BaseProcess] | None = None) -> None:
-    """Kill those (None: all) that still run. Since they ignore SIGTERM, Python's exit would wait for them for ever."""
+    """Kill those (None: all) that still run. They ignore SIGTERM, so Python's exit would wait for them forever."""
     for worker in list(_running) if workers is None else workers:
         if _running.pop(worker, None) == os.getpid():  # not of the process that this one was forked from
             worker.kill()

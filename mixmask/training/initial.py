@@ -1,4 +1,4 @@
-"""The weights that a pre-training begins with (`run.init`): all of its backbone's, and part of its identity."""
+"""The initial backbone weights of a pre-training (`run.init`), which are part of its identity."""
 
 from __future__ import annotations
 
