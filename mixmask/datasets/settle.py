@@ -119,8 +119,7 @@ def of_evaluations(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def inherit(recipe: Mapping[str, Any], pretraining: Mapping[str, Any]) -> dict[str, Any]:
-    """A probe's recipe; the images, their place and size come from the pre-training's unless the probe sets them.
-    """
+    """A probe's recipe; the images, their place and size come from the pre-training's unless the probe sets them."""
     values = {"dataset": pretraining["dataset"], **recipe}
     if values["dataset"] == pretraining["dataset"]:
         values = {key: pretraining[key] for key in ("allow_partial_data", "folder") if key in pretraining} | values
