@@ -78,7 +78,7 @@ def rows_of(network: nn.Module, images: Tensor) -> Tensor:
     output = network(images)
     if not isinstance(output, Tensor) or output.shape[:-1] != images.shape[:1]:
         what = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
-        raise ConfigError(f"the backbone, a {type(network).__name__}, gives {what}; expected features (N, D)")
+        raise ConfigError(f"the backbone, a {type(network).__name__}, returns {what}; expected features (N, D)")
     return output
 
 

@@ -141,7 +141,8 @@ def load_last(path: Path) -> dict[str, Any] | None:
             failures.append(str(error))
             continue
         if candidate != path:
-            say(f"{failures[0] if failures else f'{path} is missing'}; going on from the one before, {candidate.name}")
+            problem = failures[0] if failures else f"{path} is missing"
+            say(f"{problem}; resuming from the previous one, {candidate.name}")
         return state
     if failures:
         raise CheckpointError("; ".join(failures) + "; move the run's directory away to start it again")
@@ -175,7 +176,7 @@ def remedy(path: Path) -> str:
     """What to do about a damaged checkpoint of a finished run, which would not be made again by itself."""
     if path.name != "checkpoint.pt" or not path.with_name("result.json").exists():
         return ""
-    return "; its run is finished: put a whole copy there, or move it and result.json away, and the run is made anew"
+    return "; its run is finished: restore an intact copy, or move it and result.json away to repeat the run"
 
 
 def _one_line(error: Exception) -> str:

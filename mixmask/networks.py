@@ -84,12 +84,12 @@ def _yours(code: str) -> nn.Module:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # something that the module imports itself
-        raise ConfigError(f"backbone.arch: no module '{module}' here ({os.getcwd()}), and none installed") from None
+        raise ConfigError(f"backbone.arch: no module '{module}' in {os.getcwd()}, and none installed") from None
     if not callable(function):
         raise ConfigError(f"backbone.arch: module '{module}' has no function '{name}'")
     network = function()
     if not isinstance(network, nn.Module):
-        raise ConfigError(f"backbone.arch: {code}() gives a {type(network).__name__}; expected a torch.nn.Module")
+        raise ConfigError(f"backbone.arch: {code}() returns a {type(network).__name__}; expected a torch.nn.Module")
     return network
 
 
@@ -97,7 +97,7 @@ def _drop_classifier(network: nn.Module, name: str) -> None:
     """The last linear layer becomes an identity; dropout in the same sequence goes with it."""
     linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise ConfigError(f"backbone.arch: torchvision/{name} ends in no linear layer: where are its features?")
+        raise ConfigError(f"backbone.arch: torchvision/{name} does not end in a linear layer: where are its features?")
     parent = network.get_submodule(linear[-1].rpartition(".")[0])
     dropout = [path for path, module in parent.named_children() if isinstance(module, nn.Dropout)]
     for path in [linear[-1].rpartition(".")[2], *(dropout if isinstance(parent, nn.Sequential) else [])]:
@@ -160,10 +160,10 @@ def check_groups(network: nn.Module, groups: int, key: str, arch: str) -> None:
 
 
 def feature_width(network: nn.Module, size: int = 0) -> int:
-    """How many features an image has: the network's own whole number `features`, or what a forward pass shows.
+    """How many features an image has: the network's own integer `features`, or what a forward pass shows.
 
     `size`: of the images, pixels; 0: unknown, and several are tried. Raises ConfigError where none passes through, and
-    for a network that gives anything but (N, D).
+    for a network that returns anything but (N, D).
     """
     declared = getattr(network, "features", None)
     if isinstance(declared, int) and not size:
@@ -180,23 +180,23 @@ def feature_width(network: nn.Module, size: int = 0) -> int:
     raise ConfigError(f"{where}: {failures[0]}")
 
 
-_UNKNOWN = "the backbone takes no images (N, 3, S, S) that were tried; give it a whole number `features`"
+_UNKNOWN = "the backbone takes none of the image sizes that were tried; give it an integer attribute `features`"
 
 
 def _width(output: object, network: nn.Module) -> int:
     what = type(network).__name__
     if not isinstance(output, Tensor):
-        raise ConfigError(f"the backbone, a {what}, gives a {type(output).__name__}; expected a tensor (N, D)")
+        raise ConfigError(f"the backbone, a {what}, returns a {type(output).__name__}; expected a tensor (N, D)")
     if output.ndim != 2 or len(output) != IMAGES:
         shape = ", ".join(["N", *map(str, output.shape[1:])])
         pool = "; pool it: nn.Sequential(network, nn.AdaptiveAvgPool2d(1), nn.Flatten())" if output.ndim == 4 else ""
-        raise ConfigError(f"the backbone, a {what}, gives ({shape}) for N images; expected features (N, D){pool}")
+        raise ConfigError(f"the backbone, a {what}, returns ({shape}) for N images; expected features (N, D){pool}")
     return output.shape[1]
 
 
 @torch.no_grad()
 def _output(network: nn.Module, size: int) -> object:
-    """What the network gives for two images in evaluation mode: without computing, where it allows that."""
+    """The network's output for two images in evaluation mode, without computing it if the network allows that."""
     modes = [(module, module.training) for module in network.modules()]
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     like = next((t for t in tensors.values() if t.is_floating_point()), torch.zeros(()))

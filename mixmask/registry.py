@@ -120,8 +120,8 @@ def of_network(fact: str, backbone: Any, *arguments: Any) -> Any:
         networks = import_module("mixmask.networks")
     except ImportError as error:
         raise ConfigError(
-            f"backbone.arch: the width and the cost of {backbone.arch} are those of the network itself, which takes "
-            f"PyTorch to build, and {error.name} is not installed here"
+            f"backbone.arch: the width and cost of {backbone.arch} come from the network itself; building it needs "
+            f"PyTorch, and {error.name} is not installed here"
         ) from None
     return getattr(networks, fact)(backbone, *arguments)
 

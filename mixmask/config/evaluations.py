@@ -158,9 +158,9 @@ class Detection:
         check_run(self)
         for key, value in flatten({"detectron2": self.detectron2}).items():
             if key in GIVEN:
-                raise ConfigError(f"{key}: is given by {GIVEN[key]}")
+                raise ConfigError(f"{key}: is set by {GIVEN[key]}")
             if isinstance(value, str) and OTHERWISE.fullmatch(value):
-                raise ConfigError(f"{key}: {value!r} is no decimal number")
+                raise ConfigError(f"{key}: {value!r} is not a decimal number")
 
 
 Config = Pretrain | KNNEval | Linear | Finetune | Convert | Detection  # of a stage

@@ -44,9 +44,9 @@ class Backbone:
             hint = f"; torchvision/{self.arch}, or timm/{self.arch}?" if re.fullmatch(r"\w+", self.arch) else ""
             raise ConfigError(f"backbone.arch: expected {words}; found {self.arch!r}{hint}")
         if module and module[1] in sys.stdlib_module_names:  # a checkpoint names it: nothing of it may run
-            raise ConfigError(f"backbone.arch: {self.arch} is Python's own, and makes no network")
+            raise ConfigError(f"backbone.arch: {self.arch} is part of Python, not a network")
         if self.width != 64:
-            raise ConfigError(f"backbone.width: {self.arch} is as wide as it is; expected 64, found {self.width}")
+            raise ConfigError(f"backbone.width: {self.arch} has a fixed width; expected 64, found {self.width}")
 
 
 # Framework settings that a recipe may omit, and their defaults, which the hash leaves out.

@@ -21,7 +21,7 @@ from mixmask.config.fields import DECIMAL
 class Loader(yaml.SafeLoader):
     """YAML with decimal numbers, true and false, and null; a key that wants a number refuses other spellings.
 
-    A key that stands twice in a section is refused: YAML would take the last one in silence.
+    A key that appears twice in a section is refused: YAML would silently take the last one.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -29,7 +29,7 @@ class Loader(yaml.SafeLoader):
         for key, _ in node.value:
             name = str(key.value)
             if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{name}' stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key '{name}' appears twice", key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
 
@@ -79,7 +79,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = parse_yaml(recipe_file(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         close = difflib.get_close_matches(Path(path).stem, recipes(), n=1)
-        hint = f"; did you mean {close[0]}, which came with the code?" if close else ""
+        hint = f"; did you mean the bundled recipe {close[0]}?" if close else ""
         raise ConfigError(f"no such config file: {path}{hint}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
@@ -111,4 +111,4 @@ def _value(text: str, item: str) -> Any:
     try:
         return parse_yaml(text)
     except yaml.YAMLError:
-        raise ConfigError(f"--set {item}: {text!r} is no YAML value; quote it if it is a text") from None
+        raise ConfigError(f"--set {item}: {text!r} is not a YAML value; quote it if it is text") from None

@@ -95,7 +95,7 @@ def _members(folder: Path, classes: Sequence[str]) -> dict[str, list[str]]:
     members = {name: [f"{name}/{path}" for path in _images_below(folder / name)] for name in classes}
     if empty := [name for name, paths in members.items() if not paths]:
         entries = entries_of(folder / empty[0])
-        raise DataError(f"{folder}: no images in {some(empty)} (found: {entries}); remove what is no class")
+        raise DataError(f"{folder}: no images in {some(empty)} (found: {entries}); remove what is not a class")
     return members
 
 

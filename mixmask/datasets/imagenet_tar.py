@@ -163,7 +163,7 @@ def _keep(path: Path, content: dict[str, np.ndarray]) -> None:
         except OSError as error:
             discard(partial)
             reasons.append(f"{place}: {error.strerror}")
-    say(f"note: no index of {path} can be kept ({'; '.join(reasons)}); every run makes it anew")
+    say(f"note: the index of {path} cannot be kept ({'; '.join(reasons)}); every run rebuilds it")
 
 
 def _md5(path: Path) -> str:
@@ -195,7 +195,7 @@ def _members(path: Path, walk: Callable[[tarfile.TarFile], list[tuple[str, int, 
         with tarfile.open(path, mode="r:") as tar:
             members = walk(tar)
     except (tarfile.TarError, OSError, EOFError, AttributeError, TypeError) as error:
-        raise DataError(f"{path} is cut off or no archive of ImageNet ({one_line(error)})") from None
+        raise DataError(f"{path} is truncated or not an archive of ImageNet ({one_line(error)})") from None
     if not members:
         raise DataError(f"{path} holds no images")
     names, places, sizes = zip(*members, strict=True)

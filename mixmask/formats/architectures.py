@@ -106,7 +106,7 @@ def _stem(conv1: Tensor, pooled: bool, path: Path) -> str:
             "(width, 3, 3, 3)"
         )
     if stem == "imagenet" and not pooled:
-        raise FormatError(f"{path} has no max pooling behind its 7 x 7 stem: none of our networks is that")
+        raise FormatError(f"{path} has no max pooling after its 7 x 7 stem, unlike all of our networks")
     return stem
 
 

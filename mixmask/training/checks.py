@@ -67,7 +67,7 @@ def check_backbone(config: Pretrain, framework: nn.Module) -> None:
         return
     networks.check_groups(backbone, groups, "backbone.bn_groups", config.backbone.arch)
     if distributed.size() > 1 and (norms := networks.whole_batch_norms(backbone)):
-        raise ConfigError(f"{distributed.size()} processes do not share a BatchNorm of the whole batch ({norms[0]})")
+        raise ConfigError(f"{distributed.size()} processes cannot share a BatchNorm of the whole batch ({norms[0]})")
     for augment in (config.augment, *extra_crops(config), *framework.crops(config.augment)):
         networks.feature_width(backbone, augment.size)
 

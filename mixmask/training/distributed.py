@@ -89,7 +89,7 @@ def contact(failure: str = "another process of this run has ended") -> Iterator[
         yield
     except RuntimeError as error:
         reason = " ".join(str(error).split("\n")[0].split())
-        raise LostProcess(f"{failure}, and says itself why ({reason}); all up to the last checkpoint is kept") from None
+        raise LostProcess(f"{failure}, and reports why ({reason}); all up to the last checkpoint is kept") from None
 
 
 @torch.no_grad()

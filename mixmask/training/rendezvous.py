@@ -128,7 +128,7 @@ def start(world: World, device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    with _waiting(world), contact(f"{world.size} processes do not find each other at {world.address}"):
+    with _waiting(world), contact(f"{world.size} processes did not find each other at {world.address}"):
         store, *_ = next(dist.rendezvous(world.address, world.rank, world.size, timeout=ARRIVAL))
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
         barrier()
