@@ -366,7 +366,7 @@ def test_the_jobs_that_an_interrupted_launch_has_left_without_a_pickle_are_cance
     submit.clear({one, two}, tmp_path)
     assert sorted((tmp_path / "cancelled").read_text().split()) == ["10_1", "7"]
     shown = capsys.readouterr().out
-    assert shown.count("\n") == 2 and f"cancelled job 7 of {one}, which an interrupted launch has left" in shown
+    assert shown.count("\n") == 2 and f"cancelled job 7 of {one}, which an interrupted launch left" in shown
 
 
 def test_an_array_that_is_too_large_is_halved_and_no_run_is_lost(tmp_path, monkeypatch):

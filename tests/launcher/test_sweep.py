@@ -97,7 +97,7 @@ def test_then_of_something_else_is_refused(tmp_path):
     [
         (["table4", "--config", "cifar100_moco"], "found the target table4"),
         (["--config", "cifar100_moco", "--preset", "smoke"], "found --preset smoke"),
-        (["table4", "--then", "cifar100_linear_adam"], "--then: of --config alone"),
+        (["table4", "--then", "cifar100_linear_adam"], "--then: only with --config"),
         (["--config", "nowhere.yaml"], "no such config file"),
         (["--config", "folder_smal_moco"], "smal_moco; did you mean the bundled recipe folder_small_moco?"),
         (["stauts"], "unknown target 'stauts'; did you mean 'status'?"),

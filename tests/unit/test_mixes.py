@@ -1,4 +1,4 @@
-"""The library's face: settings with defaults, generators of any kind, the same anchors as the functions'."""
+"""The library's interface: settings with defaults, generators of any kind, the same anchors as the functions'."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Networks of others as backbones: names, widths, groups of BatchNorm, and steps of every framework on each."""
+"""Third-party backbones: names, widths, groups of BatchNorm, and steps of every framework on each."""
 
 from __future__ import annotations
 
@@ -115,10 +115,10 @@ REFUSED = {
     "torchvision/squeezenet1_0": "does not end in a linear layer",
     "timm/resnet34.a1_in1k": "names weights, which are not loaded here; expected timm/resnet34",
     "hf-hub:a/b": "backbone.arch: expected resnet18",
-    "os:abort": "os:abort is Python's own",
-    "no_such_module:make": "no module 'no_such_module' here",
+    "os:abort": "os:abort is part of Python, not a network",
+    "no_such_module:make": "no module 'no_such_module' in ",
     "mixmask.backbones:nothing": "module 'mixmask.backbones' has no function 'nothing'",
-    "mixmask.checkpoint:random_states": "gives a dict; expected a torch.nn.Module",
+    "mixmask.checkpoint:random_states": "returns a dict; expected a torch.nn.Module",
     "": "backbone.arch: expected",
 }
 

@@ -261,5 +261,5 @@ def test_what_is_left_of_a_run_is_said_as_it_is(tmp_path):
 
 def test_a_result_that_is_no_file_is_named_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "result.json")
-    with pytest.raises(runs.ResultError, match=r"result\.json is no file"):
+    with pytest.raises(runs.ResultError, match=r"result\.json is not a file"):
         runs.read_result(tmp_path)
