@@ -312,7 +312,7 @@ def test_checkpoint_of_a_finished_run_that_is_damaged_or_gone_is_named_with_what
     two.with_name("result.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"; its run is finished: .* move it and result\.json away") as finished:
         checkpoint.load(two)
-    assert str(finished.value).startswith(str(unfinished.value)) and "finished" not in str(unfinished.value)
+    assert str(finished.value).startswith(str(unfinished.value)) and "repeat the run" not in str(unfinished.value)
 
 
 def test_failed_first_save_does_not_speak_of_a_checkpoint_before(tmp_path, monkeypatch):
