@@ -1,4 +1,4 @@
-"""Steps of this code against those of another commit, in turn: what else the machine does slows both alike."""
+"""Steps of this code and of another commit, in turn, so that other load on the machine slows both alike."""
 
 from __future__ import annotations
 

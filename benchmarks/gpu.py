@@ -1,4 +1,4 @@
-"""A first look at a GPU in so many minutes: tests, steps, a curve against the CPU's, then real runs.
+"""A first look at a GPU in a given number of minutes: tests, steps, a curve against the CPU's, then real runs.
 
 examples, in a checkout (PYTHONPATH=. where the project is not installed):
   python benchmarks/gpu.py --minutes 10 --data data            all parts; into gpu_report/
@@ -8,7 +8,7 @@ examples, in a checkout (PYTHONPATH=. where the project is not installed):
   python benchmarks/gpu.py --device cpu --minutes 2            what it does, without a GPU
 
 It needs torch, torchvision, numpy, pillow, pyyaml, tqdm and pytest, and no network. What no longer fits into the time
-is left out, and said. The folder holds report.json, report.md, tests.txt and runs.tar (the records of runs), each
+is left out, with a note. The folder holds report.json, report.md, tests.txt and runs.tar (the records of runs), each
 written as soon as something is known. A checkout keeps the report: benchmarks/results/NAME.json (docs/performance.md).
 """
 
@@ -70,7 +70,7 @@ class Report:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Each part in its share of the time that is left; what the runs do not need is for what was left out before."""
+    """Run each part in its share of the time left; time that the runs do not need goes to what was left out."""
     begin, options = time.monotonic(), _parse(arguments)
     end, device = begin + 60 * options.minutes, pick_device(options.device)
     report = opened(options, device)
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _carry_out(part: str, report: Report, device: torch.device, until: float, options: argparse.Namespace) -> None:
-    """One part. Whatever it fails of, the others go on."""
+    """One part. Whatever makes it fail, the others go on."""
     report.content["left_out"].pop(part, None)
     try:
         PARTS[part](report, device, until, options)

@@ -1,4 +1,4 @@
-"""Real runs in so many minutes: docs/replication.md's order, each group at the largest stated budget that fits.
+"""Real runs in a given time, in docs/replication.md's order, each group at the largest stated budget that fits.
 
 The runs of a group are compared with each other, so they share a budget. What an epoch takes is measured here first, on
 the same data. Runs are the training's own command: they resume, and one that is stopped has its checkpoint.
@@ -115,7 +115,7 @@ class Runs:
         return self._costs[key]
 
     def seconds(self, group: Sequence[Planned]) -> float:
-        """That a group still takes, one after the other: side by side it takes no longer."""
+        """Seconds that a group still takes, one run after the other; side by side takes no longer."""
         total = 0.0
         for run in group:
             cost, left = self.measured(run), run.config.epochs - run.epochs_done
@@ -124,7 +124,7 @@ class Runs:
         return SPARE * total
 
     def least(self, group: Sequence[Planned]) -> float:
-        """Seconds that a group takes at the very least, at the device's peak: what is hopeless is not measured."""
+        """The least seconds that a group can take, at the device's peak: a hopeless one is not measured."""
         left = sum(pretrain_pflop(run.config) * (1 - run.epochs_done / run.config.epochs) for run in group)
         return 1e3 * left / self.peak if self.peak else 0.0
 

@@ -31,7 +31,7 @@ GIB = 2**30
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that was asked of it."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -84,7 +84,7 @@ class Launches(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """That graphs run inside as they do outside."""
+        """True: compiled graphs run inside this mode as they do outside."""
         return True
 
     @property
@@ -133,7 +133,7 @@ def peak(device: torch.device, precision: str, repeats: int = 10) -> float:
 
 
 def free(device: torch.device) -> None:
-    """Give back what nobody holds any more, to the GPU too."""
+    """Free unreferenced memory, the GPU's too."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -164,7 +164,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers are numbers of: device, threads, versions, and which code."""
+    """What the numbers were measured on: device, threads, versions, and which code."""
     cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if device.type == "cuda" else {}
     return {
         "device": device_name(device) if device.type == "cuda" else processor(),

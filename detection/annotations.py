@@ -1,7 +1,7 @@
-"""VOC's and COCO's annotations, read before training: whatever is wrong with one is a line with its file and object.
+"""VOC's and COCO's annotations, read before training: any fault is one line with its file and object.
 
-Detectron2's own loaders and evaluators end in a traceback that names no file, in the last hour of a training where the
-fault is in the test split, or go on without a word. No Detectron2 here.
+Detectron2's own loaders and evaluators end in a traceback that names no file (in the last hour of training if the fault
+is in the test split), or go on silently. No Detectron2 here.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def check_voc(folder: Path, split: str, testing: bool) -> Annotations:
 def read_voc(folder: Path, split: str, testing: bool = False) -> list[dict[str, Any]]:
     """The images of a split as Detectron2 has them, without `bbox_mode`. Raises DataError naming file and object.
 
-    Boxes are x0, y0, x1, y1 in pixels; the file's count from 1, both ends in them.
+    Boxes are x0, y0, x1, y1 in pixels; in the file they count from 1, both ends included.
     """
     return [_voc_image(folder, name, testing) for name in voc_names(folder, split)]
 

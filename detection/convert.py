@@ -102,7 +102,7 @@ def convert(source: Source, path: Path, output: Path, target: str) -> dict[str, 
         **commit(),
     }
     written = (json.dumps(note, indent=1) + "\n").encode()
-    write_together({sidecar(output): written, output: content})  # the note first: without it OUTPUT is anybody's file
+    write_together({sidecar(output): written, output: content})  # the note first: OUTPUT alone has no origin
     return note
 
 
@@ -130,7 +130,7 @@ def check_output(path: Path, output: Path, target: str) -> None:
 
 
 def check_target(source: Source, path: Path, target: str) -> None:
-    """Raises FormatError for a backbone that Detectron2's R50-C4 is not, or that is not of the target's library."""
+    """Raises FormatError for a backbone that does not fit Detectron2's R50-C4, or is not of the target's library."""
     backbone = source.backbone
     library = "timm" if backbone.arch.startswith("timm/") else "torchvision"
     if backbone.arch not in ARCHITECTURES and target not in ("detectron2", library):
@@ -162,7 +162,7 @@ def check_replaceable(source: Source, output: Path, target: str) -> None:
 
 
 def write_together(files: dict[Path, bytes | None]) -> None:
-    """Write all beside, flush to disk, then rename: never a part of a file under its name. None: only try.
+    """Write temporary files, flush, then rename: no file is ever half-written. None: only test whether it could be.
 
     Raises UserError where that fails.
     """
@@ -238,10 +238,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[reading_options()]
     )
-    parser.add_argument("input", type=Path, metavar="INPUT", help="a checkpoint of ours, or of one of the public codes")
+    parser.add_argument("input", type=Path, metavar="INPUT", help="a checkpoint of ours, or of a public code base")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="*.pkl, *.pth or *.safetensors")
     parser.add_argument("--to", choices=TARGETS, default="detectron2", help="default: detectron2")
-    parser.add_argument("--run-dir", type=Path, help="also keep a run directory, as every stage of a table has")
+    parser.add_argument("--run-dir", type=Path, help="also keep a run directory, as for every stage of a table")
     args = parser.parse_args()
     check_output(args.input, args.output, args.to)
     source = read(args.input, **reading(args))

@@ -75,7 +75,7 @@ def prepare(config: Detection, directory: Path) -> Data:
     All annotations are parsed and all images opened. What was found is noted in `directory`/data.json, and nothing is
     opened again, in this run or in another beside it, while names, sizes and times of the files are the same.
     Raises DataError for splits that are absent or, unless `allow_partial_data`, not whole; for anything in them that
-    training or testing would break off at; and where a run goes on with other data than it began with.
+    would crash training or testing; and if a run continues on other data than it began with.
     """
     splits = find(config, directory)
     note = remembered(directory, splits) or check(config, splits)
@@ -84,8 +84,8 @@ def prepare(config: Detection, directory: Path) -> Data:
     if before and (directory / "config.yaml").exists() and before["content"] != note["content"]:
         there, here = (_sum(one["images"]) for one in (before, note))
         raise DataError(
-            f"{directory} is a run on other data: {there} images there, {here} now, or others of the same number; give "
-            f"another --run-dir, or its own data as run.data_root"
+            f"{directory} is a run on other data: {there} images there, {here} now, or as many different ones; give "
+            f"another --run-dir, or its original data as run.data_root"
         )
     if before != note:
         write_atomically(directory / NOTE, json.dumps(note, indent=1) + "\n")
@@ -190,7 +190,7 @@ def _wanted(config: Detection) -> list[int]:
 
 
 def _check_together(splits: Sequence[Split], annotated: Sequence[Annotations]) -> None:
-    """Raises DataError for splits that call classes by other numbers, or share images."""
+    """Raises DataError for splits that number classes differently, or share images."""
     for split, own in zip(splits[:-1], annotated[:-1], strict=True):
         if own.categories != annotated[-1].categories:
             number = min(set(own.categories.items()) ^ set(annotated[-1].categories.items()))[0]
@@ -263,14 +263,14 @@ def content(splits: Sequence[Split], images: Sequence[Sequence[Path]]) -> str:
 
 
 class Position(NamedTuple):
-    """An image's place in the endless stream of training images: its random crop size and flip hang on it."""
+    """An image's place in the endless stream of training images: its random size and flip depend on it."""
 
     place: int
     image: int
 
 
 def batches(wide: Sequence[bool], size: int, group: int, seed: int, purpose: str) -> Iterator[list[Position]]:
-    """Endless batches of `size` images, each `group` of them in a row all wide or all upright (Detectron2's grouping).
+    """Endless batches of `size` images, each `group` in a row all landscape or all portrait (as Detectron2 groups).
 
     Every epoch is a new permutation of all images; a group is complete when `group` images of its kind have come.
     The order depends on the arguments alone: a run that resumes skips what it has had, whatever its processes.
@@ -293,7 +293,7 @@ def batches(wide: Sequence[bool], size: int, group: int, seed: int, purpose: str
 def check_task(task: str, detectron2: Mapping[str, Any]) -> None:
     """Raises ConfigError where the recipe's section `detectron2` is of a detector for the other task.
 
-    With fewer classes than the data have, training breaks off; with more, or without masks, it says nothing.
+    With fewer classes than the data have, training crashes; with more, or without masks, it goes on silently.
     """
     settings = DEFAULTS | flatten(detectron2)
     for key, wanted in WANTED[task].items():

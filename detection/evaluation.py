@@ -72,7 +72,7 @@ def evaluate(model: nn.Module, task: Task, directory: Path) -> dict[str, float]:
 
 
 def evaluators(task: Task, directory: Path) -> DatasetEvaluators:
-    """Detectron2's for the task, and one that writes and counts what was detected."""
+    """Detectron2's evaluator for the task, and one that writes and counts the detections."""
     if task.config.task == "voc":
         return DatasetEvaluators([PascalVOCDetectionEvaluator(task.test), Predictions(directory / PREDICTIONS)])
     coco = COCOEvaluator(task.test, ("bbox", "segm"), distributed=True, output_dir=str(directory / f".{PREDICTIONS}"))
@@ -106,7 +106,7 @@ class Predictions(DatasetEvaluator):
 
 
 def keep_predictions(directory: Path) -> None:
-    """Of what COCO's evaluator has written only the detections are kept; none: an empty list."""
+    """Keep only the detections of what COCO's evaluator wrote; without any, an empty list."""
     folder = directory / f".{PREDICTIONS}"
     if (folder / "coco_instances_results.json").exists():
         os.replace(folder / "coco_instances_results.json", directory / PREDICTIONS)

@@ -99,7 +99,7 @@ class Test(Dataset):
 
 
 def mapped(mapper: DatasetMapper, image: dict) -> dict[str, Any] | DataError:
-    """The image for Detectron2. An error is given back: raised in a worker it would arrive as a traceback."""
+    """The image for Detectron2. An error is returned: raised in a worker, it would arrive as a traceback."""
     try:
         return mapper(image)
     except Exception as error:
@@ -108,7 +108,7 @@ def mapped(mapper: DatasetMapper, image: dict) -> dict[str, Any] | DataError:
 
 
 class Loader:
-    """Batches, decoded in `workers` processes, which end with `close`. Raises DataError for an image without use."""
+    """Batches, decoded in `workers` processes, which end with `close`. Raises DataError for an unusable image."""
 
     def __init__(self, dataset: Dataset, batches: Iterable[list], workers: int):
         options = {"num_workers": workers, "collate_fn": as_list, "worker_init_fn": ignore_signals}
@@ -130,7 +130,7 @@ class Loader:
         return batch
 
     def close(self) -> None:
-        """End the processes, which ignore signals: left to Python's exit they would hold it up for ever."""
+        """End the processes, which ignore signals: Python's exit would wait for them forever."""
         if hasattr(self.iterator, "_shutdown_workers"):
             self.iterator._shutdown_workers()
         self.iterator = None

@@ -1,4 +1,4 @@
-"""All images of a data set are opened before training: a damaged one is a line with its name."""
+"""Opens all images of a data set before training: a damaged one is named in one line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_names(folder: Path, names: Sequence[str]) -> None:
 
 
 def listing(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, bytes and time (ns) of each file in a folder, in order; links that lead nowhere are no files.
+    """Name, bytes and time (ns) of each file in a folder, in order; broken links are left out.
 
     Raises DataError where it cannot be read.
     """

@@ -103,7 +103,7 @@ def check_norm(norm: str, device: torch.device, processes: int) -> None:
 
 
 class Iterations(Loop):
-    """The loop's kit for Detectron2, which knows no epochs: the run is one of SOLVER.MAX_ITER steps."""
+    """The loop kit for Detectron2, which has no epochs: the run is a single one of SOLVER.MAX_ITER steps."""
 
     def __init__(self, run: Run, task: Any, state: TrainState):
         super().__init__(run, task.config, state, lambda step: {"lr": self.lr.get(step)}, lambda epoch: torch.empty(0))
@@ -111,7 +111,7 @@ class Iterations(Loop):
         self.lr: dict[int, float] = {}  # of the steps since the last line, and of that
 
     def _about(self, step: int) -> dict[str, Any]:
-        """Of a step for the report: its rate, its images and those of the step before."""
+        """What the report says of a step: its rate, its images and those of the previous step."""
         files = {i: loading.files(self.task, "train", i) for i in range(max(0, step - 1), step + 1)}
         return {**self.rates(step), "files": files}
 
@@ -238,7 +238,7 @@ def result_of(
 
 
 def header(run: Run, task: Any, backbone: weights.Weights, norm: str, notes: list[str], state: TrainState) -> str:
-    """What is about to happen, with the numbers that are really used."""
+    """What is about to run, with the numbers that are actually used."""
     fresh = [part for part in weights.NEW if any(name.startswith(part) for name in state.model.state_dict())]
     solver, dropped = task.cfg.SOLVER, ", ".join(f"{what} {count}" for what, count in backbone.dropped.items())
     return (

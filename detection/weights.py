@@ -20,7 +20,7 @@ from mixmask.config import Backbone, ConfigError, flatten
 from mixmask.formats import Detectron2File, FormatError, detectron2_name, read_detectron2, read_sidecar
 
 HEAD = "stem.fc."  # what MoCo's converter leaves in the file: the pre-training's head, which no detector has
-NEW = (  # what a detector has and a backbone has not: initialised at random
+NEW = (  # what a detector adds to a backbone: initialised at random
     "proposal_generator.rpn_head.",
     "roi_heads.box_predictor.",
     "roi_heads.mask_head.",

@@ -4,7 +4,7 @@ Example:
     python eval/features.py --checkpoint runs/pretrain/RUN/checkpoint.pt --data DIR features.npz
 
 OUT.npz holds `features` float32 (N, D), `files` (N,), paths below DIR, `labels` int64 (N,) and the `classes` that they
-count: the folders of DIR (docs/own-images.md), -1 where there are none. Images are resized, cropped and normalised as
+index: the folders of DIR (docs/own-images.md), -1 where there are none. Images are resized, cropped and normalised as
 for k-NN.
 """
 
@@ -67,9 +67,9 @@ def main() -> None:
         parents=[formats.reading_options()],
     )
     parser.add_argument("out", type=Path, metavar="OUT.npz")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint.pt of ours, or a public format's")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint.pt of ours or in a public format")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="a folder of images")
-    parser.add_argument("--size", type=int, default=0, help="of views, pixels; default: the pre-training's, or 224")
+    parser.add_argument("--size", type=int, default=0, help="view size in pixels; default: the pre-training's, or 224")
     batch, workers = Execution.eval_batch, Execution.workers
     parser.add_argument("--batch", type=int, default=batch, help="images at a time; default: %(default)s")
     parser.add_argument("--workers", type=int, default=workers, help="processes that decode; default: %(default)s")
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises UserError for options that cannot be meant, before anything is computed."""
+    """Raises UserError for invalid options, before anything is computed."""
     if args.out.suffix != ".npz":
         raise ConfigError(f"OUT: expected a name that ends in .npz, found {args.out}")
     if not args.out.absolute().parent.is_dir():

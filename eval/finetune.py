@@ -127,7 +127,7 @@ def load_data(config: Finetune, device: torch.device) -> tuple[Any, Any, Tensor,
 
 
 def check_data(config: Finetune, train_set: Any, labelled: int) -> None:
-    """Raises ConfigError for settings that this training set cannot bear."""
+    """Raises ConfigError for settings that do not fit this training set."""
     if config.batch_size > labelled:
         raise ConfigError(f"batch_size: {config.batch_size} exceeds the {labelled} labelled training images")
     check_augment(train_set, config.augment)
@@ -186,7 +186,7 @@ def metric_name(config: Finetune) -> str:
 
 
 def header(run: Run, config: Finetune, source: Source, train_set: Any, labelled: str, step: int) -> str:
-    """What is about to happen, with the numbers that are really used."""
+    """What is about to run, with the numbers that are actually used."""
     steps_per_epoch, b, o = len(train_set) // config.batch_size, source.backbone, config.optimizer
     weights = "its weights" if config.init == "checkpoint" else "random weights: the baseline"
     dropped = ", ".join(f"{count} of {what}" for what, count in source.dropped.items())
@@ -218,7 +218,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[formats.reading_options(), configs.run_options(Finetune)],
     )
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint.pt of ours, or a public format's")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint.pt of ours or in a public format")
     parser.add_argument(
         "--config", required=True, help="a recipe, such as eval/configs/imagenet_finetune_1percent.yaml"
     )

@@ -184,7 +184,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[formats.reading_options(), configs.run_options(Linear)],
     )
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint.pt of ours, or a public format's")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint.pt of ours or in a public format")
     parser.add_argument("--config", required=True, help="a recipe, such as eval/configs/imagenet_linear.yaml")
     args = parser.parse_args()
     source = formats.read(args.checkpoint, **formats.reading(args))

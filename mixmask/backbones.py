@@ -1,5 +1,5 @@
 """ResNet-18 and ResNet-50 with the stems of small images, and BatchNorm over parts of the batch (`batchnorm.py`); any
-other network (`networks.py`), with a head behind it.
+third-party network (`networks.py`); each with a head on top.
 
 Blocks, layout, names and initialisation are torchvision's (He et al. 2016): with width 64 and the ImageNet stem the
 state dict is torchvision's, without `fc`.
@@ -74,11 +74,11 @@ def views(network: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
 
 
 def rows_of(network: nn.Module, images: Tensor) -> Tensor:
-    """What the network gives for images (N, C, H, W), rows (N, D). Raises ConfigError where it gives anything else."""
+    """The network's features (N, D) of images (N, C, H, W). Raises ConfigError if it returns anything else."""
     output = network(images)
     if not isinstance(output, Tensor) or output.shape[:-1] != images.shape[:1]:
         what = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
-        raise ConfigError(f"the backbone, a {type(network).__name__}, gives {what}; expected features (N, D)")
+        raise ConfigError(f"the backbone, a {type(network).__name__}, returns {what}; expected features (N, D)")
     return output
 
 
@@ -95,15 +95,15 @@ def _layer(
 
 
 def _initialise(model: ResNet, keep_stem: bool) -> None:
-    """torchvision's initialisation; `keep_stem`: but for the small stem, which replaces conv1 after the fact in
-    unmix_c100.py and htdt/self-supervised (in PatrickHua/SimSiam it is initialised with the rest)."""
+    """torchvision's initialisation. `keep_stem`: except for the small stem, which unmix_c100.py and
+    htdt/self-supervised put in afterwards (PatrickHua/SimSiam initialises it with the rest)."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and not (keep_stem and module is model.conv1):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def build_backbone(backbone: Backbone, key: str = "backbone.bn_groups") -> nn.Module:
-    """The backbone that a recipe describes; `key`: of the recipe, that gives the groups. Raises ConfigError."""
+    """The backbone that a recipe describes; `key`: the recipe's key of the BatchNorm groups. Raises ConfigError."""
     if backbone.arch not in ARCHITECTURES:
         return build_network(backbone, key)
     return ResNet(backbone.arch, backbone.stem, backbone.width, backbone.bn_groups, backbone.stem_init)

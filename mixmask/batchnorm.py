@@ -1,7 +1,7 @@
 """BatchNorm over parts of the batch: several GPUs, and several views, in one.
 
 The same numbers in three ways: a kernel call for each part (a CPU), one for all parts (a GPU), and a formula for a
-compiler, which fuses it with what stands around it.
+compiler, which fuses it with the operations around it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from mixmask.training.distributed import shared_statistics
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm whose statistics are those of `groups` equal, contiguous parts of the batch: `groups` GPUs in one.
 
-    Running statistics move to the mean over the groups (as Un-Mix's and MoCo's CIFAR code have it). A batch may hold
-    several views, each with its own groups, one behind the other (`backbones.views`). With `span` above 1 a group is
-    that of so many processes, of which each holds a part. In evaluation it is plain BatchNorm. Raises ValueError for a
-    training batch that the groups do not divide, or that leaves a group one value of each channel.
+    Running statistics move to the mean over the groups (as in Un-Mix's and MoCo's CIFAR code). A batch may hold
+    several concatenated views, each with its own groups (`backbones.views`). With `span` above 1 a group spans that
+    many processes, each of which holds a part. In evaluation it is plain BatchNorm. Raises ValueError for a training
+    batch that the groups do not divide, or that leaves a group a single value per channel.
     """
 
     def __init__(self, channels: int, groups: int = 1):
@@ -31,13 +31,13 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.groups = groups
         self.views = 1
         self.span = 1
-        self.together: Together | None = None  # with the other BatchNorms of a pass, if somebody leads it
-        self.drop: nn.Module | None = None  # in timm's networks, as much of the layer as the activation behind it
+        self.together: Together | None = None  # shared with the other BatchNorms of a pass, if there is one
+        self.drop: nn.Module | None = None  # in timm's networks drop and act are part of the BatchNorm layer
         self.act: nn.Module | None = None
 
     @classmethod
     def of(cls, norm: nn.BatchNorm2d, groups: int) -> SplitBatchNorm2d:
-        """`norm` with groups: its own weights, statistics, eps and momentum; timm's with the activation behind it."""
+        """`norm` with groups: its own weights, statistics, eps and momentum; timm's with its activation."""
         split = cls(norm.num_features, groups)
         split.eps, split.momentum, split.training = norm.eps, norm.momentum, norm.training
         split.weight, split.bias = norm.weight, norm.bias
@@ -53,7 +53,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return y if self.act is None else self.act(self.drop(y))
 
     def normalised(self, x: Tensor) -> Tensor:
-        """The same in training, without what follows."""
+        """`forward` in training, without the activation."""
         parts = self.groups * self.views
         if len(x) % parts:
             raise ValueError(f"a batch of {len(x)} images cannot be split into {parts} BatchNorm groups")
@@ -84,7 +84,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def span_processes(network: nn.Module, processes: int) -> None:
-    """Every SplitBatchNorm2d inside shares its groups with so many neighbouring processes, in place."""
+    """Let every SplitBatchNorm2d inside share its groups with that many neighbouring processes, in place."""
     for norm in network.modules():
         if isinstance(norm, SplitBatchNorm2d):
             norm.span = processes
@@ -92,9 +92,9 @@ def span_processes(network: nn.Module, processes: int) -> None:
 
 @contextlib.contextmanager
 def groups_of_parts(network: nn.Module, parts: int) -> Iterator[Callable[[], None]]:
-    """Inside, a pass is of one of `parts` equal parts of a batch, each with its share of the groups.
+    """Context in which each pass is over one of `parts` equal parts of a batch, with its share of the groups.
 
-    Call what it gives before each part: all begin with the same running statistics, which end as their mean.
+    Call the yielded function before each part: all start from the same running statistics, which end as their mean.
     """
     norms = [norm for norm in network.modules() if isinstance(norm, SplitBatchNorm2d)]
     running = [s for norm in norms for s in (norm.running_mean, norm.running_var, norm.num_batches_tracked)]
@@ -123,7 +123,7 @@ Move = tuple[SplitBatchNorm2d, Tensor, Tensor]  # mean and unbiased variance of 
 
 
 class Together:
-    """The BatchNorms of one pass: what they do together takes as few operations as one of them would need alone."""
+    """The BatchNorms of one pass: together they take as few operations as one of them would alone."""
 
     def __init__(self, norms: Sequence[SplitBatchNorm2d]):
         self.norms = norms
@@ -162,7 +162,7 @@ class Tile(torch.autograd.Function):
 
 @functools.cache
 def _tiling(parts: int, lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each number of the repeated vectors is among the vectors, one behind the other."""
+    """The index of each number of the repeated vectors in the concatenated vectors."""
     places = torch.arange(sum(lengths)).split(lengths)
     return torch.cat([place.repeat(parts) for place in places]).to(device)
 
@@ -187,7 +187,7 @@ def move_running_statistics(moves: Iterable[Move]) -> None:
 class SplitBatchNorm(torch.autograd.Function):
     """BatchNorm in training of `parts` equal, contiguous parts of x (N, C, H, W), written into one tensor.
 
-    PyTorch's own kernel for each part; without the copies of taking the batch apart and putting it together.
+    PyTorch's own kernel for each part; without the copies of splitting the batch and concatenating it.
     """
 
     @staticmethod
@@ -225,9 +225,9 @@ class SplitBatchNorm(torch.autograd.Function):
 
 
 class GroupsAsChannels(torch.autograd.Function):
-    """What SplitBatchNorm computes, in a single call of PyTorch's kernel: to it the channels of each part are channels.
+    """What SplitBatchNorm computes, in one call of PyTorch's kernel, which sees each part's channels as its own.
 
-    The images move for it and back again, in whole rows of channels (channels last) or of pixels.
+    The images are rearranged for it and back, in whole rows of channels (channels last) or of pixels.
     """
 
     @staticmethod
@@ -282,9 +282,9 @@ def channels_to_groups(x: Tensor, parts: int) -> Tensor:
 def split_batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, parts: int, eps: float, span: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What SplitBatchNorm computes, as a formula that a compiler fuses with what stands around it.
+    """What SplitBatchNorm computes, as a formula that a compiler fuses with the operations around it.
 
-    Each part is one of those that `span` processes hold together.
+    `span` processes hold each part together.
     """
     grouped = x.unflatten(0, (parts, -1))  # (parts, N / parts, C, H, W)
     wide = grouped.to(_wide(x))
@@ -303,11 +303,11 @@ def _empty_like(x: Tensor, *shape: int) -> Tensor:
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    """Of (N, C, H, W): channels last or, whatever its strides, contiguous."""
+    """The memory format of (N, C, H, W): channels last, or contiguous for any other strides."""
     last = x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    """That of statistics: float32, or float64."""
+    """The dtype of the statistics: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -99,7 +99,7 @@ def _left(path: Path) -> str:
 
 
 def digest_file(path: Path) -> Path:
-    """Where the digests of the checkpoint at `path` and of the one before are, a line each."""
+    """The file with the digests of the checkpoint at `path` and of the previous one, one per line."""
     return path.with_name(path.name.replace(".previous", "")).with_suffix(".sha256")
 
 
@@ -127,7 +127,7 @@ def damage(path: Path) -> str | None:
 
 
 def load_last(path: Path) -> dict[str, Any] | None:
-    """The checkpoint at `path`, or the one before, and a line that says so; None where there is neither.
+    """The checkpoint at `path`, or the previous one and a line that says so; None if there is neither.
 
     Raises CheckpointError naming every file that is there, and what is wrong with it.
     """
@@ -141,7 +141,8 @@ def load_last(path: Path) -> dict[str, Any] | None:
             failures.append(str(error))
             continue
         if candidate != path:
-            say(f"{failures[0] if failures else f'{path} is missing'}; going on from the one before, {candidate.name}")
+            problem = failures[0] if failures else f"{path} is missing"
+            say(f"{problem}; resuming from the previous one, {candidate.name}")
         return state
     if failures:
         raise CheckpointError("; ".join(failures) + "; move the run's directory away to start it again")
@@ -172,10 +173,10 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def remedy(path: Path) -> str:
-    """What to do about the checkpoint of a finished run, which says that there is nothing to do."""
+    """What to do about a damaged checkpoint of a finished run, which would not be made again by itself."""
     if path.name != "checkpoint.pt" or not path.with_name("result.json").exists():
         return ""
-    return "; its run is finished: put a whole copy there, or move it and result.json away, and the run is made anew"
+    return "; its run is finished: restore an intact copy, or move it and result.json away to repeat the run"
 
 
 def one_line(error: Exception) -> str:

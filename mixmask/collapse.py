@@ -1,15 +1,15 @@
-"""Is it collapsing? Four numbers of the features that k-NN compares, and a warning where they say that it is.
+"""Is it collapsing? Four measures of the features that k-NN compares, and a warning if they say so.
 
 `feature_std`: standard deviation of the unit features over the images, mean over their D numbers (Chen and He 2021,
-    Figure 2): 0 where all images have one feature, 1 / sqrt(D) where they point everywhere alike.
+    Figure 2): 0 if all images share one feature, 1 / sqrt(D) if they point everywhere evenly.
 `effective_rank`: RankMe (Garrido et al. 2023, Eq. 1), the exponential of the entropy of the singular values: 1 to D.
 `alignment`: mean squared distance of the unit features of two views of an image, 0 to 4; and
 `uniformity`: logarithm of the mean of exp(-2 |x - y|^2) over pairs of images, from 0 (one feature) to about -4 (both of
     Wang and Isola 2020, with alpha = 2 and t = 2).
 
-All but alignment are of k-NN's bank, test views of the training images, or of SAMPLE (PAIRS) of them spread evenly over
-it. Alignment needs two views: of VIEWS images spread evenly over the training set, augmented as the recipe says, with
-the same draws at every evaluation, and seen by the network as it is evaluated (running statistics).
+All but alignment are measured on k-NN's bank (test views of the training images), or on SAMPLE (PAIRS) spread evenly
+over it. Alignment needs two views: of VIEWS images spread evenly over the training set, augmented as the recipe says,
+with the same draws at every evaluation, and seen by the network as it is evaluated (running statistics).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def evenly(rows: int, most: int) -> Tensor:
 
 @torch.no_grad()
 def measures(bank: Tensor) -> dict[str, float]:
-    """`feature_std`, `effective_rank` and `uniformity` of features (N, D), in float64; none where one is not finite."""
+    """`feature_std`, `effective_rank` and `uniformity` of features (N, D), in float64; {} if one is not finite."""
     sample = wide(bank[evenly(len(bank), SAMPLE).to(bank.device)])
     if not sample.isfinite().all():
         return {}
@@ -88,7 +88,7 @@ def alignment(
 
 
 def warning(values: dict[str, float], dim: int) -> str:
-    """One line where `measures` of features of `dim` numbers say collapse, or say nothing; else none."""
+    """A line if `measures` of `dim`-dimensional features show collapse or are empty; otherwise ""."""
     if not values:
         return "warning: a feature that k-NN compares is not finite"
     std, rank, faults = values["feature_std"], values["effective_rank"], []

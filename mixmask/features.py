@@ -23,8 +23,8 @@ def extract(
     """Features float32 (N, D) of the images in order, with the test transform.
 
     `model`: an encoder (the head's output) or its backbone (pooled features), in evaluation mode. `resize`: the
-    shorter side before the centre crop, 0 for none. They lie on the device, or in the host's memory where they would
-    take more than half of what the device has left.
+    shorter side before the centre crop, 0 for none. They are on the device, or in host memory if they would take
+    more than half of what the device has free.
     """
     features, start = None, 0
     for images in test_batches(dataset, augment, resize, device, batch_size, workers):
@@ -39,14 +39,14 @@ def extract(
 
 
 def _storage(size: int, device: torch.device) -> torch.device:
-    """Where so many bytes go."""
+    """The device that stores so many bytes."""
     if device.type == "cuda" and 2 * size > torch.cuda.mem_get_info(device)[0]:
         return torch.device("cpu")
     return device
 
 
 def shorter_side(augment: Augment, dataset: datasets.Resident | datasets.Files) -> int:
-    """To which test images are resized before the centre crop: 256 for 224 on image files; small images to the crop's.
+    """The size to which test images are resized before the centre crop: 256 for 224 on image files, else the crop's.
 
     0: they stay as they are.
     """
@@ -61,7 +61,7 @@ def resize_of(config: Linear | Finetune, dataset: datasets.Resident | datasets.F
 
 
 def accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """Of scores (N, classes) test_top1, and test_top5 where there are more than five classes, in percent."""
+    """test_top1, and test_top5 if there are more than five classes, of scores (N, classes), in percent."""
     metrics = {"test_top1": accuracy(scores.argmax(dim=1), labels)}
     if scores.shape[1] > 5:
         hits = scores.topk(5, dim=1).indices == labels.to(scores.device)[:, None]

@@ -20,15 +20,15 @@ from mixmask.features import accuracy, extract, shorter_side
 from mixmask.metrics import knn_metric
 from mixmask.numerics import wide
 
-BLOCK = 2**27  # numbers of the bank that are compared with queries at a time: half a GiB in float32
+BLOCK = 2**27  # values of the bank compared with the queries at a time: half a GiB in float32
 
 
 @torch.no_grad()
 def predict(knn: KNN, bank: Tensor, labels: Tensor, queries: Tensor, classes: int, chunk: int = 512) -> Tensor:
     """Classes (M,) of `queries` (M, D) by their k nearest of `bank` (N, D) with labels (N,); ties: the lowest class.
 
-    The bank is gone through in blocks, on the queries' device: it may lie in the host's memory, and is never copied
-    whole. Raises ConfigError for k larger than the bank.
+    The bank is processed in blocks, on the queries' device: it may be in host memory, and is never copied whole.
+    Raises ConfigError for k larger than the bank.
     """
     if knn.k > len(bank):
         raise ConfigError(f"knn.k: {knn.k} neighbours, but there are only {len(bank)} training images")
@@ -94,7 +94,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def evaluated(encoder: Encoder, knn: KNN) -> Iterator[nn.Module]:
-    """What gives the features that k-NN compares, in evaluation mode; afterwards the encoder is in its own again."""
+    """The network whose features k-NN compares, in evaluation mode; afterwards the encoder's mode is restored."""
     training = encoder.training
     encoder.eval()
     yield encoder if knn.features == "output" else encoder.backbone

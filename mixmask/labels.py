@@ -68,7 +68,7 @@ def fetch(path: Path) -> str:
         with urllib.request.urlopen(f"{URL}/{path.name}", timeout=TIMEOUT) as answer:
             content = answer.read()
         if hashlib.sha256(content).hexdigest() != SHA256[path.name]:
-            return f"what was downloaded is another file, of {len(content):,} bytes"
+            return f"the download is another file, of {len(content):,} bytes"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         os.replace(partial, path)

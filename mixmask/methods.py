@@ -34,7 +34,7 @@ class Anchor:
     clean: bool = False  # x1 itself, which the framework scores in all its directions
 
     def rows(self, embedding: Tensor) -> Tensor:
-        """The rows of what a network made of `images`, (N, ...), in the anchor's order; row i is about image i."""
+        """The rows of a network's output for `images`, (N, ...), in the anchor's order; row i is about image i."""
         if self.order is None:
             return embedding
         return (gather_with_gradient(embedding) if self.everywhere else embedding)[self.order]
@@ -95,7 +95,7 @@ def mscn_view(x: Tensor, settings: MSCN, rngs: Rngs) -> Tensor:
 
 
 def extra_crops(recipe: Pretrain) -> list[Augment]:
-    """The augmentation of each extra crop that the method takes: the views', but for size and share of the image."""
+    """The augmentation of each extra crop that the method takes: the views', except for size and share of the image."""
     crop = replace(recipe.augment.of_view(0), size=recipe.mscn.crop_size, crop_scale=recipe.mscn.crop_scale)
     return [crop] * recipe.mscn.crops if registry.METHODS[recipe.method].crops else []
 
@@ -157,7 +157,7 @@ def partners(n: int, rngs: Rngs, permutation: str) -> Tensor:
 
 
 def derangement(size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random permutation that leaves nobody in place, each as likely as any other: int (size,).
+    """A random permutation without fixed points, uniform over all of them: int (size,).
 
     Raises ConfigError for fewer than two: there is none.
     """

@@ -1,4 +1,4 @@
-"""The library's face: a setting once, then anchors of each batch.
+"""The library's interface: settings once, then anchors for each batch.
 
     mix = mixmask.MixMask(grid=4)
     anchors = mix(x1, generator)
@@ -36,8 +36,8 @@ class MixMask(Mask):
     per_image: bool = False
 
     def __call__(self, x1: Tensor, generator: Generator | Sequence[Generator] | None = None) -> list[Anchor]:
-        """Of normalised images (N, C, H, W): mixtures in normal order, weight lambda, and the same in that of their
-        fillings, weight 1 - lambda. Raises ConfigError for other images, a grid that is finer, groups that do not fit.
+        """Mixtures of normalised images (N, C, H, W) in normal order, weight lambda, and in the order of their
+        fillings, weight 1 - lambda. Raises ConfigError for other inputs, a grid finer than the image, unequal groups.
         """
         return methods.mixmask(images(x1), self, generators(generator))
 
@@ -63,7 +63,7 @@ class Erase(config.Erase):
     type: Literal["block", "discrete"] = "block"
 
     def __call__(self, x1: Tensor, generator: Generator | Sequence[Generator] | None = None) -> list[Anchor]:
-        """Of normalised images (N, C, H, W): the erased images, weight 1. Raises ConfigError as `MixMask`'s."""
+        """Normalised images (N, C, H, W) with cells erased, weight 1. Raises ConfigError as `MixMask`'s."""
         mask = MixMask(self.grid, ratio=self.ratio, type=self.type)
         return methods.erase(images(x1), mask, self, generators(generator))
 
@@ -77,7 +77,7 @@ def images(x1: Tensor) -> Tensor:
 
 
 def generators(given: Generator | Sequence[Generator] | None) -> list[np.random.Generator]:
-    """One of NumPy's for each mix group; of torch's each call draws a seed. Raises ConfigError for anything else."""
+    """A NumPy generator for each mix group; a torch one seeds each call. Raises ConfigError for anything else."""
     each = list(given) if isinstance(given, Sequence) else [given]
     return [_generator(generator) for generator in each]
 

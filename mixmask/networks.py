@@ -1,8 +1,7 @@
-"""Networks that others built, as backbones: timm's and torchvision's by name, or what a function of yours makes.
+"""Third-party backbones: timm's and torchvision's by name, or what a function of yours returns.
 
-They stay as they are, and so do the names of their tensors, but for three things: the last linear layer, which is the
-classifier, is gone; every BatchNorm keeps the groups of the batch apart; a ResNet may have the first layers of small
-images.
+They and the names of their tensors stay as they are, with three exceptions: the last linear layer (the classifier) is
+removed; every BatchNorm keeps the groups of the batch apart; a ResNet may get a stem for small images.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from mixmask.batchnorm import SplitBatchNorm2d
 from mixmask.config import Backbone, ConfigError
 
-SIZES = (224, 64, 32, 96, 28, 128, 384, 512)  # pixels: images that are tried where nobody says how large they are
-IMAGES = 2  # of a batch that is tried
+SIZES = (224, 64, 32, 96, 28, 128, 384, 512)  # pixels: image sizes tried when none is given
+IMAGES = 2  # in a batch that is tried
 
 
 def build_network(backbone: Backbone, key: str = "backbone.bn_groups") -> nn.Module:
     """The network that `backbone.arch` names, with fresh weights: images (N, 3, H, W) -> features (N, D).
 
-    `key`: of the recipe, that gives the groups. Raises ConfigError for an unknown name, a library that is missing, and
-    for a stem or groups that the network cannot have.
+    `key`: the recipe's key of the BatchNorm groups. Raises ConfigError for an unknown name, a missing library, and a
+    stem or groups that the network cannot have.
     """
     library, slash, name = backbone.arch.partition("/")
     make = {"timm": _timm, "torchvision": _torchvision}[library] if slash else _yours
@@ -76,7 +75,7 @@ _LISTS = {"timm": "list_models()", "torchvision": "models.list_models()"}
 
 
 def _yours(code: str) -> nn.Module:
-    """What FUNCTION of MODULE makes; the folder in which the program was started is looked in, too."""
+    """The network that FUNCTION of MODULE returns; modules in the current directory are found, too."""
     module, _, name = code.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -85,12 +84,12 @@ def _yours(code: str) -> nn.Module:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # something that the module imports itself
-        raise ConfigError(f"backbone.arch: no module '{module}' here ({os.getcwd()}), and none installed") from None
+        raise ConfigError(f"backbone.arch: no module '{module}' in {os.getcwd()}, and none installed") from None
     if not callable(function):
         raise ConfigError(f"backbone.arch: module '{module}' has no function '{name}'")
     network = function()
     if not isinstance(network, nn.Module):
-        raise ConfigError(f"backbone.arch: {code}() gives a {type(network).__name__}; expected a torch.nn.Module")
+        raise ConfigError(f"backbone.arch: {code}() returns a {type(network).__name__}; expected a torch.nn.Module")
     return network
 
 
@@ -98,7 +97,7 @@ def _drop_classifier(network: nn.Module, name: str) -> None:
     """The last linear layer becomes an identity; dropout in the same sequence goes with it."""
     linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise ConfigError(f"backbone.arch: torchvision/{name} ends in no linear layer: where are its features?")
+        raise ConfigError(f"backbone.arch: torchvision/{name} does not end in a linear layer: where are its features?")
     parent = network.get_submodule(linear[-1].rpartition(".")[0])
     dropout = [path for path, module in parent.named_children() if isinstance(module, nn.Dropout)]
     for path in [linear[-1].rpartition(".")[2], *(dropout if isinstance(parent, nn.Sequential) else [])]:
@@ -124,7 +123,7 @@ def _small_stem(network: nn.Module, backbone: Backbone) -> None:
 
 
 def split_batch_norms(network: nn.Module, groups: int) -> None:
-    """Every BatchNorm of images keeps its weights and takes its statistics of each of `groups` parts of the batch."""
+    """Every BatchNorm2d keeps its weights and takes its statistics over each of `groups` parts of the batch."""
     new: dict[int, SplitBatchNorm2d] = {}
     for path, module in list(network.named_modules(remove_duplicate=False)):
         if isinstance(module, SplitBatchNorm2d):
@@ -161,10 +160,10 @@ def check_groups(network: nn.Module, groups: int, key: str, arch: str) -> None:
 
 
 def feature_width(network: nn.Module, size: int = 0) -> int:
-    """How many features an image has: the network's own whole number `features`, or what a forward pass shows.
+    """How many features an image has: the network's own integer `features`, or what a forward pass shows.
 
     `size`: of the images, pixels; 0: unknown, and several are tried. Raises ConfigError where none passes through, and
-    for a network that gives anything but (N, D).
+    for a network that returns anything but (N, D).
     """
     declared = getattr(network, "features", None)
     if isinstance(declared, int) and not size:
@@ -181,23 +180,23 @@ def feature_width(network: nn.Module, size: int = 0) -> int:
     raise ConfigError(f"{where}: {failures[0]}")
 
 
-_UNKNOWN = "the backbone takes no images (N, 3, S, S) that were tried; give it a whole number `features`"
+_UNKNOWN = "the backbone takes none of the image sizes that were tried; give it an integer attribute `features`"
 
 
 def _width(output: object, network: nn.Module) -> int:
     what = type(network).__name__
     if not isinstance(output, Tensor):
-        raise ConfigError(f"the backbone, a {what}, gives a {type(output).__name__}; expected a tensor (N, D)")
+        raise ConfigError(f"the backbone, a {what}, returns a {type(output).__name__}; expected a tensor (N, D)")
     if output.ndim != 2 or len(output) != IMAGES:
         shape = ", ".join(["N", *map(str, output.shape[1:])])
         pool = "; pool it: nn.Sequential(network, nn.AdaptiveAvgPool2d(1), nn.Flatten())" if output.ndim == 4 else ""
-        raise ConfigError(f"the backbone, a {what}, gives ({shape}) for N images; expected features (N, D){pool}")
+        raise ConfigError(f"the backbone, a {what}, returns ({shape}) for N images; expected features (N, D){pool}")
     return output.shape[1]
 
 
 @torch.no_grad()
 def _output(network: nn.Module, size: int) -> object:
-    """What the network gives for two images in evaluation mode: without computing, where it allows that."""
+    """The network's output for two images in evaluation mode, without computing it if the network allows that."""
     modes = [(module, module.training) for module in network.modules()]
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     like = next((t for t in tensors.values() if t.is_floating_point()), torch.zeros(()))

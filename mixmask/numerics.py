@@ -1,4 +1,4 @@
-"""Where float64 is to be had: on the device itself, or on the CPU beside a Mac's GPU (mps), which has none."""
+"""Where float64 is available: on the device itself, or on the CPU for a Mac's GPU (mps), which lacks it."""
 
 from __future__ import annotations
 

@@ -52,9 +52,9 @@ def in_parts(
     generator: torch.Generator | None = None,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> tuple[Tensor, dict[str, Tensor], Any]:
-    """`objective` and its gradient, of `parts` equal parts of the batch, one after the other: memory for one of them.
+    """`objective` and its gradient, accumulated over `parts` equal parts of the batch, in the memory of one.
 
-    Equal to the whole but for the order of sums, where a part holds whole BatchNorm groups: targets are those of the
+    Equal to the whole up to the order of sums if each part holds whole BatchNorm groups: targets are those of the
     whole batch, running statistics move to the mean over the parts. For frameworks that define `part`.
     """
     with autocast():
@@ -74,7 +74,7 @@ def in_parts(
 
 
 def _losses_of(framework: Any, targets: Any, anchors: Sequence[Anchor], own: slice) -> tuple[Any, dict[str, Tensor]]:
-    """The anchors' losses of those of their images that stand in `own`, and the targets of these rows."""
+    """The targets of the rows `own`, and the anchors' losses on these rows of their images."""
     of_own, losses = framework.part(targets, own), {}
     batches = {id(a.images): of_own.x1 if a.images is targets.x1 else a.images[own] for a in anchors}
     embeddings = dict(zip(batches, framework.embed(list(batches.values()), of_own), strict=True))

@@ -1,7 +1,7 @@
-"""What there is to choose from: frameworks, methods, data sets, one line each, and what is known of them.
+"""Every framework, method and data set: one line each, with all that is known of it.
 
-Whoever validates, costs, launches, draws or documents reads these facts here, without torch; the code that a line names
-is imported by whoever runs it. Adding a framework, a method or a data set is its code, and a line here.
+Whatever validates, costs, launches, plots or documents reads these facts here, without torch; the code that a line
+names is imported when it runs. Adding a framework, a method or a data set is its code, and a line here.
 """
 
 from __future__ import annotations
@@ -116,19 +116,19 @@ def features(backbone: Any) -> int:
 
 
 def of_network(fact: str, backbone: Any, *arguments: Any) -> Any:
-    """A fact of a network that does not stand here, from mixmask/networks.py. Raises ConfigError without torch."""
+    """A fact about a network that is not listed here, from mixmask/networks.py. Raises ConfigError without torch."""
     try:
         networks = import_module("mixmask.networks")
     except ImportError as error:
         raise ConfigError(
-            f"backbone.arch: the width and the cost of {backbone.arch} are those of the network itself, which takes "
-            f"PyTorch to build, and {error.name} is not installed here"
+            f"backbone.arch: the width and cost of {backbone.arch} come from the network itself; building it needs "
+            f"PyTorch, and {error.name} is not installed here"
         ) from None
     return getattr(networks, fact)(backbone, *arguments)
 
 
 def load(code: str | Callable) -> Any:
-    """What MODULE:NAME names; a function or class is given back as it is."""
+    """What MODULE:NAME names; a function or class is returned as it is."""
     if callable(code):
         return code
     module, _, name = code.partition(":")

@@ -61,7 +61,7 @@ def warmup_factor(schedule: Schedule, step: int, warmup: int) -> float:
 
 
 def cautions(schedule: Schedule, steps_per_epoch: int, epochs: int) -> list[str]:
-    """What of a schedule a run of `epochs` epochs is too short for, for people; mostly nothing."""
+    """Notes on parts of the schedule that a run of `epochs` epochs is too short for; usually none."""
     steps, warmup = steps_per_epoch * epochs, warmup_steps(schedule, steps_per_epoch)
     notes = [f"the warm-up of {warmup} iterations fills all {steps} of the run"] if warmup >= steps else []
     if schedule.kind == "cosine" and schedule.first_epoch == epochs == 1:

@@ -38,7 +38,7 @@ class Cell:
     published: float | None = None  # as printed; Top-1 and AP in percent; curves and cells of ours have none
     origin: Literal["own", "cited", "unclear"] = "own"  # where the published value comes from
     source: str = ""  # of a value that is not the paper's own
-    published_runs: int = within(1, default=1)  # whose mean it is: 1 unless the paper, or the source, says more
+    published_runs: int = within(1, default=1)  # runs that it averages: 1 unless the paper, or the source, says more
     recipe: str = ""  # pretrain/configs/<recipe>.yaml; empty: the method is not implemented here
     checkpoint: str = ""  # paper/checkpoints.yaml: a public one that can take the pre-training's place
     overrides: Mapping[str, Any] = field(default_factory=dict)  # dotted keys of that recipe
@@ -48,7 +48,7 @@ class Cell:
     evaluation: str = ""  # <stage>/<its recipe>; empty: the metric is the pre-training's own
     note: str = ""  # what a reader of our number must know
     scale: str = ""  # of a number that is not at the paper's scale: a word for it, such as `reduced`
-    extra: bool = False  # at the paper's scale, but no number that it asks for: no part of `all`
+    extra: bool = False  # at the paper's scale, but not a number of the paper: no part of `all`
 
     @property
     def target(self) -> str:

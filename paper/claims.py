@@ -136,9 +136,9 @@ def values(budget: Budget, folders: Sequence[Path]) -> Values:
 
 
 def outcome(claim: Claim, ours: Values, budget: Budget, folders: Sequence[Path]) -> Outcome:
-    """Supported where every comparison holds (one, for `any`), contradicted where one is turned round for certain.
+    """Supported where every comparison holds (one, for `any`), contradicted if one is reversed beyond doubt.
 
-    Certain: by Holm's correction over the comparisons of the claim that have a p-value.
+    Beyond doubt: by Holm's correction over the comparisons of the claim that have a p-value.
     """
     if not claim.comparisons:
         return Outcome(NO_NUMBER)
@@ -186,7 +186,7 @@ def _launch(seeds: Mapping[Comparison, int], budget: Budget, folders: Sequence[P
 
 
 def _seeds(one: Mapping[int, float], other: Mapping[int, float]) -> int | None:
-    """To see a point, or what was found where that is less; None where no advisable number would."""
+    """Seeds that would show a point, or the difference found if smaller; None if no reasonable number would."""
     n, spread = max(len(one), len(other)), Spread.of([one[seed] - other[seed] for seed in one.keys() & other.keys()])
     if spread is None or not spread.std:
         return max(n + 1, FIRST_SEEDS)

@@ -96,7 +96,7 @@ def _to_decide(cell: Cell, n: int, spread: Spread | None, budget: Budget, folder
 
 
 def _advice(seeds: int, cells: Sequence[Cell], spread: Spread | None, budget: Budget, folders: Sequence[Path]) -> str:
-    """`spread`: None where it takes these seeds to know it."""
+    """`spread`: None if only these seeds can tell it."""
     would = "decide" if spread and spread.std else "show the noise"
     return f"{seeds} seeds would {would}: {launch(cells, seeds, budget, folders).cost} more"
 

@@ -67,8 +67,8 @@ def basis(gpu: str = "") -> str:
 
 @functools.cache
 def forward_gflop(backbone: Backbone, size: int) -> float:
-    """GFLOP of one forward pass of one image of `size` x `size` pixels (convolutions only; of a network of others as
-    PyTorch counts it, on which ConfigError is raised where there is none)."""
+    """GFLOP of one forward pass of one image of `size` x `size` pixels (convolutions only; of a third-party backbone as
+    PyTorch counts it, with ConfigError if PyTorch is missing)."""
     if backbone.arch not in ARCHITECTURES:
         return registry.of_network("forward_gflop", backbone, size)
     arch, width = ARCHITECTURES[backbone.arch], backbone.width

@@ -5,7 +5,7 @@ examples:
   python paper/keep.py runs/*/cifar100_*                      every finished run of CIFAR-100
 
 Copied are config.yaml, command.txt, environment.json, environments.jsonl where there is one, log.jsonl (packed where it
-is long) and result.json; kept.json records the checkpoint's SHA-256. Nothing is moved or deleted: what may be is said.
+is long) and result.json; kept.json records the checkpoint's SHA-256. Nothing is moved or deleted; it says what may be.
 A run of the embedded photographs is refused.
 """
 
@@ -25,7 +25,7 @@ from mixmask.runs import file_sha256, read_log, read_result
 from paper.cells import ROOT
 
 TEXTS = ("config.yaml", "command.txt", "environment.json", "result.json")
-CONTINUED = "environments.jsonl"  # of a run that other code, or another machine, went on with
+CONTINUED = "environments.jsonl"  # of a run continued by other code or on another machine
 EMBEDDED = "photos"  # the data set of the smoke preset: its numbers replicate nothing
 LONG = 100_000  # bytes of a log from which on it is packed
 

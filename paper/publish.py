@@ -1,4 +1,4 @@
-"""Make of a finished pre-training what an archive or a model hub takes: weights, model card, config, numbers.
+"""Package a finished pre-training for an archive or a model hub: weights, model card, config, numbers.
 
 examples:
   python paper/publish.py runs/pretrain/imagenet_moco-mixmask-e200-0a1b2c3d-s0 published/moco-mixmask
@@ -39,10 +39,9 @@ LICENCES = {  # of the images, as their publishers state it
     "tiny_imagenet": "Tiny-ImageNet is taken from ImageNet: non-commercial research and education.",
     "imagenet": "ImageNet's terms of access: non-commercial research and education.",
     "photos": "The photographs of scikit-image's gallery, public domain or as its data folder says.",
-    "folder": "The images are the publisher's own, or somebody's who is asked: "
-    "say here under which terms they may be used.",
+    "folder": "The images are the publisher's own, or used with permission: state here the terms of their use.",
 }
-UNKNOWN = "Say here under which terms the images may be used."
+UNKNOWN = "State here the terms of use of the images."
 
 CARD = """---
 library_name: timm
@@ -53,7 +52,7 @@ tags: [self-supervised, mixmask, {framework}]
 {architecture}, pre-trained with {title} and {method} on {dataset} for {epochs}, seed {seed}, by the replication
 of *MixMask: Revisiting Masking Strategy for Siamese ConvNets* (arXiv 2210.11456). A backbone without a classifier.
 
-## To load it
+## Loading
 
 Images are RGB in [0, 1], normalised with mean {mean} and standard deviation {std}; views of {size} pixels in training.
 
@@ -63,7 +62,7 @@ Images are RGB in [0, 1], normalised with mean {mean} and standard deviation {st
 
 {numbers}
 
-Each number's name is its protocol. Of one seed: what another would give is not said here. {scale}
+Each metric's name is its protocol. One seed: the variance over seeds is not given here. {scale}
 
 ## How it was made
 
@@ -103,7 +102,7 @@ model = timm.create_model("{name}", num_classes=0)
 """
 SMALL_STEM = "model.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)\n"
 NO_POOLING = "model.maxpool = torch.nn.Identity()\n"
-OURS = """torchvision and timm have no such network; the replication's library has:
+OURS = """torchvision and timm have no such network; the replication's library does:
 
 ```python
 import mixmask
@@ -128,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror}") from None
     print(f"written: {', '.join(sorted(path.name for path in target.iterdir()))} in {target}")
-    print("before it goes out: the licence of the weights, at the end of README.md")
+    print("before publishing: state the licence of the weights, at the end of README.md")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,6 +1,6 @@
 """Tables 8, 9 and 10: our recipes' hyper-parameters beside the printed ones, which are in paper/settings/*.yaml.
 
-A value that differs from the printed one must name its reason; one that does not may not. No torch here.
+A value that differs from the printed one must state its reason; one that agrees must not. No torch here.
 """
 
 from __future__ import annotations

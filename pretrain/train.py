@@ -99,7 +99,7 @@ def train(
 
 
 def iterate(config: Pretrain, state: TrainState, batch: list[Tensor]) -> tuple[dict[str, Tensor], list[Anchor]]:
-    """The paper's iteration: mixtures of x1 (Eq. 1, 2), the weighted sum over anchors (Eq. 4, 6), one step down.
+    """The paper's iteration: mixtures of x1 (Eq. 1, 2), the weighted sum over anchors (Eq. 4, 6), one optimiser step.
 
     batch: x1, x2 (N, C, H, W), and extra crops, MSCN's or the framework's. Returns scalars for the log, and the
     anchors. Nothing here waits for the device.
@@ -217,8 +217,8 @@ def views(
 
 
 def of_step(framework: nn.Module, anchors: list[Anchor]) -> dict[str, Tensor]:
-    """For a step's line alone: the norm of all gradients, and of each mixture in its normal order the mean mixture
-    coefficient (Eq. 3). Nothing is computed in a step without a line."""
+    """For logged steps only: the norm of all gradients, and the mean mixture coefficient (Eq. 3) of each mixture in
+    normal order. Other steps compute nothing."""
     gradients = [p.grad for p in framework.parameters() if p.grad is not None]
     mixtures = [a for a in anchors if isinstance(a.weight, Tensor) and a.order is None]
     norm = {"gradient_norm": nn.utils.get_total_norm(gradients)}
@@ -228,8 +228,8 @@ def of_step(framework: nn.Module, anchors: list[Anchor]) -> dict[str, Tensor]:
 def evaluate(
     framework: nn.Module, train_set: Any, test_set: Any, config: Pretrain, device: torch.device, trained: bool = True
 ) -> dict[str, float]:
-    """k-NN accuracy of the encoder as it is now, and whether its features collapse, which a line says where it is
-    `trained`. The first process measures, and the others wait; without test images there is no accuracy."""
+    """k-NN accuracy of the encoder as it is now, and the measures of collapse, with a warning if it is `trained`.
+    The first process measures, and the others wait; without test images there is no accuracy."""
     run = config.run
     with distributed.main_process_first():
         if distributed.rank():
@@ -280,7 +280,7 @@ def result_of(run: Run, config: Pretrain, steps: int, device: torch.device) -> d
 
 
 def header(run: Run, config: Pretrain, train_set: Any, device: torch.device, state: TrainState) -> str:
-    """What is about to happen, with the numbers that are really used."""
+    """What is about to run, with the numbers that are actually used."""
     o, processes = config.optimizer, distributed.size()
     step, steps_per_epoch = state.step, state.steps_per_epoch
     lines = [

@@ -1,7 +1,7 @@
 """What a job asks SLURM for: cluster.yaml, a profile of slurm/clusters, the preset's values, --set. No torch here.
 
-The later over the earlier; what names a stage (`linear.cluster.hours`; a section `linear:` of a profile) over what does
-not.
+Later ones override earlier ones, and values for one stage (`linear.cluster.hours`; a section `linear:` of a profile)
+override general ones.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Cluster:
 
 
 def _check_extra(name: str, value: Any) -> None:
-    """Raises ConfigError for what is no option, or one that is set already: sbatch takes a name's beginning for it."""
+    """Raises ConfigError for a wrong option, or one that is already set (sbatch accepts abbreviated names)."""
     if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
         raise ConfigError(f"cluster.extra.{name}: expected the long name of an option of sbatch, such as licenses")
     for own in [name] if name in OWN else [own for own in OWN if own.startswith(name)]:

@@ -97,8 +97,8 @@ class Notice:
             os.kill(self.process, signal.SIGTERM)
 
     def too_late(self, number: int, frame: FrameType | None) -> None:
-        """What was saved before has to do."""
-        print("no safe point was reached in time: going on later from the last checkpoint", flush=True)
+        """Requeue with the last checkpoint."""
+        print("no safe point was reached in time: will resume from the last checkpoint", flush=True)
         self.requeue_now()
 
     def requeue_now(self) -> None:

@@ -34,7 +34,7 @@ class Used:
 
     @property
     def cpu_share(self) -> float:
-        """Of the CPU time that it had, what it has used."""
+        """The share of its CPU time that it has used."""
         return self.cpu_hours / (self.hours * self.cpus) if self.hours and self.cpus else 0.0
 
     @property
@@ -70,7 +70,7 @@ def line(used: Used) -> str:
 
 
 def advice(used: list[Used], job: Job) -> list[str]:
-    """Settings of the cluster that these jobs of one stage would have got by with, where they asked for much more."""
+    """Cluster settings that would have sufficed for these jobs of one stage, where they requested much more."""
     asked, words = job.resources, []
     finished = [each for each in used if each.state == "COMPLETED"]
     if finished and max(each.starts for each in finished) == 1:
@@ -104,7 +104,7 @@ def accounted(numbers: Iterable[str]) -> dict[str, Used]:
 
 
 def _with_start(used: Used, state: str, values: list[str]) -> Used:
-    """With one start of the job more."""
+    """With one more start of the job."""
     elapsed, limit, cpus, _, memory, _, resources, *_ = values
     gpus = re.search(r"gres/gpu=(\d+)", resources)
     return dataclasses.replace(

@@ -148,7 +148,7 @@ def needed(jobs: Iterable[Job], states: Mapping[Path, str] | None = None) -> set
 def check_products(jobs: Iterable[Job]) -> None:
     """Raises UserError where a run still to be made reads what a finished one has made, and that is no longer there.
 
-    To make it again may take weeks: that is left to the user to say. What takes seconds is made again.
+    Repeating that run may take weeks, so the user decides; what takes seconds is repeated.
     """
     jobs = list(jobs)
     by_directory, wanted = {job.directory: job for job in jobs}, needed(jobs)
@@ -162,8 +162,8 @@ def check_products(jobs: Iterable[Job]) -> None:
             if not product.exists():
                 result = parent.finished_in / "result.json"
                 raise UserError(
-                    f"{child.directory} needs {product}, which is gone, though its run is finished ({result}): put it "
-                    f"there again, or move {result} away, and launching again makes it anew"
+                    f"{child.directory} needs {product}, which is gone, though its run is finished ({result}): "
+                    f"restore it, or move {result} away and launch again to repeat the run"
                 )
 
 
@@ -205,7 +205,7 @@ def missing_package(job: Job) -> str:
 
 
 def check_packages(jobs: Iterable[Job]) -> None:
-    """Raises UserError where a run still to be made cannot be made here, before those that it needs are."""
+    """Raises UserError if a pending run cannot be made here, before the runs that it needs are made."""
     jobs = list(jobs)
     wanted = needed(jobs)
     for job in jobs:

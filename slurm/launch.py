@@ -90,11 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _check(options: argparse.Namespace, verb: str, targets: Sequence[str]) -> None:
-    """Raises UserError for words that do not go together."""
+    """Raises UserError for arguments that conflict."""
     if verb == "cancel" and not (targets or options.config):
         raise UserError("cancel: expected a target, such as table4, or all")
     if options.efficiency and verb != "status":
-        raise UserError("--efficiency: of `status` alone, which launches nothing: launch.py status --efficiency TARGET")
+        raise UserError("--efficiency: only with `status`: launch.py status --efficiency TARGET")
     meant = difflib.get_close_matches(options.targets[0], VERBS, n=1) if options.targets and not verb else []
     if meant:
         raise UserError(f"unknown target '{options.targets[0]}'; did you mean '{meant[0]}'?")
@@ -102,7 +102,7 @@ def _check(options: argparse.Namespace, verb: str, targets: Sequence[str]) -> No
         what = f"the target {targets[0]}" if targets else f"--preset {options.preset}"
         raise UserError(f"--config launches a recipe of yours: expected no other target and no preset, found {what}")
     if options.then and not options.config:
-        raise UserError("--then: of --config alone; a table's cells name their evaluation themselves")
+        raise UserError("--then: only with --config; a table's cells name their own evaluation")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -118,12 +118,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config", metavar="RECIPE", help="a recipe of yours in place of targets; --set may list values"
     )
-    parser.add_argument("--then", metavar="RECIPE", help="of --config: a probe or fine-tuning of each (eval/configs)")
+    parser.add_argument("--then", metavar="RECIPE", help="with --config: a probe or fine-tuning of each (eval/configs)")
     parser.add_argument("--executor", choices=["auto", "slurm", "local"], default="auto")
     parser.add_argument("--runs-dir", metavar="DIR", help="where the runs live (default: runs, in the repository)")
     parser.add_argument("--cluster", default="", metavar="NAME", help="a profile of slurm/clusters, or a YAML file")
-    parser.add_argument("--gpu", default="", metavar="NAME", help="hours by its report in benchmarks/results")
-    parser.add_argument("--efficiency", action="store_true", help="of status: what was asked for against what was used")
+    parser.add_argument("--gpu", default="", metavar="NAME", help="hours from this GPU's report in benchmarks/results")
+    parser.add_argument("--efficiency", action="store_true", help="with status: resources requested and used")
     parser.add_argument("--dry-run", action="store_true", help="print the jobs and their cost; run nothing")
     parser.add_argument(
         "--set",
@@ -289,7 +289,7 @@ def _resources(job: Job) -> str:
 
 def _duration(job: Job) -> str:
     if math.isnan(job.hours):
-        return "duration unknown: nobody has counted your own images"
+        return "duration unknown: your own images have not been counted"
     if job.resources.gpus:
         hours = f"{job.gpu_hours:.1f} GPU-hours" if job.gpu_hours >= 0.1 else f"{60 * job.gpu_hours:.1f} GPU-minutes"
         return f"about {hours}, in jobs of up to {job.resources.hours:g} h"

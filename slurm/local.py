@@ -1,4 +1,4 @@
-"""The local executor: jobs side by side on this machine, as many as its cores and memory bear, and one on each GPU.
+"""The local executor: jobs side by side on this machine, as many as its cores and memory allow, and one on each GPU.
 
 Each job is the printed command in a process of its own, started once its parents are finished. What it prints goes to
 DIR/output.log, and is shown as it comes, behind the job's number. No torch here.
@@ -54,11 +54,11 @@ def launch(jobs: list[Job]) -> None:
 
 
 def _queued() -> dict[str, Live]:
-    """Run directory -> job, of SLURM's, where there is one; a line where it does not answer."""
+    """Run directory -> SLURM job, if SLURM is installed; prints a note if it does not answer."""
     try:
         return squeue.live_jobs() if shell.available() else {}
     except UserError as error:
-        print(f"note: {error}; a run that it has a job for is not left to it", flush=True)
+        print(f"note: {error}; runs that have a SLURM job are not left to it", flush=True)
         return {}
 
 
@@ -181,7 +181,7 @@ class Batch:
         print(f"{self.number[job.directory]} {failure}", flush=True)
 
     def _stop(self) -> None:
-        """Ask what runs to save and end, and wait for it; a second signal does not wait."""
+        """Ask the running jobs to save and stop, and wait for them; a second signal ends the wait."""
         for one in self.running:
             one.process.send_signal(signal.SIGINT)
         asked = len(self.told)
@@ -193,7 +193,7 @@ class Batch:
 
 
 def fits(job: Job, running: list[Job], visible: int = 0) -> bool:
-    """Whether this machine bears it beside these: their memory, and one job a GPU or as many as the cores bear.
+    """Whether this machine can run it beside these: by memory, and one job per GPU or as many as the cores allow.
 
     Where no GPU is `visible`, a job that asks for one runs alone.
     """

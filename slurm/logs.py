@@ -68,7 +68,7 @@ def root_cause(logs: list[Path]) -> tuple[Path, list[str]]:
 
 
 def faulty_nodes(logs: list[Path]) -> dict[str, str]:
-    """Node -> what was said there, of nodes at whose fault a job has ended: a lost GPU, an I/O error of its disk."""
+    """Node -> what was said there, for nodes whose fault ended a job: a lost GPU, an I/O error of a disk."""
     faulty = {}
     for log in logs:
         places = [place.group(1) for line in said(log) if (place := PLACE.match(line))]

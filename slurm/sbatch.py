@@ -1,4 +1,4 @@
-"""What is asked of SLURM for a job, and the batch script that says so. No torch here."""
+"""What a job requests from SLURM, and its batch script. No torch here."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Layout:
 
 
 def layout(job: Job) -> Layout:
-    """The largest number of processes that the run can be shared by and the settings allow, on the fewest nodes."""
+    """The most processes that can share the run and that the settings allow, on the fewest nodes."""
     asked = job.resources
     each = max(1, asked.gpus)
     most = asked.nodes * asked.gpus or 1
@@ -188,7 +188,7 @@ def short_hash(text: str) -> str:
 
 
 def check(jobs: list[Job], runs_dir: Path) -> None:
-    """Raises UserError for what sbatch would take, and no job would survive."""
+    """Raises UserError for what sbatch would accept but no job would survive."""
     path = str(runs_dir.resolve())
     if wrong := ", ".join(map(repr, sorted(set(path) & REFUSED))):
         raise UserError(

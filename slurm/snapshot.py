@@ -76,7 +76,7 @@ def _written(root: Path, name: Path) -> bool:
 
 
 def _record(root: Path, copy: Path, commit: str | None, name: str) -> None:
-    """Say of the copy what it is a copy of."""
+    """Record in the copy what it is a copy of."""
     diff = _git(root, "--work-tree", str(copy), "diff", "--binary", "HEAD") if commit else ""
     new = sorted(set(files(root)) - set(_git(root, "ls-files", "-z").split("\0"))) if commit else []
     (copy / "changes.diff").write_text(diff, encoding="utf-8")

@@ -29,7 +29,7 @@ FORMAT = "--format=%i|%T|%R|%k"
 JOB = re.compile(r"\s*(\d[^|]*)\|([^|]+)\|([^|]*)\|(.*)")  # a line of it
 MINE = f"--user={os.getuid()}"  # `squeue --me` is younger
 
-# Why a job waits, where no end of waiting is in sight: a hold, or what it asks for.
+# Reasons for waiting that do not end by themselves: a hold, or an impossible request.
 HELD = re.compile(r"JobHeld|.*(requeued.held|held.state)", re.IGNORECASE)
 NEVER = re.compile(
     r"Partition(Config|TimeLimit|NodeLimit)|BadConstraints|DependencyNeverSatisfied|Invalid(Account|QOS)"
@@ -37,16 +37,16 @@ NEVER = re.compile(
 )
 # SLURM's word for what neither waits nor runs: ours, and what to do.
 OTHERWISE = {
-    "COMPLETING": ("ending", "what becomes of it is seen in a minute"),
+    "COMPLETING": ("ending", "look again in a minute"),
     "CONFIGURING": ("starting", "its nodes are being made ready"),
     "POWER_UP_NODE": ("starting", "its nodes are being made ready"),
-    "STAGE_OUT": ("ending", "what becomes of it is seen in a minute"),
+    "STAGE_OUT": ("ending", "look again in a minute"),
     "REQUEUED": ("waiting", ""),
     "SUSPENDED": ("suspended", "it goes on when SLURM lets it; by hand: scontrol resume {job}"),
     "STOPPED": ("suspended", "it goes on when SLURM lets it; by hand: scancel --signal=CONT {job}"),
     "REQUEUE_HOLD": ("held", "scontrol release {job}"),
     "SPECIAL_EXIT": ("held", "scontrol release {job}"),
-    "RESV_DEL_HOLD": ("held", "its reservation is gone: cancel, mend, launch"),
+    "RESV_DEL_HOLD": ("held", "its reservation is gone: cancel, fix, launch again"),
 }
 
 
@@ -78,7 +78,7 @@ class Live:
         if HELD.match(self.reason):
             return "held", "it starts after: scontrol release {job}"
         if NEVER.match(self.reason):
-            return "stuck", "this has no end by itself: cancel, mend, launch"
+            return "stuck", "it will not start by itself: cancel, fix, launch again"
         return "waiting", ""
 
 
@@ -101,9 +101,9 @@ def all_jobs() -> list[tuple[str, Live]]:
 
 
 def without_pickle(directories: set[str], runs_dir: Path) -> dict[str, str]:
-    """Job -> run directory, of the jobs of these runs that submitit was kept from giving what they are to run.
+    """Job -> run directory, of the jobs of these runs whose command submitit was kept from writing.
 
-    It writes that once sbatch has told the job's number: a launcher that is killed, or an sbatch that fails, after
+    It writes that once sbatch has returned the job's number: a launcher that is killed, or an sbatch that fails, after
     SLURM has accepted the job leaves one that can only fail. Only for one launcher at a time.
     """
     jobs = {live.job: directory for directory, live in all_jobs() if directory in directories}
@@ -111,7 +111,7 @@ def without_pickle(directories: set[str], runs_dir: Path) -> dict[str, str]:
 
 
 def pickle_path(runs_dir: Path, job: str) -> Path:
-    """What the job is to run, as submitit writes it."""
+    """The file of the job's command, as submitit writes it."""
     return runs_dir / "slurm" / job / f"{job}_submitted.pkl"
 
 
@@ -205,7 +205,7 @@ def log_path(runs_dir: Path, job: str) -> Path:
 
 
 def cancel(jobs: Iterable[str]) -> None:
-    """End jobs, and look whether they do. Raises UserError where SLURM refuses, or one of them goes on."""
+    """Cancel jobs and check that they end. Raises UserError if SLURM refuses, or if one of them goes on."""
     if not (numbers := set(jobs)):
         return
     shell.ask("scancel", *sorted(numbers))

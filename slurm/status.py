@@ -24,7 +24,7 @@ from slurm.graph import Job, needed
 from slurm.squeue import Live
 
 ADVICE = {
-    "FAILED": "mend what the log says; {again}",
+    "FAILED": "fix what the log says; {again}",
     "TIMEOUT": "it did not save in time; {again}, or with a longer cluster.warning_seconds",
     "DEADLINE": "{again}, with a later cluster.extra.deadline",
     "OUT_OF_MEMORY": "{again}, with a larger cluster.memory_gb",
@@ -145,12 +145,12 @@ def again(job: Job) -> str:
 
 
 def _lost_parent(job: Job, lines: list[str]) -> str:
-    """What to do where the job has missed what a finished parent has made: no launch makes that again by itself."""
+    """What to do if the product of a finished parent is missing, which no launch makes again by itself."""
     for parent in job.parents:
         missed = [match for line in lines if parent.name in line and (match := LOST.search(line))]
         if missed and (parent / "result.json").exists():
             too = " and the damaged file" if missed[-1].group(2) else ""
-            return f"what {parent} has made is lost: move its result.json{too} away and launch again, it is made anew"
+            return f"what {parent} has made is lost: move its result.json{too} away and launch again to repeat it"
     return ""
 
 
@@ -219,7 +219,7 @@ def _complete(cells: list[Cell], jobs: list[Job], seen: dict[Path, Report]) -> l
 
 
 def printable(text: str) -> str:
-    """Lines without what a terminal would obey: a log may hold anything."""
+    """Lines without terminal control characters: a log may hold anything."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text.expandtabs(1))
 
 

@@ -63,20 +63,18 @@ def launch(jobs: list[Job], runs_dir: Path) -> None:
         placing.say_left()
     if lost:
         lines = "".join(f"\n  {directory}: {why}" for directory, why in lost.items())
-        raise UserError(f"{len(lost)} runs cannot start; mend what failed and launch again{lines}")
+        raise UserError(f"{len(lost)} runs cannot start; fix what failed and launch again{lines}")
 
 
 def clear(keys: set[str], runs_dir: Path) -> None:
-    """Cancel the jobs of these runs that a launch before has left without what they are to run."""
+    """Cancel the jobs of these runs that an interrupted launch left without a command."""
     if not squeue.without_pickle(keys, runs_dir):
         return
     time.sleep(squeue.AGAIN)  # a launcher elsewhere, on a file system without locks, may be about to write it
     left = squeue.without_pickle(keys, runs_dir)
     squeue.cancel(left)
     for job, key in left.items():
-        print(
-            f"cancelled job {job} of {key}, which an interrupted launch has left without what it is to run", flush=True
-        )
+        print(f"cancelled job {job} of {key}, which an interrupted launch left without a command", flush=True)
 
 
 @dataclass
@@ -99,7 +97,7 @@ class Placing:
         self.number = {job.directory: number for number, job in enumerate(self.jobs, 1)}
 
     def skip_reason(self, job: Job) -> str:
-        """Why `job` is not submitted, in words; where nothing, it is to do."""
+        """Why `job` is not submitted, in words; empty if it is to be submitted."""
         key, parents = key_of(job.directory), [key_of(parent) for parent in job.parents]
         if job.state == "finished":
             return "finished"
@@ -119,9 +117,9 @@ class Placing:
         return ""
 
     def submit(self, group: list[Job], before: str = "") -> str:
-        """Submit one job, or several as an array, which is halved where SLURM takes no such one; returns its number.
+        """Submit one job, or several as an array, which is halved if SLURM refuses its size; returns its number.
 
-        before: the array that it goes on where it has ended.
+        before: the array after whose end it starts.
         """
         self.snapshot = self.snapshot or take(ROOT, (self.runs_dir / "slurm" / "snapshots").resolve())
         if self.full or any(key_of(parent) in self.left for parent in group[0].parents):
@@ -170,11 +168,11 @@ class Placing:
         values = {"directory": key, "job": number, "after": waited, "snapshot": self.snapshot.name, "submitted": when}
         squeue.record(self.runs_dir, **values, **({"exclude": excluded} if excluded else {}))
         text = f"submitted, job {number}" + (f", after {', '.join(waited)}" if waited else "")
-        text += f", not on {', '.join(excluded)}, where it has died of the node's fault" if excluded else ""
+        text += f", not on {', '.join(excluded)}, where the node made it fail" if excluded else ""
         self.say(job, f"{text}; log: {squeue.log_path(self.runs_dir, number)}")
 
     def faulty_nodes(self, job: Job) -> list[str]:
-        """Nodes on which this run has died of the node's fault, now or in an earlier job."""
+        """Nodes that made this run fail, now or in an earlier job."""
         last = self.records.get(key_of(job.directory), {})
         logs_of_last = logs.task_logs(self.runs_dir, last["job"]) if last else []
         return list(dict.fromkeys([*last.get("exclude", []), *logs.faulty_nodes(logs_of_last)]))
@@ -254,7 +252,7 @@ def _submit(group: list[Job], asked: dict[str, Any], runs_dir: Path, snapshot: P
 
 
 def _failure(group: list[Job], text: str, runs_dir: Path) -> str:
-    """What to make of an sbatch that has failed: SLURM may have accepted the job nevertheless, which is cancelled."""
+    """The error for a failed sbatch: SLURM may have accepted the job nevertheless, which is then cancelled."""
     if not UNCERTAIN.search(text):
         remedies = [remedy for words, remedy in REMEDIES.items() if words in text]
         return "; ".join([f"SLURM refused {group[0].id}: {text}", *remedies])

@@ -1,4 +1,4 @@
-"""Colours as Pillow computes them: jitter, grey, solarization; and the normalisation behind all operations."""
+"""Colours as Pillow computes them: jitter, grey, solarization; and the final normalisation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE, NONE = range(5)
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], out: Tensor | None = None) -> Tensor:
-    """(N, 3, H, W) with values 0..255 -> (value / 255 - mean) / std, of each channel its own; same shape."""
+    """(N, 3, H, W) with values 0..255 -> (value / 255 - mean) / std per channel; same shape."""
     scale, shift = once(_scale_and_shift, tuple(mean), tuple(std), images.device)
     return torch.mul(images, scale, out=out).sub_(shift)
 
@@ -30,14 +30,14 @@ def solarize(images: Tensor, chosen: Tensor) -> Tensor:
 def colour_jitter(images: Tensor, order: Tensor, factors: Tensor, chosen: Tensor, with_hue: bool = True) -> Tensor:
     """Brightness, contrast, saturation and hue by factors (N, 4), in each image's own order (N, 4), where chosen (N,).
 
-    Slot by slot: on a CPU each image has its own operation, elsewhere every image has all and keeps one.
+    Slot by slot: on a CPU each image runs its own operation; elsewhere every image runs all and keeps one.
     """
     for_all = jitter_by_selection if few_operations(images) else jitter_by_group
     return for_all(images, order, factors, chosen, with_hue)
 
 
 def jitter_by_group(images: Tensor, order: Tensor, factors: Tensor, chosen: Tensor, with_hue: bool) -> Tensor:
-    """`colour_jitter` for a CPU: each slot sorts the images by their operation, and each group has only its own."""
+    """`colour_jitter` for a CPU: each slot groups the images by operation, and runs only that one on each group."""
     adjust = [adjust_brightness_, adjust_contrast_, adjust_saturation_] + [adjust_hue_] * with_hue
     row = torch.arange(len(images))  # of each image, as they are sorted at present
     for operation in torch.where(chosen[:, None], order, NONE).unbind(dim=1):
@@ -51,10 +51,10 @@ def jitter_by_group(images: Tensor, order: Tensor, factors: Tensor, chosen: Tens
 
 
 def jitter_by_selection(images: Tensor, order: Tensor, factors: Tensor, chosen: Tensor, with_hue: bool) -> Tensor:
-    """`colour_jitter` without a wait for the device: every image passes through every step.
+    """`colour_jitter` without synchronising with the device: every image passes through every step.
 
-    Hue takes the most operations, so all images have it at once: before it come the blends that precede it in an
-    image's own order, behind it those that follow. A blend of factor 1 leaves an image as it is.
+    Hue takes the most operations, so it runs once, on all images: after the blends that precede it in an image's own
+    order, before those that follow. A blend of factor 1 leaves an image unchanged.
     """
     images, hue = images.clone(), order == HUE
     slots, turns = [slice(0, 4)], [~hue]
@@ -133,7 +133,7 @@ def adjust_hue_(images: Tensor, factor: Tensor, out: Tensor | None = None) -> Te
 def rgb_to_hsv(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Hue, saturation and value, each (N, H, W) in whole numbers 0..255, cut off as Pillow does.
 
-    Hue in sixths of a turn is |sector + (largest - middle) / chroma|, where the order of the channels has a sector: -1
+    Hue in sixths of a turn is |sector + (largest - middle) / chroma|, where the channel order gives the sector: -1
     for rgb, 1 for grb, -3 for gbr, 3 for bgr, -5 for brg; rbg is the mirror image of rgb. The roundings are Pillow's.
     Greys (saturation 0) get some hue, without effect.
     """

@@ -18,9 +18,9 @@ from mixmask.augment.sampling import Parameters, draw, parameters_of
 from mixmask.config import Augment
 from mixmask.paths import compiler, few_operations
 
-CPU_PIXELS = 256 * 32 * 32  # in a chunk: images that pass through all operations together, in the caches of a core
-# glibc keeps as much freed memory as twice the largest block that was freed, up to 32 MiB. Otherwise every intermediate
-# result would get its pages from the system anew, which costs as much as computing it.
+CPU_PIXELS = 256 * 32 * 32  # per chunk of images that run through all operations together, in a core's caches
+# Freeing a block this large once makes glibc keep up to twice as much freed memory. Otherwise the system would map
+# fresh pages for every intermediate result, which costs as much as computing it.
 FREED = 31 * 2**20
 
 
@@ -30,7 +30,7 @@ def augment_view(
 ) -> Tensor:
     """One random view: uint8 (N, 3, H, W) -> normalised float32 (N, 3, size, size).
 
-    Where `images` are only the `rows` of a batch of `batch_size`, they are changed as they are in the whole batch.
+    If `images` are only the `rows` of a batch of `batch_size`, they are augmented as within the whole batch.
     """
     return augment_views([augment], [images], generator, batch_size, rows)[0]
 
@@ -43,9 +43,9 @@ def augment_views(
     rows: slice = slice(None),
     compiled: bool = False,
 ) -> list[Tensor]:
-    """`augment_view` of each pair in turn. Views of one augmentation that follow each other share every operation.
+    """`augment_view` of each pair in turn. Consecutive views with the same augmentation share every operation.
 
-    `compiled`: all of them but the draws in one graph.
+    `compiled`: everything but the random draws runs as one graph.
     """
     views: list[Tensor] = []
     transform = _compiled_transform(*compiler().values()) if compiled else transformed
@@ -60,7 +60,7 @@ def augment_views(
 
 @torch.no_grad()
 def transformed(augment: Augment, images: Tensor, draws: Tensor, rows: slice) -> Tensor:
-    """The views, one behind the other, that `draws` decide: uint8 (N, 3, H, W) -> normalised (N, 3, size, size)."""
+    """The views that `draws` decide, concatenated: uint8 (N, 3, H, W) -> normalised (N, 3, size, size)."""
     return apply(augment, images, parameters_of(augment, draws, *images.shape[2:], rows))
 
 
@@ -88,7 +88,7 @@ def apply(augment: Augment, images: Tensor, parameters: Parameters) -> Tensor:
 
 
 def chunks(n: int, pixels: int, threads: int) -> list[slice]:
-    """n images of so many pixels in equal parts: at least one for each thread, at most CPU_PIXELS pixels in one."""
+    """Split n images of so many pixels into equal parts: at least one per thread, at most CPU_PIXELS pixels each."""
     size = max(1, min(CPU_PIXELS // pixels, math.ceil(n / threads)))
     return [slice(start, start + size) for start in range(0, n, size)]
 
@@ -96,7 +96,7 @@ def chunks(n: int, pixels: int, threads: int) -> list[slice]:
 def in_threads(compute: Callable[[slice], None], parts: list[slice]) -> None:
     """compute(part) for each part, on as many threads as torch uses.
 
-    Each thread computes its parts alone: operations on some hundred images are too short to be divided.
+    Each thread computes its parts alone: operations on a few hundred images are too short to be split.
     """
     threads = torch.get_num_threads()
     if threads == 1 or len(parts) == 1:
@@ -113,7 +113,7 @@ def in_threads(compute: Callable[[slice], None], parts: list[slice]) -> None:
 def apply_operations(augment: Augment, images: Tensor, parameters: Parameters) -> Tensor:
     """The operations of `apply`, of all images at once: (N, 3, H, W) -> (N, 3, size, size), float32 and 0..255."""
     p = parameters
-    # A flip commutes with every operation but the crop; behind the crop it costs nothing: its weights are reversed.
+    # A flip commutes with every operation but the crop; after the crop it is free: the weights are reversed.
     folded = "flip" in augment.order[augment.order.index("crop") :] if "crop" in augment.order else False
     operations = {
         "crop": lambda x: resized_crop(

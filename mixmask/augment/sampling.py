@@ -1,4 +1,4 @@
-"""What a view draws: torchvision's parameters, one row a sample, out of uniform numbers."""
+"""What a view draws: torchvision's parameters, one row per sample, from uniform numbers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def sample(
 
 
 def draws_of(augment: Augment) -> list[tuple[int, ...]]:
-    """The shape of what one sample draws for each parameter; that of solarization only where it may come."""
+    """The shape of what one sample draws for each parameter; solarization's only if it can occur."""
     return [*DRAWS, *([()] if "solarize" in augment.order else [])]
 
 
@@ -55,7 +55,7 @@ def draw(augment: Augment, n: int, generator: torch.Generator, device: torch.dev
 
 
 def parameters_of(augment: Augment, draws: Tensor, height: int, width: int, rows: slice = slice(None)) -> Parameters:
-    """What `draw` decides, for images (height, width): of these `rows` of each view, one view behind the other."""
+    """What `draw` decides for images of (height, width): these `rows` of each view, the views concatenated."""
     shapes = draws_of(augment)
     n = draws.shape[1] // sum(map(math.prod, shapes))
     parts = draws.split([n * math.prod(shape) for shape in shapes], dim=1)

@@ -23,7 +23,7 @@ def whole_numbers(n: int, device: torch.device) -> Tensor:
 
 
 def once(make: Callable, *arguments: Hashable) -> Any:
-    """make(*arguments), tensors that are only read: made once, for every copy to a GPU waits for it."""
+    """make(*arguments), read-only tensors, cached: every copy to a GPU waits for it."""
     return make(*arguments) if torch.compiler.is_compiling() else _kept(make, *arguments)
 
 

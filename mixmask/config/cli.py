@@ -1,4 +1,4 @@
-"""What the entry scripts share: options, the list of a recipe's keys, and the end of a program in one line."""
+"""What the entry scripts share: options, the list of a recipe's keys, and errors in one line."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def in_words(hint: Any, low: float | None = None, high: float | None = None) -> 
 def main_guard(main: Callable[[], Any]) -> None:
     """Run a script's main; a UserError becomes one line on stderr and exit status 1, Ctrl-C status INTERRUPTED.
 
-    So does the end of a process that decodes images, which PyTorch reports wherever the program happens to be.
+    So does the death of a data worker, which PyTorch reports wherever the program happens to be.
     """
     try:
         main()
@@ -97,14 +97,14 @@ def main_guard(main: Callable[[], Any]) -> None:
 
 
 def _complain(text: str) -> None:
-    """To stderr in one write: the lines of several processes do not run together. A terminal may be gone."""
+    """To stderr in one write, so that the lines of several processes do not mix. The terminal may be gone."""
     with contextlib.suppress(OSError):
         sys.stderr.write(text)
         sys.stderr.flush()
 
 
 def _tell_torchrun(text: str) -> None:
-    """Where torchrun reads it for the end of its own report, which stands behind what this process has printed."""
+    """Write the error where torchrun reads it, for the end of its own report, after all that this process printed."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = {"message": text, "extraInfo": {"timestamp": int(time.time())}}
         Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")

@@ -1,10 +1,10 @@
-"""What goes wrong in ways that the person at the keyboard can mend."""
+"""Errors that the user can fix."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can mend; its text is one clear line."""
+    """An error that the user can fix; its text is one clear line."""
 
 
 class ConfigError(UserError, ValueError):

@@ -40,7 +40,7 @@ class KNNEval:
     checkpoint: str = ""  # the identity of the weights, filled in by eval/knn.py
     allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
     folder: Folder = Folder()
-    data: str = ""  # which images, where they are not a published set, verified; filled in (datasets/settle.py)
+    data: str = ""  # identity of the images, unless they are a verified published set; filled in (datasets/settle.py)
     run: Execution = Execution()
 
     __post_init__ = check_run
@@ -66,7 +66,7 @@ class Linear:
     checkpoint: str = ""  # the pre-training run's identity, filled in by eval/linear.py
     allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
     folder: Folder = Folder()
-    data: str = ""  # which images, where they are not a published set, verified; filled in (datasets/settle.py)
+    data: str = ""  # identity of the images, unless they are a verified published set; filled in (datasets/settle.py)
     run: Execution = Execution()
 
     def __post_init__(self) -> None:
@@ -88,7 +88,7 @@ class Finetune:
     epochs: int = within(1)
     batch_size: int = within(1)
     seed: int = within(0)
-    backbone_lr: float = within(0)  # Table 10, "lr stem": of all that the checkpoint holds
+    backbone_lr: float = within(0)  # Table 10, "lr stem": of everything that the checkpoint holds
     optimizer: Optimizer  # its lr is the classifier's
     schedule: Schedule  # of both rates
     augment: Augment
@@ -100,7 +100,7 @@ class Finetune:
     checkpoint: str = ""  # the identity of the weights, filled in by eval/finetune.py
     allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
     folder: Folder = Folder()
-    data: str = ""  # which images, where they are not a published set, verified; filled in (datasets/settle.py)
+    data: str = ""  # identity of the images, unless they are a verified published set; filled in (datasets/settle.py)
     run: Execution = Execution()
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ GIVEN = {  # keys of Detectron2 -> what gives their value here
 class Detection:
     """Transfer to object detection (`detection/train.py`; Section 4.5, Table 7).
 
-    `detectron2` is a section in Detectron2's own words: its keys, nested as in its config files.
+    The section `detectron2` holds Detectron2's own keys, nested as in its config files.
     """
 
     stage: ClassVar[str] = "detection"
@@ -145,22 +145,22 @@ class Detection:
     recipe: str
     task: Literal["voc", "coco"]
     seed: int = within(0)
-    group: int = within(1)  # images in a row that are all wide or all upright: those of one GPU in Detectron2
+    group: int = within(1)  # consecutive images that are all landscape or all portrait: those of one GPU in Detectron2
     detectron2: Mapping[str, Any]
     data: Literal["full", "photos"] = "full"  # photos: small trees in the same form, made of embedded photographs
     checkpoint: str = ""  # the identity of the weights, filled in by detection/train.py
     eval_every: int = field(default=0, metadata={"low": 0, "hashed": False})  # iterations; 0: only after the last
-    allow_partial_data: bool = False  # accept other numbers of images than VOC's and COCO's: not the paper's data
-    content: str = ""  # which images and annotations, where not all of these; filled in (detection/datasets.py)
+    allow_partial_data: bool = False  # accept image counts other than VOC's and COCO's: not the paper's data
+    content: str = ""  # identity of images and annotations, unless complete; filled in (detection/datasets.py)
     run: Execution = Execution()
 
     def __post_init__(self) -> None:
         check_run(self)
         for key, value in flatten({"detectron2": self.detectron2}).items():
             if key in GIVEN:
-                raise ConfigError(f"{key}: is given by {GIVEN[key]}")
+                raise ConfigError(f"{key}: is set by {GIVEN[key]}")
             if isinstance(value, str) and OTHERWISE.fullmatch(value):
-                raise ConfigError(f"{key}: {value!r} is no decimal number")
+                raise ConfigError(f"{key}: {value!r} is not a decimal number")
 
 
 Config = Pretrain | KNNEval | Linear | Finetune | Convert | Detection  # of a stage

@@ -92,7 +92,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         bool: "true or false",
         str: "a text; quote what looks like a number",
     }
-    decimal = ", which is no decimal number" if isinstance(value, str) and OTHERWISE.fullmatch(value) else ""
+    decimal = ", which is not a decimal number" if isinstance(value, str) and OTHERWISE.fullmatch(value) else ""
     raise ConfigError(f"{where}: expected {names.get(hint, hint)}, found {value!r}{decimal}")
 
 

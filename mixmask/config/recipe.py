@@ -33,7 +33,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any], cls
     known |= {key for key in OPTIONAL_SETTINGS if key.split(".")[0] in result}
     for key, value in overrides.items():
         if key not in known and key not in GIVEN:  # those are refused with their reason
-            raise ConfigError(f"unknown key '{key}'{nearest(key, known) or '; --keys lists those that there are'}")
+            raise ConfigError(f"unknown key '{key}'{nearest(key, known) or '; --keys lists them'}")
         *sections, last = key.split(".")
         target = result
         for section in sections:

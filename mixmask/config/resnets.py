@@ -1,4 +1,4 @@
-"""The ResNets of the paper, which a recipe names: what the schema, the builder and the cost know of them."""
+"""The paper's ResNets by name: what the schema, the builder and the cost model know of them."""
 
 from __future__ import annotations
 

@@ -20,12 +20,12 @@ from mixmask.config.resnets import ARCHITECTURES
 
 # ---------------------------------------------------------------------------------------------- pre-training
 
-Permutation = Literal["reverse", "random", "derangement"]  # derangement: a random one that leaves nobody in place
+Permutation = Literal["reverse", "random", "derangement"]  # derangement: a random one without fixed points
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """ResNet and its stem (Tables 8, 9; stems: docs/fidelity.md), or a network of others (mixmask/networks.py)."""
+    """ResNet and its stem (Tables 8, 9; stems: docs/fidelity.md), or a third-party backbone (mixmask/networks.py)."""
 
     arch: str = field(
         metadata={"words": ", ".join((*ARCHITECTURES, "timm/NAME", "torchvision/NAME, or MODULE:FUNCTION"))}
@@ -33,7 +33,7 @@ class Backbone:
     stem: Literal["cifar", "tiny", "imagenet"]
     width: int = within(1)  # channels of the first stage; 64 in the paper
     bn_groups: int = within(1)  # split BatchNorm: how many parts of the batch have their own statistics
-    stem_init: Literal["default", "kaiming"] = "default"  # of a small stem: PyTorch's own, or as all other convolutions
+    stem_init: Literal["default", "kaiming"] = "default"  # of a small stem: PyTorch's, or as elsewhere
 
     def __post_init__(self) -> None:
         if self.arch in ARCHITECTURES:
@@ -44,12 +44,12 @@ class Backbone:
             hint = f"; torchvision/{self.arch}, or timm/{self.arch}?" if re.fullmatch(r"\w+", self.arch) else ""
             raise ConfigError(f"backbone.arch: expected {words}; found {self.arch!r}{hint}")
         if module and module[1] in sys.stdlib_module_names:  # a checkpoint names it: nothing of it may run
-            raise ConfigError(f"backbone.arch: {self.arch} is Python's own, and makes no network")
+            raise ConfigError(f"backbone.arch: {self.arch} is part of Python, not a network")
         if self.width != 64:
-            raise ConfigError(f"backbone.width: {self.arch} is as wide as it is; expected 64, found {self.width}")
+            raise ConfigError(f"backbone.width: {self.arch} has a fixed width; expected 64, found {self.width}")
 
 
-# Settings of frameworks that a recipe need not write, with their defaults, which the hash leaves out.
+# Framework settings that a recipe may omit, and their defaults, which the hash leaves out.
 OPTIONAL_SETTINGS = {"moco.own_view": True}
 
 
@@ -60,7 +60,7 @@ class Mask:
     type: Literal["block", "discrete", "none"]  # none: nothing is mixed, x1 itself is scored a second time
     block_impl: Literal["repaired", "literal"]
     grid: int = within(2)  # cells along a side
-    ratio: float | tuple[float, float] = within(0, 1, interval=True)  # lambda aimed at; [a, b]: U(a, b) per mask
+    ratio: float | tuple[float, float] = within(0, 1, interval=True)  # target lambda; [a, b]: U(a, b) per mask
     switch: bool = True  # the (1 - lambda) term of Eq. 6
     permutation: Permutation = "reverse"  # partner of image i in plain MixMask
     per_image: bool = False  # a mask and a lambda for each image; false: one for each mix group (Section 3.2)
@@ -208,14 +208,14 @@ class Execution:
     download: bool = True  # fetch CIFAR-100 where it is missing
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     workers: int = within(0, default=8)  # processes that decode images (ImageNet)
-    eval_batch: int = within(1, default=500)  # images at a time where features are taken: less memory with fewer
+    eval_batch: int = within(1, default=500)  # batch size of feature extraction: fewer images take less memory
     log_every: int = within(1, default=10)  # iterations between log lines
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # shown there, too (mixmask/runs/trackers.py)
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # also log there (mixmask/runs/trackers.py)
     checkpoint_every: int = within(1, default=1)  # epochs between checkpoints
     checkpoint_minutes: float = within(0, default=15.0)  # and within a long epoch: minutes between checkpoints
     keep_every: int = within(0, default=0)  # epochs between checkpoints that stay, checkpoint.epochN.pt; 0: none
-    accumulate: int = within(1, default=1)  # pre-training: parts of a batch, one after the other, in memory for one
-    init: str = ""  # pre-training: the file whose backbone it begins with; its weights are in the run's identity
+    accumulate: int = within(1, default=1)  # pre-training: gradient accumulation over this many parts of a batch
+    init: str = ""  # pre-training: file of the initial backbone, whose weights are part of the run's identity
     channels_last: bool = True
     # torch.compile of augmentation, backbones and loss: a minute at the start, and a C++ compiler on a CPU.
     compile: Literal["auto", True, False] = "auto"  # auto: on GPUs where it was tested (training/optim.py)
@@ -253,6 +253,6 @@ class Pretrain:
     mscn: MSCN = MSCN()
     allow_partial_data: bool = False  # accept an incomplete Tiny-ImageNet or ImageNet: not the paper's data
     folder: Folder = Folder()
-    data: str = ""  # which images, where they are not a published set, verified; filled in (datasets/settle.py)
+    data: str = ""  # identity of the images, unless they are a verified published set; filled in (datasets/settle.py)
     init: str = ""  # a digest of the weights of run.init, filled in
     run: Execution = Execution()

@@ -1,4 +1,4 @@
-"""Files and command lines as plain values: YAML without what it takes for something else than it says.
+"""Files and command lines as plain values: YAML without its surprising conversions.
 
 In YAML 1.1 010 is 8, 4:00 is 240, 1_000 is 1000, `no` is false, 2024-01-01 is a date, and ` #` begins a comment. Here
 numbers are decimal, `true` and `false` are the only truth values, and all else is text, as it stands.
@@ -21,7 +21,7 @@ from mixmask.config.fields import DECIMAL
 class Loader(yaml.SafeLoader):
     """YAML with decimal numbers, true and false, and null; a key that wants a number refuses other spellings.
 
-    A key that stands twice in a section is refused: YAML would take the last one in silence.
+    A key that appears twice in a section is refused: YAML would silently take the last one.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -29,7 +29,7 @@ class Loader(yaml.SafeLoader):
         for key, _ in node.value:
             name = str(key.value)
             if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{name}' stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key '{name}' appears twice", key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
 
@@ -58,7 +58,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def recipe_file(name: str | Path) -> Path:
-    """A path as it is; where there is no such file, a bare name is that of a recipe which came with the code."""
+    """A path as it is; if there is no such file, a bare name stands for a bundled recipe."""
     path = Path(name)
     if path.exists() or len(path.parts) > 1:
         return path
@@ -66,7 +66,7 @@ def recipe_file(name: str | Path) -> Path:
 
 
 def recipes() -> dict[str, Path]:
-    """Those that came with the code, by name."""
+    """The bundled recipes, by name."""
     package = Path(__file__).resolve().parents[1]
     homes = (package.parent, package)  # in a wheel the stages lie in the package, in a checkout beside it
     folders = [home / stage / "configs" for home in homes for stage in ("eval", "pretrain")]
@@ -79,7 +79,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = parse_yaml(recipe_file(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         close = difflib.get_close_matches(Path(path).stem, recipes(), n=1)
-        hint = f"; did you mean {close[0]}, which came with the code?" if close else ""
+        hint = f"; did you mean the bundled recipe {close[0]}?" if close else ""
         raise ConfigError(f"no such config file: {path}{hint}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
@@ -111,4 +111,4 @@ def _value(text: str, item: str) -> Any:
     try:
         return parse_yaml(text)
     except yaml.YAMLError:
-        raise ConfigError(f"--set {item}: {text!r} is no YAML value; quote it if it is a text") from None
+        raise ConfigError(f"--set {item}: {text!r} is not a YAML value; quote it if it is text") from None

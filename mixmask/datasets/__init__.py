@@ -49,7 +49,7 @@ def load_split(config: Pretrain | KNNEval | Linear | Finetune, split: str) -> Re
 
 
 def list_split(config: Pretrain | KNNEval | Linear | Finetune, split: str) -> Listing:
-    """Its files before any is read, of a data set that can be other images than the published ones."""
+    """The split's files, before any is read, of a data set that may differ from the published images."""
     return _call("files", config.dataset, config.run.data_root, split, None, _options(config))
 
 
@@ -62,7 +62,7 @@ def _options(config: Pretrain | KNNEval | Linear | Finetune) -> dict[str, Any]:
 
 
 def _call(what: str, name: str, root: str | Path, split: str, expected: Expected | None, options: dict) -> Any:
-    """The reader (`code`) or the listing (`files`) of the registry, with those arguments that it takes by name."""
+    """Call a reader (`code`) or listing (`files`) of the registry with those arguments that it takes by name."""
     if name not in registry.DATASETS:
         raise DataError(f"dataset: unknown data set '{name}'; expected one of {', '.join(registry.DATASETS)}")
     if split not in ("train", "test"):

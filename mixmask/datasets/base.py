@@ -83,7 +83,7 @@ class Files:
 
 
 def counts(dataset: Resident | Files) -> dict[str, int]:
-    """How many images and classes it has, for a checkpoint: a run is not continued with others."""
+    """How many images and classes it has, for a checkpoint: a run does not continue on other data."""
     return {"images": len(dataset), "classes": len(dataset.classes)}
 
 
@@ -93,7 +93,7 @@ class Listing:
 
     paths: Sequence[str]
     labels: Tensor
-    classes: tuple[str, ...]  # none: nobody has labelled them
+    classes: tuple[str, ...]  # none: unlabelled
     folder: Path
     note: str = ""
     packed: Packed | None = None

@@ -39,7 +39,7 @@ def decode_all(paths: Sequence[str], shape: tuple[int, int], upright: bool = Fal
 
 
 def kept(cache: Path, paths: Sequence[str], decode: Callable[[], Tensor]) -> Tensor:
-    """`decode()`, kept in the file `cache` for as long as paths below its folder, sizes and times of the files stay."""
+    """`decode()`, cached in the file `cache` until the files' paths below its folder, sizes or times change."""
     key = _listing_hash(paths, f"{cache.parent}/")
     try:
         stored = torch.load(cache, weights_only=True)

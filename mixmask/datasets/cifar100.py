@@ -72,7 +72,7 @@ def _download(parent: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """A tar archive of files and folders. Raises DataError, and unpacks nothing, for a link or one that leaves."""
+    """Unpack a tar archive. Raises DataError, and unpacks nothing, for links and for paths that leave the folder."""
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
@@ -82,7 +82,7 @@ def unpack(archive: Path, folder: Path) -> None:
                     raise DataError(f"{archive} is refused, nothing is unpacked: its member '{member.name}' {kind}")
             tar.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     except (tarfile.TarError, zlib.error, EOFError) as error:
-        raise DataError(f"{archive} is cut off or no tar archive ({one_line(error)})") from None
+        raise DataError(f"{archive} is truncated or not a tar archive ({one_line(error)})") from None
 
 
 def _move_folder(source: Path, target: Path) -> None:

@@ -1,8 +1,8 @@
 """Image files as RGB bytes: one decoder for every reader.
 
-JPEG, known by its first bytes, is decoded by torchvision, all other formats by Pillow; names say nothing. (torchvision
-decodes PNG, too, but 0.29.2 ends the process at some damaged files.)
-Every image becomes RGB as `convert("RGB")` of the field's public code has it: gray is repeated, a palette is looked
+JPEG, known by its first bytes, is decoded by torchvision, all other formats by Pillow; file names are ignored.
+(torchvision decodes PNG, too, but 0.29.2 ends the process at some damaged files.)
+Every image becomes RGB as with the `convert("RGB")` of public code: gray is repeated, a palette is looked
 up, CMYK is converted, transparency is dropped, and of an animation the first frame counts. Of 16 bits the upper 8 are
 taken. Images of 32 bits are refused, since their white is unknown. EXIF orientation is applied where it is asked for.
 """

@@ -1,7 +1,7 @@
 """Your own images: DIR/train/CLASS/* with DIR/val or DIR/test, DIR/CLASS/*, or images without labels in DIR.
 
-What has no test images of its own holds a share of each class out: which, a hash of the file's path says, so that
-adding files moves nobody. All formats and modes of `decoding` are read, and turned upright. Small images of equal size
+Without test images of its own, a share of each class is held out, chosen by a hash of each file's path: adding files
+moves no other. All formats and modes of `decoding` are read, and turned upright. Small images of equal size
 are held in memory, others are read by workers.
 """
 
@@ -51,7 +51,7 @@ def listing(root: Path, split: str, held_out: float) -> Listing:
             f"{train} holds images beside class folders ({some(loose)} beside {some(classes)}); "
             "expected either folders, one a class, or images alone, which have no labels"
         )
-    if len(classes) < 2:  # one folder tells nothing apart
+    if len(classes) < 2:  # a single class is no label
         paths = [os.path.join(train, name) for name in _images_below(train)] if split == "train" else []
         if split == "train" and not paths:
             raise DataError(f"no images under {train} ({', '.join(ENDINGS)}); found: {entries_of(train)}")
@@ -95,7 +95,7 @@ def _members(folder: Path, classes: Sequence[str]) -> dict[str, list[str]]:
     members = {name: [f"{name}/{path}" for path in _images_below(folder / name)] for name in classes}
     if empty := [name for name, paths in members.items() if not paths]:
         entries = entries_of(folder / empty[0])
-        raise DataError(f"{folder}: no images in {some(empty)} (found: {entries}); remove what is no class")
+        raise DataError(f"{folder}: no images in {some(empty)} (found: {entries}); remove what is not a class")
     return members
 
 

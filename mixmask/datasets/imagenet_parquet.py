@@ -24,7 +24,7 @@ NAMES = {"train": "train-*.parquet", "test": "validation-*.parquet"}
 
 @dataclass(frozen=True)
 class ParquetRows:
-    """Images in parquet files: of each its file, row group and row, int64 (N, 3)."""
+    """Images in parquet files, each by its file, row group and row, int64 (N, 3)."""
 
     files: tuple[str, ...]
     rows: np.ndarray
@@ -35,7 +35,7 @@ class ParquetRows:
         return _group(self.files[file], group)[row].as_py()
 
     def size(self, index: int) -> int:
-        """That of its shard, in bytes: an image's own is known to its row group alone."""
+        """The size of its shard, in bytes: only the row group knows an image's own."""
         return os.stat(self.files[self.rows[index, 0]]).st_size
 
     def take(self, indices: Sequence[int]) -> ParquetRows:

@@ -1,4 +1,4 @@
-"""ImageNet-1K in the official archives, read where they lie: no file for each image, which few cluster quotas bear.
+"""ImageNet-1K in the official archives, read in place: few cluster quotas allow a file for each image.
 
 Each archive is checked once and indexed once: names, places and sizes of its images are kept in NAME.tar.index.npz
 beside it (where that is not allowed, in the user's cache folder). An image is then one read at its place.
@@ -58,7 +58,7 @@ class TarMembers:
 
 @functools.cache
 def _opened(path: str) -> int:
-    """A descriptor of the archive, one a process: reads at a place do not disturb one another."""
+    """A descriptor of the archive, one per process: positioned reads do not interfere."""
     return os.open(path, os.O_RDONLY)
 
 
@@ -163,7 +163,7 @@ def _keep(path: Path, content: dict[str, np.ndarray]) -> None:
         except OSError as error:
             discard(partial)
             reasons.append(f"{place}: {error.strerror}")
-    say(f"note: no index of {path} can be kept ({'; '.join(reasons)}); every run makes it anew")
+    say(f"note: the index of {path} cannot be kept ({'; '.join(reasons)}); every run rebuilds it")
 
 
 def _md5(path: Path) -> str:
@@ -195,7 +195,7 @@ def _members(path: Path, walk: Callable[[tarfile.TarFile], list[tuple[str, int, 
         with tarfile.open(path, mode="r:") as tar:
             members = walk(tar)
     except (tarfile.TarError, OSError, EOFError, AttributeError, TypeError) as error:
-        raise DataError(f"{path} is cut off or no archive of ImageNet ({one_line(error)})") from None
+        raise DataError(f"{path} is truncated or not an archive of ImageNet ({one_line(error)})") from None
     if not members:
         raise DataError(f"{path} holds no images")
     names, places, sizes = zip(*members, strict=True)

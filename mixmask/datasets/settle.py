@@ -22,7 +22,7 @@ Stage = Pretrain | KNNEval | Linear | Finetune
 
 
 def settle(config: Stage) -> Stage:
-    """The config with the identity of its images and, for `folder`, numbers that fit them: what is changed is said.
+    """The config with the identity of its images and, for `folder`, numbers that fit them; prints each change.
 
     Raises DataError for images that cannot be listed, and ConfigError where nothing fits.
     """
@@ -41,7 +41,7 @@ def settle(config: Stage) -> Stage:
 
 
 def identity(config: Stage) -> str:
-    """Which images the config's are, as `data` of a settled one has it: "" for the published ones. Raises DataError."""
+    """The identity of the config's images, as in `data` of a settled one: "" if published. Raises DataError."""
     return _identity(config, *_listings(config))
 
 
@@ -61,7 +61,7 @@ def _identity(config: Stage, *listings: Listing) -> str:
 
 
 def check_labels(train: Listing, test: Listing, root: str) -> None:
-    """Raises ConfigError for images that nobody has labelled, and where none are left for testing."""
+    """Raises ConfigError for unlabelled images, and if none are left for testing."""
     if not train.classes:
         raise ConfigError(f"dataset: the images in {root} have no labels; expected folders, one a class")
     if not len(test):
@@ -114,15 +114,12 @@ def _shown(config: Stage) -> dict[str, Any]:
 
 
 def of_evaluations(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A pre-training's `run` without what it alone has."""
+    """A pre-training's `run` without the keys that only a pre-training takes."""
     return {key: value for key, value in run.items() if key not in ("init", "accumulate", "keep_every")}
 
 
 def inherit(recipe: Mapping[str, Any], pretraining: Mapping[str, Any]) -> dict[str, Any]:
-    """A probe's recipe with what it leaves open from the pre-training's: the images, where they are, their size.
-
-    What it says itself stays.
-    """
+    """A probe's recipe; the images, their place and size come from the pre-training's unless the probe sets them."""
     values = {"dataset": pretraining["dataset"], **recipe}
     if values["dataset"] == pretraining["dataset"]:
         values = {key: pretraining[key] for key in ("allow_partial_data", "folder") if key in pretraining} | values

@@ -43,7 +43,7 @@ def entries(folder: Path) -> list[os.DirEntry]:
         raise DataError(f"folder {folder} cannot be read: {error.strerror}") from None
     for entry in visible:
         if entry.is_symlink() and not os.path.exists(entry.path):
-            raise DataError(f"{entry.path} is a link that leads nowhere ({os.readlink(entry.path)}); mend or remove it")
+            raise DataError(f"{entry.path} is a broken link ({os.readlink(entry.path)}); fix or remove it")
         if entry.is_symlink() and entry.is_dir() and Path(folder).resolve().is_relative_to(Path(entry.path).resolve()):
             raise DataError(f"{entry.path} is a link to a folder that holds it; remove it")
     return visible

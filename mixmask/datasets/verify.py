@@ -1,4 +1,4 @@
-"""Every image of a data set is decoded once, before a training that would meet the damaged ones after hours."""
+"""Decodes every image of a data set once, before a training that would hit the damaged ones hours later."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mixmask.training.progress import Progress, say
 
 
 def verify(dataset: Resident | Files) -> None:
-    """Raises DataError, with how many there are and the first three, for files that are no images."""
+    """Raises DataError, with their number and the first three, for files that are not images."""
     if isinstance(dataset, Resident):  # all have been decoded
         return
     reader, errors = ImageReader.of(dataset), []

@@ -34,7 +34,7 @@ def train_batches(
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     """One epoch of (views, indices): `views` tensors float (N, 3, S, S) on the device, indices int64 (N,).
 
-    Behind them comes an extra view for each of `crops`, an augmentation of its own; the others do not depend on it.
+    After them comes an extra view for each augmentation in `crops`, which leaves the first ones unchanged.
     Which images and how they are augmented follow from (seed, epoch, position) alone; `skip` batches are passed over.
     `rows`: those of each batch that this process holds; only they are read and augmented. `compiled`: in one graph.
     Raises ConfigError as `check_augment` does.

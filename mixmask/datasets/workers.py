@@ -35,10 +35,10 @@ class Read(Protocol):
 def in_workers(
     read: Read, batches: Iterable[Sequence[int]], workers: int, pin_memory: bool = False, tensors: int = 2
 ) -> Iterator[tuple[Any, Tensor]]:
-    """For each batch of indices what `read` has read, collated, and the indices int64 (N,).
+    """For each batch of indices: what `read` returns, collated, and the indices int64 (N,).
 
-    `workers` processes read ahead, 0 reads here. `tensors`: of a batch, the indices included. Raises DataError, of one
-    line, for whatever goes wrong in a worker.
+    `workers` processes read ahead, 0 reads here. `tensors`: how many a batch has, including the indices. Raises
+    DataError, of one line, for whatever goes wrong in a worker.
     """
     allow_open_files(workers, tensors)
     with _more_than_cores():
@@ -76,7 +76,7 @@ def in_workers(
 
 @contextlib.contextmanager
 def _more_than_cores() -> Iterator[None]:
-    """More workers than there are cores are allowed without a warning: they wait for disks, too."""
+    """No warning for more workers than cores: workers also wait for disks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         yield
@@ -112,7 +112,7 @@ def ignore_signals(worker: int) -> None:
 
 
 def _begin(worker: int) -> None:
-    """A batch that cannot be sent would be lost without a word, and waited for: the worker ends instead."""
+    """A batch that cannot be sent would be lost silently, and the loop would wait for it: the worker exits instead."""
     ignore_signals(worker)
 
     def end(error: Exception, batch: object) -> None:
@@ -124,7 +124,7 @@ def _begin(worker: int) -> None:
 
 @atexit.register
 def _stop(workers: set[multiprocessing.process.BaseProcess] | None = None) -> None:
-    """Kill those (None: all) that still run. Since they ignore SIGTERM, Python's exit would wait for them for ever."""
+    """Kill those (None: all) that still run. They ignore SIGTERM, so Python's exit would wait for them forever."""
     for worker in list(_running) if workers is None else workers:
         if _running.pop(worker, None) == os.getpid():  # not of the process that this one was forked from
             worker.kill()

@@ -1,4 +1,4 @@
-"""A backbone out of anybody's checkpoint, strictly; docs/checkpoints.md has the formats and the messages."""
+"""A backbone from any code's checkpoint, strictly; docs/checkpoints.md lists the formats and the messages."""
 
 from mixmask.formats.detectron2_files import Detectron2File, detectron2_name, read_detectron2
 from mixmask.formats.notes import read_note, read_sidecar, sidecar

@@ -1,4 +1,4 @@
-"""A complete backbone: which of our architectures a set of tensors is, all of it, with values that training leaves.
+"""A complete backbone: which of our architectures a set of tensors is, none missing, with values that training leaves.
 
 Everything that reads a checkpoint asks here, so that an architecture added to `mixmask.backbones` is recognised in
 every format.
@@ -28,7 +28,7 @@ STEMS = {(3, 7, 7): "imagenet", (3, 3, 3): "cifar"}  # conv1: channels, height, 
 
 @functools.cache
 def layout(backbone: Backbone) -> dict[str, Tensor]:
-    """All tensors, without memory, in the order of whoever built the network (of a ResNet: torchvision's)."""
+    """All tensors, without memory, in the order in which the network defines them (ResNets: torchvision's)."""
     with torch.device("meta"):
         return dict(build_backbone(backbone).state_dict())
 
@@ -81,7 +81,7 @@ def check_complete(
 
 
 def lacking(names: Collection[str], prefix: str) -> str:
-    """What is missing of the nearest architecture, and what is too much."""
+    """What is missing from the nearest architecture, and what is extra."""
     arch, shared, count = nearest(names)
     missing, extra = names_of(arch) - names, set(names) - set(names_of(arch))
     where = f" under '{prefix}'" if prefix else ""
@@ -106,7 +106,7 @@ def _stem(conv1: Tensor, pooled: bool, path: Path) -> str:
             "(width, 3, 3, 3)"
         )
     if stem == "imagenet" and not pooled:
-        raise FormatError(f"{path} has no max pooling behind its 7 x 7 stem: none of our networks is that")
+        raise FormatError(f"{path} has no max pooling after its 7 x 7 stem, unlike all of our networks")
     return stem
 
 

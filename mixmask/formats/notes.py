@@ -36,7 +36,7 @@ def read_sidecar(path: str | Path) -> dict[str, Any] | None:
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """A note, whatever it is of. Raises FormatError for a file that is none, such as one of the user's own."""
+    """A note of any conversion. Raises FormatError for a file that is not one, such as one of the user's own."""
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""A backbone out of anybody's checkpoint: found by its key names, and every key used or dropped by name.
+"""A backbone from any code's checkpoint: found by its key names, and every key used or dropped by name.
 
 `read` never guesses: several backbones, one that is not whole, weights that are not finite and files that would run
 code are refused. docs/checkpoints.md has the tables of layouts and of messages.
@@ -30,15 +30,15 @@ from mixmask.formats.torch_files import is_older_torch, torch_file
 from mixmask.networks import feature_width
 from mixmask.runs import file_identity, file_sha256
 
-OTHER = {  # how a file begins that people take for a checkpoint -> what it is
-    b"version https://git-lfs": "a pointer of Git LFS and not the file itself: fetch it with git lfs pull",
-    b"<": "a page of HTML or XML, as a download that failed leaves it: download the file again",
+OTHER = {  # first bytes of files that people mistake for a checkpoint -> what they are
+    b"version https://git-lfs": "a Git LFS pointer and not the file itself: fetch it with git lfs pull",
+    b"<": "an HTML or XML page, as a failed download leaves it: download the file again",
     b"\x1f\x8b": "compressed by gzip: unpack it first",
     b"BZh": "compressed by bzip2: unpack it first",
     b"\xfd7zXZ": "compressed by xz: unpack it first",
     b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it first",
-    b"\x89HDF": "an HDF5 file, as Keras writes: no weights of PyTorch",
-    b"\x93NUMPY": "a single array of NumPy",
+    b"\x89HDF": "an HDF5 file, as Keras writes: not PyTorch weights",
+    b"\x93NUMPY": "a single NumPy array",
 }
 
 
@@ -78,7 +78,7 @@ def load_backbone(
 
 
 class _OneLine:
-    """What a network that was read becomes besides: it prints as its `line`, also as a copy and out of a pickle."""
+    """Added to a network that was read: it prints as its `line`, also when copied or unpickled."""
 
     def __repr__(self) -> str:
         return self.line
@@ -92,16 +92,16 @@ def _one_line(network: type[nn.Module]) -> type[nn.Module]:
 
 
 def _blank(network: type[nn.Module]) -> nn.Module:
-    """A network without anything in it, as a pickle begins with."""
+    """An empty network, from which unpickling starts."""
     return _one_line(network).__new__(_one_line(network))
 
 
 def read_for(path: str | Path, backbone: Backbone) -> Source:
-    """`read`, for a network that begins with what the file holds. Raises FormatError where that is another one."""
+    """`read`, for a network that starts from the file's weights. Raises FormatError for another architecture."""
     source = read(path, arch=None if backbone.arch in ARCHITECTURES else backbone.arch, stem=backbone.stem)
     asked, held = ((b.arch, b.width, b.stem) for b in (backbone, source.backbone))
     if held[0] in ARCHITECTURES and source.recipe is None and held[2] != "imagenet" != asked[2]:
-        held = (*held[:2], asked[2])  # a file of others does not say which of the small stems it has
+        held = (*held[:2], asked[2])  # a third-party file does not say which small stem it has
     if asked != held:
         words = "{} of width {} with the {} stem".format
         raise FormatError(f"{path} holds a {words(*held)}; expected a {words(*asked)}")
@@ -111,7 +111,7 @@ def read_for(path: str | Path, backbone: Backbone) -> Source:
 def frozen_encoder(path: Path, foreign: Source | None, device: torch.device) -> tuple[Encoder, tuple, tuple, str]:
     """The encoder in evaluation mode without gradients, mean and std of its images, and what it is, in words.
 
-    `foreign`: what was read from the file, where it is somebody else's: there the head is missing.
+    `foreign`: what was read from the file, if it is a third party's; its head is missing.
     """
     if foreign is None:
         encoder, recipe, _ = checkpoint.load_encoder(path, device)
@@ -130,7 +130,7 @@ def _read(path: Path, options: Reading) -> Source:
     if what := next((what for start, what in OTHER.items() if head.startswith(start)), None):
         raise FormatError(f"{path} is {what}")
     if head[257:262] == b"ustar":
-        raise FormatError(f"{path} is a tar archive: unpack it first (PyTorch's own .pth.tar files are none)")
+        raise FormatError(f"{path} is a tar archive: unpack it first (PyTorch's own .pth.tar files are not)")
     zipped = head.startswith(b"PK\3\4")
     if not zipped and not is_older_torch(head) and (path.suffix == ".pkl" or head.startswith(b"\x80")):
         content = unpickle(path, options.trust_pickle)

@@ -1,4 +1,4 @@
-"""A backbone as it was read, how it may be read, and what a file that holds none is refused with."""
+"""A backbone that was read, the options for reading it, and the error for a file without one."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a person allows or chooses; each message that a file is refused with names the option that reads it."""
+    """The user's choices; each refusal names the option that would read the file."""
 
     trust_pickle: bool = False  # run whatever code the file holds
     take: str | None = None  # which of several backbones: what stands before its names; "." for nothing
     dtype: str | None = None  # "float32": cast what is of another precision
     allow_unit_statistics: bool = False  # accept BatchNorms whose statistics no training leaves
-    arch: str | None = None  # whose tensors they are, of a network that is no ResNet of ours: timm/NAME, ...
+    arch: str | None = None  # the architecture, if it is not one of our ResNets: timm/NAME, ...
     stem: str = "imagenet"  # of that network
 
 
@@ -63,14 +63,14 @@ def reading_options() -> argparse.ArgumentParser:
     """The parent of scripts that read a foreign checkpoint: `Reading`'s options."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--trust-pickle", action="store_true", help="run the code in the file: only if you trust it")
-    parser.add_argument("--take", metavar="NAME", help="which backbone, of a file that holds several")
+    parser.add_argument("--take", metavar="NAME", help="which backbone of a file that holds several")
     parser.add_argument("--dtype", choices=("float32",), help="cast weights of another precision")
     parser.add_argument(
         "--allow-unit-statistics",
         action="store_true",
         help="accept running means of 0 and variances of 1, as in Caffe's form (BGR) or before training",
     )
-    parser.add_argument("--arch", metavar="NAME", help="whose tensors they are: timm/NAME, torchvision/NAME")
+    parser.add_argument("--arch", metavar="NAME", help="the architecture: timm/NAME, torchvision/NAME")
     return parser
 
 
@@ -108,6 +108,6 @@ def some(keys: Iterable[str]) -> str:
 
 
 def reason(error: Exception) -> str:
-    """The first sentence of an error of somebody's reader; its type where it says nothing."""
+    """The first sentence of another library's error, or its type if it has no text."""
     text = one_line(error).split(". ")[0]
     return text if " " in text else type(error).__name__

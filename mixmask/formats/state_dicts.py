@@ -1,4 +1,4 @@
-"""The tensors inside what a file holds: a state dict as such, an entry of it, or several in one another."""
+"""The tensors in a file: a bare state dict, one in an entry, or several nested ones."""
 
 from __future__ import annotations
 

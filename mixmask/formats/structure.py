@@ -41,11 +41,11 @@ WRAPPERS = {  # words of a key that say how a network was run, not what it is
 HEAD = re.compile(  # what may stand beside a backbone and never between its input and its features
     r"\w*(fc|head|classif|linear|logit|mlp|proj|pred|proto|queue|neck|contrast|center|loss)\w*|n_averaged|steps?|initted"
 )
-NEAR = 0.5  # the part of a backbone's names from which on something is an incomplete one
+NEAR = 0.5  # the share of a backbone's names that makes something an incomplete one
 
 
 class Naming(NamedTuple):
-    """How a network's code calls the parts of a ResNet."""
+    """How a code base names the parts of a ResNet."""
 
     marks: tuple[str, ...]  # its first convolution, and those that the first and the last stage begin with
     name: Callable[[str], str | None]  # -> torchvision's name; None for what is no part
@@ -126,7 +126,7 @@ def backbone_of(tensors: dict[str, Tensor], path: Path, options: Reading) -> Sou
 
 
 def of_network(tensors: dict[str, Tensor], path: Path, options: Reading) -> Source:
-    """The network `options.arch`, all of it; beside it nothing but a head. Raises FormatError."""
+    """The complete network `options.arch`, with nothing beside it but a head. Raises FormatError."""
     backbone = Backbone(options.arch, options.stem, 64, 1)
     expected = shapes(backbone)
     strange = [key for key in tensors if key not in expected and not HEAD.fullmatch(key.split(".")[0])]
@@ -203,7 +203,7 @@ def _same(one: Part, two: Part, tensors: dict[str, Tensor]) -> bool:
 
 
 def _only(groups: list[list[Part]], tensors: dict[str, Tensor], path: Path) -> tuple[Part, str]:
-    """The one backbone that a file holds. Raises FormatError where there are more, or less, or it is not clear."""
+    """The one backbone that a file holds. Raises FormatError if there are several or none, or if it is ambiguous."""
     misfit = _misfit(tensors)
     if not groups:
         reason = misfit or f"found {prefixes(tensors)}"

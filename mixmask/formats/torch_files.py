@@ -34,7 +34,7 @@ def torch_file(path: Path, trust_pickle: bool) -> Any:
             return torch.load(
                 file, "cpu", pickle_module=TRUSTING if trust_pickle else None, weights_only=not trust_pickle
             )
-    except Exception as error:  # bytes that are no checkpoint end in any error of torch's reader
+    except Exception as error:  # other bytes raise almost any error in torch's reader
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         if name is None:
             what = f"is cut off or damaged, or no checkpoint at all ({reason(error)})"
@@ -79,7 +79,7 @@ def _protocol(head: bytes) -> int:
 
 
 class Absent:
-    """In place of an object of a trusted file whose code is not installed (a config, a logger): it holds nothing."""
+    """An empty stand-in for an object of a trusted file whose code is not installed (a config, a logger)."""
 
     def __init__(self, *_: Any, **__: Any):
         pass
@@ -98,7 +98,7 @@ class Absent:
 
 
 class TrustingUnpickler(pickle.Unpickler):
-    """Runs what a file holds, without what is not installed."""
+    """An unpickler that runs a trusted file's code, with stand-ins for what is not installed."""
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -107,6 +107,6 @@ class TrustingUnpickler(pickle.Unpickler):
             return type(name.rpartition(".")[2], (Absent,), {"__module__": module})
 
 
-TRUSTING = types.ModuleType("trusting")  # what torch.load takes for the module pickle
+TRUSTING = types.ModuleType("trusting")  # what torch.load uses as its pickle module
 TRUSTING.Unpickler = TrustingUnpickler
 TRUSTING.load = lambda file, **options: TrustingUnpickler(file, **options).load()

@@ -49,7 +49,7 @@ class BarlowTwins(Framework):
         return Targets(x2)
 
     def embed(self, batches: Sequence[Tensor], targets: Targets) -> list[tuple[Tensor]]:
-        """Of each batch of images projections (N, dim)."""
+        """Projections (N, dim) of each batch of images."""
         return whole_batch.embed(self.encoder, batches, targets)
 
     def loss(self, embedding: tuple[Tensor], targets: Targets, weight: Tensor | float, clean: bool) -> Tensor:
@@ -66,6 +66,6 @@ class BarlowTwins(Framework):
 
 
 def standardised(z: Tensor, share: Tensor) -> Tensor:
-    """z (N, D) with mean 0 and variance 1 in each column, each row counted by its share (N,)."""
+    """z (N, D) with mean 0 and variance 1 in each column, each row weighted by its share (N,)."""
     z = centred(z, share)
     return z * torch.rsqrt(share @ z.pow(2) + EPS)

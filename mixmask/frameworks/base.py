@@ -3,7 +3,7 @@
 A framework has a class `Settings` (its section of a recipe), an `encoder` (backbone and head), and writes
 
     targets(x1, x2, generator)             what the images are scored against, once per iteration
-    embed(batches, targets)                what the gradient flows through: of each batch a tuple of (N, ...)
+    embed(batches, targets)                what the gradient flows through: per batch a tuple of (N, ...)
     score(embedding, targets, clean)       one loss per row, (N,)
 
 or, where the loss is one of the whole batch, in place of `score`
@@ -34,7 +34,7 @@ class Framework(nn.Module):
     compiled: tuple[str, ...] = ()  # the methods that `compile_parts` compiles
 
     def crops(self, augment: Augment) -> list[Augment]:
-        """Beside the views, the augmentation of each crop that `targets` takes (multi-crop): here none."""
+        """Beside the views, the augmentation of each crop that `targets` takes (multi-crop): by default none."""
         return []
 
     def targets(self, x1: Tensor, x2: Tensor, generator: torch.Generator | None = None) -> Any:
@@ -42,7 +42,7 @@ class Framework(nn.Module):
         raise TypeError(f"{type(self).__name__} defines no targets()")
 
     def embed(self, batches: Sequence[Tensor], targets: Any) -> list[tuple[Tensor, ...]]:
-        """Of each batch of images (N, C, H, W) a tuple of tensors (N, ...), with gradient."""
+        """For each batch of images (N, C, H, W) a tuple of tensors (N, ...), with gradient."""
         raise TypeError(f"{type(self).__name__} defines no embed()")
 
     def score(self, embedding: tuple[Tensor, ...], targets: Any, clean: bool) -> Tensor:
@@ -50,11 +50,11 @@ class Framework(nn.Module):
         raise TypeError(f"{type(self).__name__} defines no score()")
 
     def part(self, targets: Any, rows: Any) -> Any:
-        """The targets of some rows (a slice, or indices), where a step can be made of parts: here it cannot."""
+        """The targets of some rows (a slice, or indices), for gradient accumulation; by default unsupported."""
         raise TypeError(f"{type(self).__name__} takes the whole batch at once")
 
     def joined(self, targets: Any, parts: Sequence[Any]) -> None:
-        """Give the targets of a batch the metrics that its `parts` of equal size showed: here none."""
+        """Set the metrics of a batch's targets from those of its equal `parts`: by default none."""
 
     def compile_parts(self) -> None:
         """torch.compile of the encoders and of what `compiled` names, in place."""
@@ -63,26 +63,26 @@ class Framework(nn.Module):
             setattr(self, name, torch.compile(getattr(self, name), **compiler()))
 
     def loss(self, embedding: tuple[Tensor, ...], targets: Any, weight: Tensor | float, clean: bool) -> Tensor:
-        """An anchor's part of the objective, a scalar: here the mean over the rows of weight times score.
+        """An anchor's part of the objective, a scalar: by default the mean over the rows of weight times score.
 
         weight: one for all rows, or one for each (N,); of the rows in the order of `embedding`.
         """
         return (weight * self.score(embedding, targets, clean)).mean()
 
     def before_step(self, step: int) -> None:
-        """Before anything is embedded in iteration `step`, counted from 0: here nothing depends on it."""
+        """Before anything is embedded in iteration `step`, counted from 0: by default nothing depends on it."""
 
     def after_step(self, targets: Any, step: int, steps: int) -> None:
-        """After the optimiser's step number `step` of `steps`: here nothing moves but by gradient."""
+        """After the optimiser's step number `step` of `steps`: by default only the gradient moves anything."""
 
     def fixed_lr_parameters(self) -> list[nn.Parameter]:
-        """Parameters whose learning rate no schedule changes: here none."""
+        """Parameters whose learning rate no schedule changes: by default none."""
         return []
 
     def metrics(self, targets: Any) -> dict[str, Tensor]:
-        """Scalars worth a line in the log, here those that `score` left in `targets.metrics`: positive_similarity, the
-        clean pair's mean cosine, and output_spread, 0 (collapse) to about 1."""
+        """Scalars worth a line in the log: by default those that `score` left in `targets.metrics` (positive_similarity,
+        the clean pair's mean cosine; output_spread, 0 for collapse to about 1)."""
         return targets.metrics
 
     def check_data(self, images: int) -> None:
-        """Raises ConfigError for settings that so many training images cannot bear: here any will do."""
+        """Raises ConfigError for settings that do not fit so many training images: by default all do."""

@@ -61,7 +61,7 @@ class BYOL(Framework):
         return Targets(x2)
 
     def embed(self, batches: Sequence[Tensor], targets: Targets) -> list[tuple[Tensor, Tensor]]:
-        """Of each batch of images the online prediction (N, dim), and the target network's projection (N, dim), which
+        """Per batch of images the online prediction (N, dim), and the target network's projection (N, dim), which
         takes no gradient.
 
         The target network normalises by the batch, as the online one does: it stays in training mode.

@@ -1,4 +1,4 @@
-"""The small networks behind a backbone, and what is measured on their outputs."""
+"""The small networks on top of a backbone, and what is measured on their outputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def mlp(features: int, hidden: int, dim: int) -> nn.Sequential:
 def projector(features: int, *widths: int, bias: bool = False) -> nn.Sequential:
     """Linear - BatchNorm - ReLU to each width but the last, and a last Linear: (N, features) -> (N, widths[-1]).
 
-    Barlow Twins and VICReg need no bias: a BatchNorm or the loss behind it would take it away again.
+    Barlow Twins and VICReg need no bias: the BatchNorm after it, or the loss, would cancel it.
     """
     layers: list[nn.Module] = []
     for width in widths[:-1]:

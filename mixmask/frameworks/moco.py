@@ -69,7 +69,7 @@ class MoCo(Framework):
         return Targets(x1, x2, k2, *(k1 or [None]))
 
     def embed(self, batches: Sequence[Tensor], targets: Targets) -> list[tuple[Tensor, Tensor]]:
-        """Of each batch of images (N, C, H, W) queries (N, dim) of unit length, and the log-sum-exp (N,) of their
+        """Per batch of images (N, C, H, W) queries (N, dim) of unit length, and the log-sum-exp (N,) of their
         logits against the queue, in float32.
 
         The second depends on no target, so every direction and row order of a mixture shares it. Where x1 itself is
@@ -85,7 +85,7 @@ class MoCo(Framework):
         return embeddings
 
     def with_negatives(self, outputs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Of each batch of outputs queries q (N, dim), and the log-sum-exp (N,) of q.u / T over the queue's keys u: the
+        """Per batch of outputs queries q (N, dim), and the log-sum-exp (N,) of q.u / T over the queue's keys u: the
         negatives of Eq. 5."""
         queries = [unit(output) for output in outputs]
         with torch.autocast(queries[0].device.type, enabled=False):
@@ -101,7 +101,7 @@ class MoCo(Framework):
         return loss
 
     def part(self, targets: Targets, rows: slice | Tensor) -> Targets:
-        """Of some rows: the queue, which all share, is not among the targets."""
+        """The targets of some rows; the queue, which all rows share, is not among them."""
         k1 = None if targets.k1 is None else targets.k1[rows]
         return Targets(targets.x1[rows], targets.x2[rows], targets.k2[rows], k1)
 

@@ -59,13 +59,13 @@ class SimSiam(Framework):
         return Targets(x2)
 
     def embed(self, batches: Sequence[Tensor], targets: Targets) -> list[tuple[Tensor, Tensor]]:
-        """Of each batch of images prediction p (N, dim), and projection z (N, dim) with the gradient stopped."""
+        """Per batch of images the prediction p (N, dim), and the projection z (N, dim) with the gradient stopped."""
         outputs = self.encoder.views([targets.x2, *batches])
         (targets.prediction, targets.projection), *embeddings = self.predicted(outputs)
         return embeddings
 
     def predicted(self, projections: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Of each batch of projections z (N, dim) the prediction, and z with the gradient stopped."""
+        """Per batch of projections z (N, dim) the prediction, and z with the gradient stopped."""
         return [(self.predictor(z), z.detach()) for z in projections]
 
     def score(self, embedding: tuple[Tensor, Tensor], targets: Targets, clean: bool) -> Tensor:

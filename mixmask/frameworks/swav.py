@@ -1,6 +1,6 @@
 """SwAV: each view predicts the other's code, its assignment to prototypes (Caron et al. 2020, Eq. 1 to 5).
 
-Follows facebookresearch/swav, but that every batch of images has BatchNorm statistics of its own: there views of one
+Follows facebookresearch/swav, except that every batch of images has its own BatchNorm statistics: there, views of one
 size share theirs. A mixture predicts the codes of the images that it shows, x2's; it is given none of its own.
 """
 
@@ -68,7 +68,7 @@ class SwAV(Framework):
         self.step = 0  # the iteration under way
 
     def crops(self, augment: Augment) -> list[Augment]:
-        """The augmentation of each crop of multi-crop. Raises ConfigError where nothing would cut them."""
+        """The augmentation of each crop of multi-crop. Raises ConfigError if no operation would crop them."""
         if self.settings.crops and "crop" not in augment.order:
             raise ConfigError("swav.crops: augment.order has no crop, which would cut them; expected swav.crops=0")
         crop = replace(augment.of_view(0), size=self.settings.crop_size, crop_scale=self.settings.crop_scale)
@@ -85,7 +85,7 @@ class SwAV(Framework):
         return Targets(x2, crops)
 
     def embed(self, batches: Sequence[Tensor], targets: Targets) -> list[tuple[Tensor, Tensor]]:
-        """Of each batch of images outputs (N, dim) of unit length, and their scores (N, prototypes)."""
+        """Per batch of images outputs (N, dim) of unit length, and their scores (N, prototypes)."""
         weight = self.prototypes.weight
         if self.step < self.settings.frozen:
             weight = weight.detach()
@@ -114,7 +114,7 @@ class SwAV(Framework):
         return both / (2 + 2 * len(targets.crop_scores))
 
     def cross_entropy(self, scores: Tensor, code: Tensor) -> Tensor:
-        """Of the softmax of scores / temperature and a code, (N, prototypes) each: (N,)."""
+        """Cross-entropy of softmax(scores / temperature) with a code, (N, prototypes) each; per row (N,)."""
         return -(code * F.log_softmax(scores / self.settings.temperature, dim=1)).sum(dim=1)
 
     @torch.no_grad()

@@ -51,7 +51,7 @@ class VICReg(Framework):
         return Targets(x2)
 
     def embed(self, batches: Sequence[Tensor], targets: Targets) -> list[tuple[Tensor]]:
-        """Of each batch of images the expander's outputs (N, dim)."""
+        """The expander's outputs (N, dim) for each batch of images."""
         return whole_batch.embed(self.encoder, batches, targets)
 
     def loss(self, embedding: tuple[Tensor], targets: Targets, weight: Tensor | float, clean: bool) -> Tensor:
@@ -68,7 +68,7 @@ class VICReg(Framework):
 
 
 def regularisers(z: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Of outputs (N, D), each row counted by its share (N,): the hinge on the standard deviation (Eq. 1), and the mean
+    """For outputs (N, D), each row weighted by its share (N,), the hinge on standard deviation (Eq. 1), and the mean
     square covariance (Eq. 3 and 4); scalars.
 
     The covariance is the unbiased one of weighted rows, which divides by 1 - sum of share^2, for equal shares by

@@ -30,7 +30,7 @@ class Targets:
 
 
 def embed(encoder: Encoder, batches: Sequence[Tensor], targets: Targets) -> list[tuple[Tensor]]:
-    """Of each batch of images (N, C, H, W) outputs (N, dim); of x2 as well, into `targets`."""
+    """Outputs (N, dim) of each batch of images (N, C, H, W); those of x2 go into `targets`."""
     z2, *outputs = encoder.views([targets.x2, *batches])
     targets.z2 = all_rows(z2)
     return [(z,) for z in outputs]
@@ -47,8 +47,8 @@ def all_rows(z: Tensor) -> Tensor:
 
 
 def shares(weight: Tensor | float, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the weights, none below 0, of this process's rows or of each of them: each row's share of their sum, (N,) over
-    all processes, like z (N, D), and the mean weight, a scalar.
+    """From the weights (>= 0; a scalar or one per row of this process): each row's share of their sum, (N,) over all
+    processes, like z (N, D), and the mean weight, a scalar.
 
     Where every weight is 0, so are the shares.
     """
@@ -58,7 +58,7 @@ def shares(weight: Tensor | float, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def centred(z: Tensor, share: Tensor) -> Tensor:
-    """z (N, D) without the mean of its rows, each counted by its share (N,)."""
+    """z (N, D) without the mean of its rows, each weighted by its share (N,)."""
     return z - share @ z
 
 

@@ -64,7 +64,7 @@ def run_directory(runs_dir: str | Path, config: Any) -> Path:
 
 
 def what_is_left(checkpoint: Path) -> str:
-    """Of a run that stops, for its last line: whether there is a checkpoint (or the one before) to go on from."""
+    """For the last line of a run that stops: whether there is a checkpoint (or a previous one) to resume from."""
     there = checkpoint.exists() or previous_checkpoint(checkpoint).exists()
     return "the last checkpoint is intact" if there else "no checkpoint was written yet"
 
@@ -75,9 +75,9 @@ def previous_checkpoint(path: Path) -> Path:
 
 
 def take_lock(file: IO, exclusive: bool) -> None:
-    """Lock an open file, at once. Raises BlockingIOError where another process holds it, OSError where locks are none.
+    """Lock an open file, at once. Raises BlockingIOError where another process holds it, OSError if there are no locks.
 
-    Windows has none of these: there nothing is locked.
+    Windows has no such locks: nothing is locked there.
     """
     if fcntl is not None:
         fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
@@ -157,9 +157,9 @@ class Run:
             )
 
     def describe(self, command: list[str] | None = None) -> None:
-        """Write what is asked and where it runs: call it when the config and the data are known to be good.
+        """Record the config and the environment, once config and data are known to be valid.
 
-        Written once. Of a run that is re-opened only what is another code or environment than before is recorded.
+        A re-opened run only records changes of code or environment.
         """
         here = environment()
         if (self.directory / "config.yaml").exists():
@@ -173,7 +173,7 @@ class Run:
     def _reopened(self, here: Mapping[str, Any]) -> None:
         """Append `here` to environments.jsonl, and say so, where it differs from what the run was last opened with.
 
-        `step`: the last one logged until then; those after the last checkpoint before it are made again.
+        `step`: the last one logged until then; those after the checkpoint before it are repeated.
         """
         known = read_environments(self.directory)
         before = {key: value for key, value in (known or [{}])[-1].items() if key not in CONTINUATION}
@@ -195,7 +195,7 @@ class Run:
 
     @property
     def id(self) -> str:
-        """The config's, whatever the directory is called: two runs never share it."""
+        """The config's id, whatever the directory is called: two runs never share it."""
         return run_id(self.config)
 
     @property
@@ -214,9 +214,9 @@ class Run:
         return {"run": self.id, "stage": self.config.stage, "config": configs.to_dict(self.config)}
 
     def rewind(self, step: int, epoch: int | None = None) -> None:
-        """Drop log lines of `step` and after, and those of whole epochs after `epoch`: they will be made again.
+        """Drop log lines of `step` and after, and those of whole epochs after `epoch`: they will be repeated.
 
-        The trackers begin here: they are told what is dropped.
+        The trackers start here, and are told what was dropped.
         """
         ended = math.inf if epoch is None else epoch
         kept, dropped = [], []

@@ -30,7 +30,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a file that nobody needs, where the disk lets us."""
+    """Delete a file that is no longer needed, if the system allows it."""
     with contextlib.suppress(OSError):
         path.unlink()
 
@@ -45,7 +45,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def file_identity(path: str | Path) -> str:
-    """Whose weights a checkpoint that no run of ours wrote holds: <name>@<first eight digits of its SHA-256>."""
+    """The identity of a checkpoint that none of our runs wrote: <name>@<first eight digits of its SHA-256>."""
     name = re.sub(r"[^A-Za-z0-9_.]+", "_", Path(path).stem)
     return f"{name}@{file_sha256(path)[:8]}"
 

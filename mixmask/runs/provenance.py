@@ -40,7 +40,7 @@ def environment() -> dict[str, Any]:
 
 
 def parallelism() -> dict[str, int]:
-    """Threads and processes of a program that uses torch: with others a sum is made in another order."""
+    """Threads and processes of a program that uses torch: they decide the order of sums."""
     torch = sys.modules.get("torch")
     if torch is None:
         return {}

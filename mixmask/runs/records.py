@@ -22,7 +22,7 @@ def read_result(directory: str | Path) -> dict[str, Any] | None:
     """
     path = Path(directory) / "result.json"
     if path.exists() and not path.is_file():
-        raise ResultError(f"{path} is no file; move it away to run again")
+        raise ResultError(f"{path} is not a file; move it away to run again")
     try:
         return _checked(json.loads(path.read_text(encoding="utf-8")), path)
     except FileNotFoundError:

@@ -104,7 +104,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """Those of a run, begun where its log has been cut back to what is kept: what follows is at `x` or later.
+    """A run's trackers, started after its log was cut back: what follows is at `x` or later.
 
     kept, dropped: lines of the log.
     """

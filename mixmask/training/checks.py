@@ -1,4 +1,4 @@
-"""Settings of a pre-training that cannot work together, or that data, network or machine cannot bear, are refused."""
+"""Refuses pre-training settings that conflict, or that do not fit the data, the network or the machine."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_crops(config: Pretrain) -> None:
 
 
 def check_data(config: Pretrain, framework: nn.Module, train_set: Any) -> None:
-    """Raises ConfigError for settings that this training set cannot bear."""
+    """Raises ConfigError for settings that do not fit this training set."""
     images = len(train_set)
     framework.check_data(images)
     check_augment(train_set, config.augment)
@@ -61,19 +61,19 @@ def check_data(config: Pretrain, framework: nn.Module, train_set: Any) -> None:
 
 
 def check_backbone(config: Pretrain, framework: nn.Module) -> None:
-    """Raises ConfigError for a network of others that does not take the views, or that processes cannot share."""
+    """Raises ConfigError for a third-party backbone that does not take the views, or that processes cannot share."""
     backbone, groups = framework.encoder.backbone, config.backbone.bn_groups
     if config.backbone.arch in ARCHITECTURES:
         return
     networks.check_groups(backbone, groups, "backbone.bn_groups", config.backbone.arch)
     if distributed.size() > 1 and (norms := networks.whole_batch_norms(backbone)):
-        raise ConfigError(f"{distributed.size()} processes do not share a BatchNorm of the whole batch ({norms[0]})")
+        raise ConfigError(f"{distributed.size()} processes cannot share a BatchNorm of the whole batch ({norms[0]})")
     for augment in (config.augment, *extra_crops(config), *framework.crops(config.augment)):
         networks.feature_width(backbone, augment.size)
 
 
 def check_parts(config: Pretrain, framework: nn.Module) -> None:
-    """Raises ConfigError for parts of a batch whose sum would be another step."""
+    """Raises ConfigError for gradient accumulation that would not equal the whole step."""
     parts, rows = config.run.accumulate, config.batch_size // distributed.size()
     if parts == 1:
         return

@@ -48,7 +48,7 @@ class Clock:
         }
 
     def due(self, minutes: float) -> bool:
-        """Whether so many minutes have passed since the epoch began or this last said yes."""
+        """Whether so many minutes have passed since the epoch began or since this last returned true."""
         if time.perf_counter() - self.last_due <= 60 * minutes:
             return False
         self.last_due = time.perf_counter()

@@ -31,7 +31,7 @@ class LostProcess(UserError):
 
 
 def rank() -> int:
-    """Of this process; 0 without a group."""
+    """This process's rank; 0 without a group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -61,7 +61,7 @@ def open_run(directory: str | Path, config: Any) -> Run:
 
 
 class Follower(Run):
-    """The run directory for a process that writes nothing: what `Run` writes is passed over."""
+    """The run directory for a process that writes nothing: the writes of `Run` do nothing."""
 
     def __init__(self, directory: str | Path, config: Any):
         self.directory, self.config = Path(directory), config
@@ -89,7 +89,7 @@ def contact(failure: str = "another process of this run has ended") -> Iterator[
         yield
     except RuntimeError as error:
         reason = " ".join(str(error).split("\n")[0].split())
-        raise LostProcess(f"{failure}, and says itself why ({reason}); all up to the last checkpoint is kept") from None
+        raise LostProcess(f"{failure}, and reports why ({reason}); all up to the last checkpoint is kept") from None
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """`gather`, and its adjoint: what the losses of all processes say of this one's rows, summed."""
+    """`gather`, and its adjoint: the gradients of all processes' losses for this one's rows, summed."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -124,8 +124,8 @@ def gather_with_gradient(x: Tensor) -> Tensor:
 
 
 def shared_statistics(mean: Tensor, var: Tensor, members: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, of any one shape, of all rows that `members` neighbouring processes hold, out of those
-    of each one's own; with gradient. They hold equally many, and `members` divides the number of processes."""
+    """Mean and biased variance over all rows of `members` neighbouring processes, from each one's own (any shape); with
+    gradient. They hold equally many rows, and `members` divides the number of processes."""
     everyones = gather_with_gradient(torch.stack((mean, var))[None])  # (size, 2, ...)
     first = rank() // members * members
     means, variances = everyones[first : first + members].unbind(1)
@@ -186,7 +186,7 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
-    """Rank 0 goes through the block before the others, who find what it has downloaded, written or refused."""
+    """Rank 0 runs the block before the others, which find what it has downloaded, written or refused."""
     if rank() > 0:
         barrier()
     yield

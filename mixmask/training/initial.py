@@ -1,4 +1,4 @@
-"""The weights that a pre-training begins with (`run.init`): all of its backbone's, and part of its identity."""
+"""The initial backbone weights of a pre-training (`run.init`), which are part of its identity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def load_initial(config: Pretrain, backbone: nn.Module) -> None:
     if not (config.run.init or config.init):
         return
     if not config.run.init:
-        raise ConfigError("init: the run begins with weights, which are not given; expected run.init=FILE")
+        raise ConfigError("init: the run starts from weights that are not given; expected run.init=FILE")
     source = _read(config)
     if checkpoint.digest(source.weights)[:16] != config.init:
         raise ConfigError(f"run.init: {config.run.init} holds other weights than those that the run began with")

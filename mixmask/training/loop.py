@@ -11,7 +11,7 @@
     loop.finish(result)
 
 A checkpoint is written before what is measured at an epoch's end. A run that stops in between owes the epoch's line:
-it comes back to that epoch with no batch left, measures and logs.
+it resumes at that epoch with no batch left, measures and logs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def finished(run: Run) -> dict[str, Any] | None:
-    """The result of a run that has one, and a line that says so. Several processes ask one after the other."""
+    """The result of a run that has one, and a line that says so. Several processes read it one after the other."""
     with distributed.main_process_first():
         result = run.result
     if result is not None:
@@ -94,7 +94,7 @@ class Loop:
             yield
 
     def _about(self, step: int) -> dict[str, Any]:
-        """Of a step for the report: its learning rates, the indices of its images and of those of the step before."""
+        """What the report says of a step: its learning rates, the image indices of it and of the previous step."""
         epoch, position = divmod(step, self.state.steps_per_epoch)
         batches, first = self.images(epoch), step - position
         indices = {i: batches[i - first].tolist() for i in range(max(first, step - 1), step + 1)}
@@ -145,7 +145,7 @@ class Loop:
         self.progress.step(**shown)
 
     def save_if_due(self) -> None:
-        """Within an epoch: save every `run.checkpoint_minutes`, and where a signal asks to stop, and then stop.
+        """Within an epoch: save every `run.checkpoint_minutes`; if a signal asks to stop, save and stop.
 
         The end of an epoch is `end_epoch`'s.
         """
@@ -192,8 +192,8 @@ class Loop:
     def save(self) -> None:
         """Write the state and the log to disk. Raises NonFiniteError, and saves nothing, where a number is not finite.
 
-        All processes hold the same state; the first writes it, and the others wait: one that ended now would, through
-        torchrun or SLURM, take the first with it.
+        All processes hold the same state; the first writes it, and the others wait: if one exited now, torchrun
+        or SLURM would end the first as well.
         """
         state = self.state
         finite({**state.sums, "the norm of weights and buffers": state.model_norm}, state.step - 1)

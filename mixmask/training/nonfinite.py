@@ -38,9 +38,9 @@ def finite(values: Mapping[str, Tensor], step: int) -> dict[str, float]:
 def dump_on_nonfinite(run: Run, state: TrainState, about: Callable[[int], Mapping[str, Any]]) -> Iterator[None]:
     """A NonFiniteError inside becomes nonfinite.json, nonfinite.pt and a UserError that says where they are.
 
-    `about(step)`: what the report says of a step beside its number, such as the images of its batch. Losses are looked
-    at now and then only, so the first that was not finite is searched for here; the saved state is that of the moment
-    when it was noticed.
+    `about(step)`: what the report says of a step beside its number, such as the images of its batch. Losses are only
+    checked now and then, so the first non-finite one is searched for here; the saved state is from when it was
+    noticed.
     """
     try:
         yield

@@ -23,9 +23,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """SGD, Adam or LARS, over the parameters that take gradients; those of `fixed_lr_parameters` stay at the base rate.
 
-    Each of their few operations is on all parameters at once: `foreach`, and on a GPU Adam as one kernel (`fused`),
-    whose count of steps is not read by the host, parameter by parameter. Raises ConfigError where LARS's library is
-    missing.
+    Each update runs on all parameters at once (`foreach`); Adam on a GPU is one kernel (`fused`), so that the host
+    never reads step counts parameter by parameter. Raises ConfigError if LARS's library is missing.
     """
     constant = list(fixed_lr_parameters)
     apart = {id(p) for p in constant}
@@ -91,7 +90,7 @@ def compiles(setting: bool | str, device: torch.device) -> bool:
 
 
 def arithmetic(precision: str, device: torch.device, compiled: bool) -> str:
-    """For the header of a log: in what a step computes. On a GPU, sets what PyTorch leaves to its defaults."""
+    """A step's arithmetic, for the header of a log. On a GPU, sets what PyTorch leaves to its defaults."""
     if device.type != "cuda":
         return precision + (", compiled" if compiled else "")
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False

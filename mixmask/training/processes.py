@@ -9,11 +9,11 @@ from mixmask.config import ConfigError, Detection, Pretrain
 
 
 def fitting_processes(config: Any) -> tuple[int, ...]:
-    """Numbers of processes that compute what one process computes, the smallest first.
+    """Numbers of processes that compute what one process computes, smallest first.
 
-    Of a pre-training those that divide its batch, two images or more each, and hold whole BatchNorm groups, or equally
-    many of them a group: what else spans processes (a mask, pairs, the rows of a loss) is exchanged. A step in parts
-    (`run.accumulate`) of mixtures takes whole mix groups. Of detection those that split no `group` of images
+    Pre-training: those that divide its batch, with two images or more each, and hold whole BatchNorm groups, or share
+    each group equally; whatever else spans processes (a mask, pairs, the rows of a loss) is exchanged. Gradient
+    accumulation (`run.accumulate`) of mixtures needs whole mix groups. Detection: those that split no `group` of images
     (docs/detection.md says what is not equal there). The other stages are small: one.
     """
     if isinstance(config, Detection):
@@ -27,7 +27,7 @@ def fitting_processes(config: Any) -> tuple[int, ...]:
 
 
 def _splits_parts(config: Pretrain, processes: int) -> bool:
-    """Whether a step in parts would need the mixtures of other processes: a part has only its own."""
+    """Whether gradient accumulation would need the mixtures of other processes: a part has only its own."""
     mixes = registry.find(registry.METHODS, config.method, "method").mixes
     return mixes and config.run.accumulate > 1 and config.mix_groups % processes > 0
 

@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal; elsewhere plain lines, and one a minute with the time that is left."""
+"""Progress for people: a bar on a terminal; elsewhere plain lines, one a minute with the time left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _muted = False
 class Progress:
     """Counts the steps of a run, `total` in all, of which `start` are done; `label` stands before them.
 
-    `told`: when the last line was said, by the Progress before this one: epochs may be shorter than EVERY.
+    `told`: when the previous Progress printed its last line, since epochs may be shorter than EVERY.
     """
 
     def __init__(self, total: int, label: str, start: int = 0, told: float | None = None):
@@ -69,7 +69,7 @@ def printable(text: str) -> str:
 
 
 def mute() -> None:
-    """No bars and no lines from now on: of several processes one speaks."""
+    """No bars and no lines from now on: only one of several processes prints."""
     global _muted
     _muted = True
 

@@ -117,8 +117,8 @@ def first_host(nodes: str) -> str:
 def start(world: World, device: torch.device) -> Iterator[None]:
     """The processes' group (NCCL between GPUs, Gloo between CPUs); nothing for one process. Only rank 0 speaks.
 
-    Raises LostProcess where they do not all come. After an error the group is left to the end of the process: closing
-    it in order would wait for those that are gone.
+    Raises LostProcess if not all of them come. After an error the group stays open until the process exits: closing
+    it would wait for those that are gone.
     """
     if world.size == 1:
         yield
@@ -128,7 +128,7 @@ def start(world: World, device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    with _waiting(world), contact(f"{world.size} processes do not find each other at {world.address}"):
+    with _waiting(world), contact(f"{world.size} processes did not find each other at {world.address}"):
         store, *_ = next(dist.rendezvous(world.address, world.rank, world.size, timeout=ARRIVAL))
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
         barrier()
@@ -139,9 +139,9 @@ def start(world: World, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _waiting(world: World, environ: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """The first process says within a second for whom it waits, and where; another one where that takes long.
+    """The first process says within a second for whom it waits, and where; others only if it takes long.
 
-    A shell inside a step of several tasks looks like one of them, and would wait for the others without a word.
+    A shell inside a step of several tasks looks like one of them, and would wait silently for the others.
     """
     place = f"{environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}" if world.address == "env://" else world.address
     step = f" of SLURM step {environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}" if place == world.address else ""

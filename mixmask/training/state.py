@@ -71,7 +71,7 @@ class TrainState:
         saved = _modern(saved, self.steps_per_epoch)
         missing = [name for name in ("model", "optimizer", "step", *self.parts) if name not in saved]
         if missing:
-            raise checkpoint.CheckpointError(f"{path} is no checkpoint of this stage: no '{missing[0]}' in it")
+            raise checkpoint.CheckpointError(f"{path} is not a checkpoint of this stage: no '{missing[0]}' in it")
         here = {"steps": self.steps, **self.data}
         for name, there in {"steps": saved.get("steps"), **saved.get("data", {})}.items():
             if there is not None and there != here.get(name, there):

@@ -209,7 +209,7 @@ def test_a_queue_that_refuses_the_job_for_ever_is_told(jobs, tmp_path, capsys):
     wait(20, lambda: squeue.live_jobs()[key(job)].word == "stuck", "the queue has looked at it")
     submit.launch([job], tmp_path / "runs")
     assert (
-        "not permitted to use this partition" in (shown := capsys.readouterr().out) and "cancel, mend, launch" in shown
+        "not permitted to use this partition" in (shown := capsys.readouterr().out) and "cancel, fix, launch" in shown
     )
 
 
@@ -304,7 +304,7 @@ def test_a_node_at_whose_fault_a_run_has_died_is_named_and_not_used_again(jobs, 
     assert "uncorrectable ECC" in report.text and "node n1 is at fault: the next launch leaves it out" in report.text
     job = dataclasses.replace(job, resources=dataclasses.replace(job.resources, nodelist=""))
     submit.launch([job], tmp_path / "runs")
-    assert "not on n1, where it has died of the node's fault" in capsys.readouterr().out
+    assert "not on n1, where the node made it fail" in capsys.readouterr().out
     wait_finished(40, [job])
 
 

@@ -67,7 +67,7 @@ def test_a_run_kept_in_results_is_not_made_again(chain, tmp_path):
 
 def test_a_kept_pretraining_without_its_checkpoint_is_no_parent(chain, tmp_path):
     result = finish(chain[0], where=kept(chain[0], tmp_path), product=False)
-    with pytest.raises(UserError, match=f"{result}.*put it there again, or move {result} away"):
+    with pytest.raises(UserError, match=f"{result}.*restore it, or move {result} away"):
         graph.check_products(chain)
     (chain[0].directory / "checkpoint.pt").touch()
     graph.check_products(chain)

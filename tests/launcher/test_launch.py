@@ -299,7 +299,7 @@ def test_local_goes_on_with_a_note_where_slurm_does_not_answer(tmp_path, monkeyp
     (job,) = scripted(tmp_path, SUCCEED)
     monkeypatch.setattr(shell, "available", unanswered)
     local.launch([job])
-    assert job.state == "finished" and b"note: no answer; a run that it has a job for" in capfdbinary.readouterr().out
+    assert job.state == "finished" and b"note: no answer; runs that have a SLURM job" in capfdbinary.readouterr().out
 
 
 def test_local_says_in_one_line_that_a_log_cannot_be_written(tmp_path):
@@ -428,7 +428,7 @@ def test_results_that_are_kept_are_named_with_the_command_that_tabulates_them(tm
         (["--set", "lrr=0.1"], "unknown key 'lrr'; did you mean 'optimizer.lr'?"),
         (["--set", "ratio=0.1"], "did you mean 'mask.ratio' or 'mscn.ratio'?"),
         (["--set", "linear.lr=0.1"], "did you mean 'optimizer.lr'?"),
-        (["--set", "xyzzy=1"], "unknown key 'xyzzy'; --keys lists those that there are"),
+        (["--set", "xyzzy=1"], "unknown key 'xyzzy'; --keys lists them"),
     ],
 )
 def test_a_misspelt_key_is_answered_by_the_nearest_and_never_by_all(tmp_path, words, hint):

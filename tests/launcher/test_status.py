@@ -161,9 +161,7 @@ def quoted(text):
     return [line.strip().removeprefix("|").strip() for line in text.splitlines()[1:]]
 
 
-GONE = (
-    "error: another process of this run has ended, and says itself why (reset by peer); the last checkpoint is intact"
-)
+GONE = "error: another process of this run has ended, and reports why (reset by peer); the last checkpoint is intact"
 SRUN = "srun: error: n1: task 2: Exited with exit code 1"
 START = "submitit INFO (2026-01-01 00:00:00,000) - Starting with JobEnvironment(job_id=12, hostname=n1)"
 

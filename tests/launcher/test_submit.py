@@ -315,7 +315,7 @@ def test_tasks_of_an_array_that_never_began_are_known_under_its_number(programs)
     assert squeue.ended_as(["9_0", "9_2"]) == {"9_0": "FAILED", "9_2": "CANCELLED"}
 
 
-NO_END = "this has no end by itself: cancel, mend, launch"
+NO_END = "it will not start by itself: cancel, fix, launch again"
 
 
 @pytest.mark.parametrize(
@@ -331,12 +331,12 @@ NO_END = "this has no end by itself: cancel, mend, launch"
         ),
         ("REQUEUE_HOLD", "(job requeued in held state)", "held, job 7: job requeued in held state; scontrol release 7"),
         ("SUSPENDED", "n1", "suspended, job 7: n1; it goes on when SLURM lets it; by hand: scontrol resume 7"),
-        ("COMPLETING", "n1", "ending, job 7: n1; what becomes of it is seen in a minute"),
+        ("COMPLETING", "n1", "ending, job 7: n1; look again in a minute"),
         ("CONFIGURING", "n1", "starting, job 7: n1; its nodes are being made ready"),
         ("POWER_UP_NODE", "n1", "starting, job 7: n1; its nodes are being made ready"),
-        ("STAGE_OUT", "n1", "ending, job 7: n1; what becomes of it is seen in a minute"),
+        ("STAGE_OUT", "n1", "ending, job 7: n1; look again in a minute"),
         ("REQUEUED", "(None)", "waiting, job 7: None"),
-        ("RESV_DEL_HOLD", "(None)", "held, job 7: None; its reservation is gone: cancel, mend, launch"),
+        ("RESV_DEL_HOLD", "(None)", "held, job 7: None; its reservation is gone: cancel, fix, launch again"),
         ("PENDING", "(Resources)", "waiting, job 7: Resources"),
         ("PENDING", "(Dependency)", "waiting, job 7: Dependency"),
         ("PENDING", "(QOSMaxJobsPerUserLimit)", "waiting, job 7: QOSMaxJobsPerUserLimit"),

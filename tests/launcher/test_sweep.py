@@ -99,7 +99,7 @@ def test_then_of_something_else_is_refused(tmp_path):
         (["--config", "cifar100_moco", "--preset", "smoke"], "found --preset smoke"),
         (["table4", "--then", "cifar100_linear_adam"], "--then: of --config alone"),
         (["--config", "nowhere.yaml"], "no such config file"),
-        (["--config", "folder_smal_moco"], "smal_moco; did you mean folder_small_moco, which came with the code?"),
+        (["--config", "folder_smal_moco"], "smal_moco; did you mean the bundled recipe folder_small_moco?"),
         (["stauts"], "unknown target 'stauts'; did you mean 'status'?"),
         (["cancle", "table4"], "did you mean 'cancel'?"),
     ],

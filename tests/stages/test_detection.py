@@ -294,9 +294,9 @@ def test_what_decides_a_number_is_hashed_and_what_does_not_is_not():
 def test_keys_that_the_script_gives_are_refused_in_the_recipe():
     values = yaml.safe_load(RECIPES["voc"].read_text())
     values["detectron2"]["MODEL"]["DEVICE"] = "cpu"
-    with pytest.raises(ConfigError, match=r"detectron2\.MODEL\.DEVICE: is given by run\.device"):
+    with pytest.raises(ConfigError, match=r"detectron2\.MODEL\.DEVICE: is set by run\.device"):
         configs.resolve(values, {}, Detection)
-    with pytest.raises(ConfigError, match=r"detectron2\.MODEL\.WEIGHTS: is given by --weights"):
+    with pytest.raises(ConfigError, match=r"detectron2\.MODEL\.WEIGHTS: is set by --weights"):
         recipe("voc", "detectron2.MODEL.WEIGHTS=/x")
     with pytest.raises(ConfigError, match=r"did you mean 'detectron2\.SOLVER\.MAX_ITER'"):
         recipe("voc", "detectron2.SOLVER.MAX_ITR=3")

@@ -362,7 +362,7 @@ def test_a_run_does_not_go_on_with_other_data(task, copy, tmp_path):
         path.write_text(path.read_text().replace("class 7", "class seven"))
         path = path.with_name("instances_train2017.json")
         path.write_text(path.read_text().replace("class 7", "class seven"))
-        found = r"8 \+ 8 images there, 8 \+ 8 now, or others of the same number"
+        found = r"8 \+ 8 images there, 8 \+ 8 now, or as many different ones"
     with pytest.raises(DataError, match=rf"run is a run on other data: {found}"):
         prepare(tmp_path / "elsewhere", task, run)
 

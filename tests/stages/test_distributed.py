@@ -426,7 +426,7 @@ def test_processes_that_do_not_come_are_named(tmp_path, tiny, monkeypatch, capfd
     monkeypatch.setattr(rendezvous, "ARRIVAL", timedelta(seconds=1))
     children = [start(tiny(*FOUR), tmp_path, 0, 2, free_port(), lambda rank: None)]
     assert wait(children) == [1]
-    assert re.search(r"error: 2 processes do not find each other at env://", capfd.readouterr().err)
+    assert re.search(r"error: 2 processes did not find each other at env://", capfd.readouterr().err)
 
 
 def torchrun(tmp_path, *sets):

@@ -94,7 +94,7 @@ def test_damaged_checkpoint_the_one_before_is_used(tiny, tmp_path, undisturbed, 
     change = DAMAGE[damage]
     path.unlink() if change is None else path.write_bytes(change(path.read_bytes()))
     train(tiny(), tmp_path)
-    assert "going on from the one before, checkpoint.previous.pt\n" in capsys.readouterr().out
+    assert "resuming from the previous one, checkpoint.previous.pt\n" in capsys.readouterr().out
     assert_same_run(tmp_path, undisturbed)
     assert not previous_checkpoint(path).exists()
 
@@ -126,7 +126,7 @@ def test_probe_goes_on_from_the_checkpoint_before(
             probe(tiny_linear(), undisturbed / "checkpoint.pt", tmp_path)
         return
     probe(tiny_linear(), undisturbed / "checkpoint.pt", tmp_path)
-    assert "going on from the one before" in capsys.readouterr().out
+    assert "resuming from the previous one" in capsys.readouterr().out
     assert_same_probe(tmp_path, probed)
 
 

@@ -210,7 +210,7 @@ def test_other_weights_are_refused_in_one_line(cli, here):
         (["run.init=first/checkpoint.pt", "backbone.arch=resnet50"], "expected a resnet50 of width 8"),
         (["run.init=first/checkpoint.pt", "backbone.stem=cifar"], "expected a resnet10 of width 8 with the cifar stem"),
         (["run.init=first/config.yaml"], "first/config.yaml"),
-        (["init=0123456789abcdef"], "init: the run begins with weights, which are not given; expected run.init=FILE"),
+        (["init=0123456789abcdef"], "init: the run starts from weights that are not given; expected run.init=FILE"),
     ):
         words = ("--config", "tiny.yaml", "--run-dir", "third", "--set", *items)
         status, _, err = cli(script.main, *words)

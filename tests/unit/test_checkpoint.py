@@ -255,7 +255,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(two, capsys, damage):
     two.write_bytes(damage(two.read_bytes()))
     assert checkpoint.load_last(two)["step"] == 2
     out = capsys.readouterr().out
-    assert out.startswith(f"{two} is ") and out.endswith("going on from the one before, checkpoint.previous.pt\n")
+    assert out.startswith(f"{two} is ") and out.endswith("resuming from the previous one, checkpoint.previous.pt\n")
     assert out.count("\n") == 1
 
 
@@ -331,5 +331,5 @@ def test_conversion_and_fine_tuning_notice_what_the_archives_own_checksums_miss(
     time = whole.rindex(b"PK\1\2") + 12  # of the last member's last change: no CRC covers it
     for damaged in (whole[:time] + bytes([whole[time] ^ 1]) + whole[time + 1 :], whole[: len(whole) // 2]):
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"damaged.*; its run is finished: put a whole copy there"):
+        with pytest.raises(CheckpointError, match=r"damaged.*; its run is finished: restore an intact copy"):
             formats.read(path)

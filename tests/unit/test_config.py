@@ -225,13 +225,13 @@ def test_numbers_that_yaml_1_1_reads_otherwise_than_they_look_are_refused(key, t
         configs.load(CIFAR, configs.parse_overrides([f"{key}={text}"]))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(re.sub(r"(?m)^seed: .*", f"seed: {text}", CIFAR.read_text()))
-    with pytest.raises(ConfigError, match=r"seed: .*which is no decimal number"):
+    with pytest.raises(ConfigError, match=r"seed: .*which is not a decimal number"):
         configs.load(recipe)
 
 
 def test_numbers_of_a_section_in_another_program_s_words_are_decimal_too():
     recipe = ROOT / "detection" / "configs" / "voc.yaml"
-    with pytest.raises(ConfigError, match=r"detectron2.SOLVER.MAX_ITER: '010' is no decimal number"):
+    with pytest.raises(ConfigError, match=r"detectron2.SOLVER.MAX_ITER: '010' is not a decimal number"):
         configs.load(recipe, {"detectron2.SOLVER.MAX_ITER": "010"}, cls=Detection)
 
 
@@ -299,7 +299,7 @@ def test_a_whole_number_is_written_in_digits(tiny, text, tmp_path):
 
 @pytest.mark.parametrize(("line", "key"), [("seed: 1\nseed: 2", "seed"), ("knn: {k: 3, k: 5}\nseed: 0", "k")])
 def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path, line, key):
-    with pytest.raises(ConfigError, match=rf"^cannot read .*tiny.yaml: key '{key}' stands twice .*tiny.yaml|line \d+"):
+    with pytest.raises(ConfigError, match=rf"^cannot read .*tiny.yaml: key '{key}' appears twice .*tiny.yaml|line \d+"):
         tiny_from_file(tmp_path, line)
 
 

@@ -521,7 +521,7 @@ def test_hidden_files_are_passed_over(tiny, imagenet):
 def test_links_that_lead_nowhere_are_named_before_training(imagenet):
     (imagenet / "train" / "n01" / "n01_0.JPEG").unlink()
     (imagenet / "train" / "n01" / "n01_0.JPEG").symlink_to("gone.JPEG")
-    with pytest.raises(DataError, match=r"n01_0.JPEG is a link that leads nowhere \(gone.JPEG\); mend or remove it$"):
+    with pytest.raises(DataError, match=r"n01_0.JPEG is a broken link \(gone.JPEG\); fix or remove it$"):
         load_imagenet(imagenet)
 
 

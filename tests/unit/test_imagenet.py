@@ -188,7 +188,7 @@ def test_archives_that_are_cut_off_are_one_line(tmp_path, official):
     archive.write_bytes(archive.read_bytes()[:2000])
     with pytest.raises(DataError, match=r"img_train.tar is cut off: an image at [\d,]+ bytes is not whole"):
         list(test_batches(files, VIEW, 18, torch.device("cpu")))
-    with pytest.raises(DataError, match=r"img_train.tar is cut off or no archive of ImageNet"):
+    with pytest.raises(DataError, match=r"img_train.tar is truncated or not an archive of ImageNet"):
         load(root, "train")
 
 

@@ -112,7 +112,7 @@ REFUSED = {
     "timm/qqq": r"timm has no network 'qqq'; timm.list_models\(\) lists all",
     "torchvision/resnet": "torchvision has no network 'resnet'",
     "torchvision/fasterrcnn_resnet50_fpn": "torchvision has no network 'fasterrcnn",
-    "torchvision/squeezenet1_0": "ends in no linear layer",
+    "torchvision/squeezenet1_0": "does not end in a linear layer",
     "timm/resnet34.a1_in1k": "names weights, which are not loaded here; expected timm/resnet34",
     "hf-hub:a/b": "backbone.arch: expected resnet18",
     "os:abort": "os:abort is Python's own",
@@ -137,7 +137,7 @@ def test_settings_that_a_network_cannot_have_are_refused():
         build_backbone(backbone("timm/vit_tiny_patch16_224", groups=8))
     with pytest.raises(ConfigError, match=r"backbone.stem: timm/resnet50d does not begin as a ResNet does"):
         build_backbone(backbone("timm/resnet50d", stem="tiny"))
-    with pytest.raises(ConfigError, match=r"backbone.width: timm/resnet34 is as wide as it is; expected 64, found 8"):
+    with pytest.raises(ConfigError, match=r"backbone.width: timm/resnet34 has a fixed width; expected 64, found 8"):
         Backbone("timm/resnet34", "imagenet", 8, 1)
     with pytest.raises(ConfigError, match="does not take images of 64 pixels: Input height"):
         feature_width(build_backbone(backbone("timm/vit_tiny_patch16_224")), 64)
@@ -152,7 +152,7 @@ def test_timm_is_named_where_it_is_missing(monkeypatch):
 def test_without_torch_width_and_cost_are_refused_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "mixmask.networks", None)
     monkeypatch.delattr("mixmask.networks", raising=False)
-    with pytest.raises(ConfigError, match="the width and the cost of timm/convnext_pico are those of the"):
+    with pytest.raises(ConfigError, match="the width and cost of timm/convnext_pico come from the"):
         forward_gflop(backbone("timm/convnext_pico"), 64)
 
 
@@ -176,10 +176,10 @@ class Maps(nn.Module):
 @pytest.mark.parametrize(
     "gives, message",
     {
-        "maps": r"a Maps, gives \(N, 4, 222, 222\) for N images; expected features \(N, D\); pool it",
-        "tuple": "a Maps, gives a tuple; expected a tensor",
-        "dict": "a Maps, gives a dict",
-        "one vector": r"a Maps, gives \(N\) for N images",
+        "maps": r"a Maps, returns \(N, 4, 222, 222\) for N images; expected features \(N, D\); pool it",
+        "tuple": "a Maps, returns a tuple; expected a tensor",
+        "dict": "a Maps, returns a dict",
+        "one vector": r"a Maps, returns \(N\) for N images",
     }.items(),
 )
 def test_what_gives_no_features_is_refused(gives, message):
@@ -191,7 +191,7 @@ def test_what_gives_no_features_is_refused(gives, message):
 def test_a_network_that_gives_more_in_training_is_refused_there():
     net = torchvision.models.googlenet(init_weights=False, num_classes=4)
     encoder = Encoder(net, nn.Linear(feature_width(net, 64), 2))
-    with pytest.raises(ConfigError, match="a GoogLeNet, gives a GoogLeNetOutputs; expected features"):
+    with pytest.raises(ConfigError, match="a GoogLeNet, returns a GoogLeNetOutputs; expected features"):
         encoder.train().views([torch.randn(2, 3, 64, 64)])
 
 

@@ -62,7 +62,7 @@ def test_children_of_a_sequence_with_and_without_max_pooling(weights, tmp_path):
     )
     assert same(source.weights, small) and source.backbone.stem == "cifar" and source.dropped == {"g": 2}
     path = saved(foreign.under("f.", foreign.in_sequence(weights, 3)), tmp_path / "y.pth")
-    refused(path, "no max pooling behind its 7 x 7 stem")
+    refused(path, "no max pooling after its 7 x 7 stem")
 
 
 @pytest.mark.parametrize(
