@@ -181,7 +181,7 @@ def step_cases(device: torch.device) -> Iterator[tuple[str, float, Any]]:
     if on_gpu:
         yield "knn/features and predict", 20, lambda *_: neighbours.whole(device, 3)
     yield "input/cifar", 10, lambda *_: pipelines.cifar(device, 8192, 3)
-    for framework in ("simclr", "byol", "simsiam"):
+    for framework in steps.FRAMEWORKS[1:]:
         for precision in ("fp32", "bf16"):
             yield from _variants("cifar100", framework, "mixmask", precision, on_gpu)
     yield from _variants("imagenet", "moco", "mixmask", "fp32", on_gpu)

@@ -103,7 +103,7 @@ class Runs:
         here = {"run.device": str(self.device), "run.data_root": str(self.data.absolute()), "run.download": False}
         laid = {key: value for each in (*overrides, here, self.settings) for key, value in each.items()}
         config = settle(configs.load(ROOT / "pretrain/configs" / f"{recipe}.yaml", laid))
-        return Planned(recipe, laid, config, run_directory(self.runs_dir, "pretrain", config))
+        return Planned(recipe, laid, config, run_directory(self.runs_dir, config))
 
     def measured(self, run: Planned) -> dict[str, float]:
         """Seconds of the start, an epoch and a k-NN evaluation of such a run, and the GiB that it takes."""

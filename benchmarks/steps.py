@@ -22,14 +22,16 @@ from mixmask.config import Pretrain
 from mixmask.datasets import Resident
 from mixmask.datasets.views import without_crop
 from mixmask.paths import as_on_a_gpu
+from mixmask.registry import DATASETS
 from mixmask.training.clock import Clock
 from mixmask.training.state import TrainState
 from pretrain import train
 
 ROOT = Path(__file__).resolve().parents[1]
 FRAMEWORKS = ("moco", "simclr", "byol", "simsiam")
-MIXTURES = ("vanilla", "unmix", "mixmask", "both")
-IMAGES = {"cifar100": (50_000, 32), "imagenet": (2048, 224)}  # number of synthetic images, and their side
+MIXTURES = tuple(plain.MIXTURES)
+CIFAR = DATASETS["cifar100"]
+IMAGES = {"cifar100": (CIFAR.train, CIFAR.side), "imagenet": (2048, 224)}  # number of synthetic images, and their side
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from mixmask.randomness import numpy_generator
 from mixmask.runs import write_atomically
 
 
-class Split(NamedTuple):
-    """A part of a data set in one folder."""
+class Published(NamedTuple):
+    """A split of a data set, as it is published."""
 
     folder: str  # VOC2007, VOC2012, coco
     name: str  # trainval, test, train2017, val2017
@@ -33,16 +33,14 @@ class Split(NamedTuple):
 
 SPLITS = {  # task -> what is trained on, what is tested on
     "voc": (
-        (Split("VOC2007", "trainval", 5_011), Split("VOC2012", "trainval", 11_540)),
-        Split("VOC2007", "test", 4_952),
+        (Published("VOC2007", "trainval", 5_011), Published("VOC2012", "trainval", 11_540)),
+        Published("VOC2007", "test", 4_952),
     ),
-    "coco": ((Split("coco", "train2017", 118_287),), Split("coco", "val2017", 5_000)),
+    "coco": ((Published("coco", "train2017", 118_287),), Published("coco", "val2017", 5_000)),
 }
-
-
 WANTED = {  # task -> keys of Detectron2, and what they must be
-    "voc": {"MODEL.ROI_HEADS.NUM_CLASSES": 20, "MODEL.MASK_ON": False},
-    "coco": {"MODEL.ROI_HEADS.NUM_CLASSES": 80, "MODEL.MASK_ON": True},
+    "voc": {"MODEL.ROI_HEADS.NUM_CLASSES": len(annotations.VOC_CLASSES), "MODEL.MASK_ON": False},
+    "coco": {"MODEL.ROI_HEADS.NUM_CLASSES": annotations.COCO_CLASSES, "MODEL.MASK_ON": True},
 }
 NOTE = "data.json"  # in a run's directory
 DEFAULTS = {"MODEL.ROI_HEADS.NUM_CLASSES": 80, "MODEL.MASK_ON": False}  # Detectron2's

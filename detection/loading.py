@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import signal
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from detection.annotations import VOC_CLASSES, read_voc
 from detection.datasets import Data, Position, Split, batches
 from mixmask.config import Detection
 from mixmask.datasets import DataError
+from mixmask.datasets.workers import ignore_signals
 from mixmask.randomness import seed_of
 from mixmask.training import distributed
 
@@ -170,9 +170,3 @@ def files(task: Task, purpose: str, step: int) -> list[str]:
 def as_list(images: list) -> list:
     """Detectron2's batch is a list of images of different sizes."""
     return images
-
-
-def ignore_signals(worker: int) -> None:
-    """Ctrl-C and SLURM signal every process of a job: a worker goes on until its training loop is done with it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)

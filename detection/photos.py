@@ -25,8 +25,6 @@ IMAGES = 8  # a split
 OBJECTS = 5  # a picture: 40 in a split, so each of VOC's 20 classes twice (its AP is the mean over all of them)
 SIZE = (160, 128)  # width, height; every other picture is upright
 
-VOC, COCO = VOC_CLASSES, COCO_CLASSES  # COCO's are called after their numbers
-
 
 @dataclass(frozen=True)
 class Thing:
@@ -105,7 +103,7 @@ def write_voc(folder: Path, split: str, patches: str) -> None:
     for part in ("ImageSets/Main", "Annotations", "JPEGImages"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     names = []
-    for number, (picture, things) in enumerate(pictures(f"{folder.name} {split}", patches, len(VOC))):
+    for number, (picture, things) in enumerate(pictures(f"{folder.name} {split}", patches, len(VOC_CLASSES))):
         names.append(f"{split}_{number:06}")
         picture.save(folder / "JPEGImages" / f"{names[-1]}.jpg", quality=95)
         (folder / "Annotations" / f"{names[-1]}.xml").write_bytes(_voc_xml(names[-1], picture.size, things))
@@ -118,7 +116,7 @@ def _voc_xml(name: str, size: tuple[int, int], things: list[Thing]) -> bytes:
     _fill(tree, {"filename": f"{name}.jpg", "size": {"width": size[0], "height": size[1], "depth": 3}})
     for thing in things:
         corners = zip(("xmin", "ymin", "xmax", "ymax"), (value + 1 for value in thing.box), strict=True)
-        kind = {"name": VOC[thing.label], "pose": "Unspecified", "truncated": 0, "difficult": 0}
+        kind = {"name": VOC_CLASSES[thing.label], "pose": "Unspecified", "truncated": 0, "difficult": 0}
         _fill(tree, {"object": {**kind, "bndbox": dict(corners)}})
     return ElementTree.tostring(tree)
 
@@ -137,12 +135,12 @@ def write_coco(folder: Path, split: str, patches: str) -> None:
     for part in ("annotations", split):
         (folder / part).mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
-    for number, (picture, things) in enumerate(pictures(f"{folder.name} {split}", patches, COCO), 1):
+    for number, (picture, things) in enumerate(pictures(f"{folder.name} {split}", patches, COCO_CLASSES), 1):
         name = f"{number:012}.jpg"
         picture.save(folder / split / name, quality=95)
         images.append({"id": number, "file_name": name, "width": picture.width, "height": picture.height})
         annotations += [_coco_annotation(number * 100 + place, number, thing) for place, thing in enumerate(things)]
-    categories = [{"id": label + 1, "name": f"class {label + 1}"} for label in range(COCO)]
+    categories = [{"id": label + 1, "name": f"class {label + 1}"} for label in range(COCO_CLASSES)]
     content = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
     write_atomically(folder / "annotations" / f"instances_{split}.json", json.dumps(content))
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from detection.annotations import Picture
 from mixmask.datasets import DataError
+from mixmask.datasets.decoding import TURNED
 from mixmask.training.progress import Progress, say
 
-ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF: width and height change places, as Detectron2 turns the image
 DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # more than 8 bits, which become white in Detectron2
 BLOCK = 1000  # images between two looks at errors
 
@@ -82,7 +82,8 @@ def fault(picture: Picture) -> str:
 
 
 def _turned(image: Image.Image) -> bool:
+    """Whether width and height change places where Detectron2 turns the image."""
     try:
-        return image.getexif().get(ORIENTATION) in TURNED
+        return image.getexif().get(ExifTags.Base.Orientation) in TURNED
     except Exception:  # EXIF that cannot be read is none, as in Detectron2
         return False

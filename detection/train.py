@@ -55,7 +55,7 @@ def train(
     world, device, cfg = prepare(config)
     check_norm(cfg.MODEL.RESNETS.NORM, device, world.size)
     config = datasets.settle(config)
-    directory = directory or run_directory(runs_dir, "detection", config)
+    directory = directory or run_directory(runs_dir, config)
     with rendezvous.start(world, device), distributed.open_run(directory, config) as run:
         if result := finished(run):
             return result
@@ -196,7 +196,7 @@ def test_only(config: Detection, directory: Path | None = None, runs_dir: Path =
     """
     world, device, cfg = prepare(config)
     config = datasets.settle(config)
-    directory = directory or run_directory(runs_dir, "detection", config)
+    directory = directory or run_directory(runs_dir, config)
     with rendezvous.start(world, device), distributed.open_run(directory, config) as run:
         with distributed.main_process_first():
             saved = checkpoint.load_last(run.checkpoint)

@@ -178,7 +178,7 @@ def check_recipe(detectron2: Mapping[str, Any], note: Mapping[str, Any]) -> None
             raise ConfigError(f"detectron2.{key}: expected {expected} ({reason}), found {what}")
     for key, name in (("MODEL.PIXEL_MEAN", "mean"), ("MODEL.PIXEL_STD", "std")):
         wanted = [round(255 * value, 3) for value in note[name]]
-        if len(settings[key]) != 3 or any(abs(a - b) > 0.1 for a, b in zip(settings[key], wanted, strict=True)):
+        if not _near(settings[key], wanted):
             order = "; these are the right values in BGR order" if _near(settings[key][::-1], wanted) else ""
             raise ConfigError(
                 f"detectron2.{key}: expected {wanted} (255 times the {name} that the weights were trained with, RGB), "

@@ -11,7 +11,6 @@ for k-NN.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from pathlib import Path
 
@@ -20,12 +19,12 @@ import torch
 
 from mixmask import config as configs
 from mixmask import formats
-from mixmask.config import Augment, ConfigError, UserError
+from mixmask.config import ConfigError, Execution, UserError
 from mixmask.datasets import Files, Resident
 from mixmask.datasets.base import in_words
 from mixmask.datasets.cache import decode_all
 from mixmask.datasets.folder import common_shape, listing
-from mixmask.features import EVAL_BATCH, extract, shorter_side
+from mixmask.features import extract, shorter_side
 from mixmask.networks import feature_width
 from mixmask.runs import discard
 from mixmask.training.optim import pick_device
@@ -71,16 +70,15 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint.pt of ours or in a public format")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="a folder of images")
     parser.add_argument("--size", type=int, default=0, help="view size in pixels; default: the pre-training's, or 224")
-    parser.add_argument("--batch", type=int, default=EVAL_BATCH, help=f"images at a time; default: {EVAL_BATCH}")
-    parser.add_argument("--workers", type=int, default=8, help="processes that decode images; default: 8")
+    batch, workers = Execution.eval_batch, Execution.workers
+    parser.add_argument("--batch", type=int, default=batch, help="images at a time; default: %(default)s")
+    parser.add_argument("--workers", type=int, default=workers, help="processes that decode; default: %(default)s")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...; default: auto")
     args = parser.parse_args()
     check(args)
     device = pick_device(args.device)
     model = formats.load_backbone(args.checkpoint, device, **formats.reading(args)).requires_grad_(False)
-    source = model.source
-    augment = source.recipe.augment if source.recipe else Augment(order=(), size=224, mean=source.mean, std=source.std)
-    augment = dataclasses.replace(augment, size=args.size or augment.size)
+    augment = model.source.augment(args.size)
     feature_width(model, augment.size)
     dataset, root = images_of(args.data.expanduser()), args.data.expanduser()
     say(f"{model}\n  {args.data}: {in_words(len(dataset), dataset.classes)}; views of {augment.size} px")

@@ -55,7 +55,7 @@ def finetune(
     config = settle(config)
     check(config)
     device = pick_device(config.run.device)
-    with Run(directory or run_directory(runs_dir, "finetune", config), config) as run:
+    with Run(directory or run_directory(runs_dir, config), config) as run:
         if result := finished(run):
             return result
         train_set, test_set, indices, labelled = load_data(config, device)

@@ -41,7 +41,7 @@ def evaluate(
     by default below `runs_dir`, named after the config and its data.
     """
     config, device = settle(config), pick_device(config.run.device)
-    with Run(directory or run_directory(runs_dir, "knn", config), config) as run:
+    with Run(directory or run_directory(runs_dir, config), config) as run:
         if run.result is None:
             encoder, *_ = frozen_encoder(path, foreign, device)
             train, test = (datasets.load_split(config, split) for split in ("train", "test"))
@@ -69,9 +69,8 @@ def main() -> None:
     config = _config(args.config, args.set, recipe) if recipe else _public(args.config, args.set, args.checkpoint)
     seed = recipe.seed if recipe else config.seed
     config = dataclasses.replace(config, checkpoint=source.identity, seed=seed)
-    augment = recipe.augment if recipe else Augment(order=(), size=224, mean=source.mean, std=source.std)
-    augment = dataclasses.replace(augment, size=config.size or augment.size)
-    evaluate(config, args.checkpoint, augment, None if recipe else source, args.run_dir, args.runs_dir)
+    foreign = None if recipe else source
+    evaluate(config, args.checkpoint, source.augment(config.size), foreign, args.run_dir, args.runs_dir)
 
 
 def _config(path: str | None, items: Sequence[str], recipe: Pretrain) -> KNNEval:

@@ -55,7 +55,7 @@ def probe(
     Raises UserError for bad configs, data and checkpoints, and if the encoder did not stay as it was.
     """
     config, device = settle(config), pick_device(config.run.device)
-    with Run(directory or run_directory(runs_dir, "linear", config), config) as run:
+    with Run(directory or run_directory(runs_dir, config), config) as run:
         if result := finished(run):
             return result
         train_set, test_set = load_data(config, device)

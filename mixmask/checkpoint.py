@@ -57,7 +57,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     except (OSError, RuntimeError, UserError) as error:  # RuntimeError: torch's writer, after a write that failed
         discard(temporary)
         causes = [getattr(e, "strerror", None) for e in (error, error.__context__)]
-        reason = next(filter(None, causes), f"is the disk full? {_one_line(error)}")
+        reason = next(filter(None, causes), f"is the disk full? {one_line(error)}")
         raise CheckpointError(f"cannot write {path}: {reason}; {_left(path)}") from None
 
 
@@ -166,7 +166,7 @@ def load(path: str | Path) -> dict[str, Any]:
             f"{path} holds pickled objects besides tensors and plain types; refused, and nothing in it was run"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_one_line(error)})") from None
+        raise CheckpointError(f"{path} cannot be read ({one_line(error)})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("config"), dict):
         raise CheckpointError(f"{path} is not a checkpoint of this project (no config in it)")
     return state
@@ -179,7 +179,8 @@ def remedy(path: Path) -> str:
     return "; its run is finished: restore an intact copy, or move it and result.json away to repeat the run"
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """The beginning of an exception's text, without its line breaks."""
     return " ".join(str(error).split())[:120]
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixmask.config import Augment
+from mixmask.config import Augment, Execution
 from mixmask.datasets import Files, Resident
 from mixmask.datasets.views import train_batches
 from mixmask.numerics import wide
@@ -75,7 +75,7 @@ def alignment(
     seed: int,
     device: torch.device,
     workers: int = 0,
-    batch_size: int = 500,
+    batch_size: int = Execution.eval_batch,
 ) -> float:
     """E |f(x) - f(y)|^2 of unit features of two views x, y of an image. `model` in evaluation mode."""
     images = dataset.take(evenly(len(dataset), VIEWS))

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mixmask import datasets
-from mixmask.config import Augment, Finetune, Linear
+from mixmask.config import Augment, Execution, Finetune, Linear
 from mixmask.datasets.views import test_batches
-
-EVAL_BATCH = 500  # images; `run.eval_batch` of a recipe
 
 
 @torch.no_grad()
@@ -20,7 +18,7 @@ def extract(
     resize: int,
     device: torch.device,
     workers: int = 0,
-    batch_size: int = EVAL_BATCH,
+    batch_size: int = Execution.eval_batch,
 ) -> Tensor:
     """Features float32 (N, D) of the images in order, with the test transform.
 

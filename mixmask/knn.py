@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from mixmask import datasets
 from mixmask.backbones import Encoder
-from mixmask.config import KNN, Augment, ConfigError
-from mixmask.features import EVAL_BATCH, accuracy, extract, shorter_side
+from mixmask.config import KNN, Augment, ConfigError, Execution
+from mixmask.features import accuracy, extract, shorter_side
 from mixmask.metrics import knn_metric
 from mixmask.numerics import wide
 
@@ -81,7 +81,7 @@ def evaluate(
     knn: KNN,
     device: torch.device,
     workers: int = 0,
-    batch_size: int = EVAL_BATCH,
+    batch_size: int = Execution.eval_batch,
 ) -> dict[str, float]:
     """Top-1 accuracy in percent under its full name, {metric: percent}. Leaves the encoder in its mode."""
     with evaluated(encoder, knn) as model:

@@ -13,6 +13,11 @@ def exact_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or as it is where that is wider."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def wide(x: Tensor) -> Tensor:
     """x in float64."""
     return x.to(exact_device(x.device)).double()

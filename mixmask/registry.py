@@ -28,6 +28,7 @@ class Framework:
     forward: int  # passes that are not
     symmetric: tuple[int, int] | None = None  # both numbers, where a setting `symmetric` scores both directions
     metric: str = "top1"  # what Figure 5 shows: "knn", or the probe's "top1"
+    crop_size: int = 0  # of the crops that its setting `crops` asks for, pixels, where `crop_size` is not set; 0: none
 
     def passes(self, settings: Mapping[str, Any]) -> tuple[int, int]:
         """(differentiated, not differentiated) under the settings of a recipe's section."""
@@ -72,7 +73,7 @@ FRAMEWORKS = {  # in the paper's order; then those that it does not train
     "byol": Framework("BYOL", "mixmask.frameworks.byol:BYOL", 2, 2),
     "simsiam": Framework("SimSiam", "mixmask.frameworks.simsiam:SimSiam", 2, 0),
     "barlow_twins": Framework("Barlow Twins", "mixmask.frameworks.barlow_twins:BarlowTwins", 2, 0),
-    "swav": Framework("SwAV", "mixmask.frameworks.swav:SwAV", 2, 0),
+    "swav": Framework("SwAV", "mixmask.frameworks.swav:SwAV", 2, 0, crop_size=96),
     "vicreg": Framework("VICReg", "mixmask.frameworks.vicreg:VICReg", 2, 0),
 }
 

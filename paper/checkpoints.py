@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 
 from mixmask.config import build, read_yaml
-
-ROOT = Path(__file__).resolve().parents[1]
+from paper.cells import ROOT
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ from mixmask.config.resnets import ARCHITECTURES
 DETECTION = 0.57 * 8 / 16 / 2 / 3600  # hours an image of a training iteration, on one A100
 CONVERSION = 0.01  # hours, anywhere
 
-ASSUMPTION = (
-    "estimate: counted FLOPs on one A100 at an assumed 49 (ResNet-50, others) or 77 (ResNet-18) TFLOP/s in bf16, "
-    "half of it in fp32; data loading not counted"
-)
 TERAFLOPS = {"resnet50": 49.0, "resnet18": 77.0}  # any other network: as ResNet-50
+ASSUMPTION = (
+    f"estimate: counted FLOPs on one A100 at an assumed {TERAFLOPS['resnet50']:g} (ResNet-50, others) or "
+    f"{TERAFLOPS['resnet18']:g} (ResNet-18) TFLOP/s in bf16, half of it in fp32; data loading not counted"
+)
 CPU_TERAFLOPS = 0.05
 REPORTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 MEASURED = {"resnet18": "steps/moco/mixmask", "resnet50": "steps/imagenet/moco/mixmask"}  # rows of a report
@@ -54,7 +54,7 @@ def measured(gpu: str) -> dict[str, dict[str, float]]:
 def teraflops(arch: str, precision: str, gpu: str = "") -> float:
     """The rate of a GPU, measured if it is named and its report has it; otherwise an A100's, assumed."""
     known = measured(gpu).get(arch, {}) if gpu else {}
-    return known.get(precision) or TERAFLOPS.get(arch, 49.0) / (1 if precision == "bf16" else 2)
+    return known.get(precision) or TERAFLOPS.get(arch, TERAFLOPS["resnet50"]) / (1 if precision == "bf16" else 2)
 
 
 def basis(gpu: str = "") -> str:
@@ -109,9 +109,10 @@ def added_passes(config: Pretrain) -> float:
 
 def multi_crop(config: Pretrain) -> float:
     """Passes with gradient of a framework's own crops, by area (SwAV); MSCN's take their place."""
-    settings = {"crops": 0, "crop_size": 96, **config.settings}
-    if registry.find(registry.METHODS, config.method, "method").crops:
+    framework = registry.find(registry.FRAMEWORKS, config.framework, "framework")
+    if not framework.crop_size or registry.find(registry.METHODS, config.method, "method").crops:
         return 0.0
+    settings = {"crops": 0, "crop_size": framework.crop_size, **config.settings}
     return settings["crops"] * (settings["crop_size"] / config.augment.size) ** 2
 
 

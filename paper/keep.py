@@ -22,8 +22,7 @@ from typing import Any
 
 from mixmask.config import UserError, main_guard, read_yaml
 from mixmask.runs import file_sha256, read_log, read_result
-
-ROOT = Path(__file__).resolve().parents[1]
+from paper.cells import ROOT
 
 TEXTS = ("config.yaml", "command.txt", "environment.json", "result.json")
 CONTINUED = "environments.jsonl"  # of a run continued by other code or on another machine

@@ -19,11 +19,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mixmask.config import ConfigError, UserError, main_guard, nearest
+from paper.cells import WITHOUT_RUNS
 from paper.options import own, reading_parser
 from paper.presets import budget, presets
 
 FIGURES = ("replication", *(f"figure{number}" for number in range(1, 9)), "reduced")
-RUNS = ("replication", "figure5", "figure6", "figure7", "reduced")  # drawn from runs
+RUNS = tuple(name for name in FIGURES if name not in WITHOUT_RUNS)  # drawn from runs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

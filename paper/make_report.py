@@ -26,7 +26,7 @@ from markupsafe import Markup
 from mixmask.config import UserError, main_guard
 from mixmask.runs import commit, write_atomically
 from paper import claims, settings
-from paper.cells import tables
+from paper.cells import ROOT, tables
 from paper.collect import UNREADABLE, collect
 from paper.make_figures import FIGURES, RUNS
 from paper.options import own, reading_parser
@@ -34,8 +34,6 @@ from paper.presets import Budget, budget, presets
 from paper.report import features, numbers, prose
 from paper.report.records import Runs, record
 from paper.report.render import piece, render
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)

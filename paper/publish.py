@@ -30,14 +30,18 @@ from mixmask.runs import read_result
 from paper.keep import TEXTS
 
 STAGES = ("linear", "finetune", "knn", "detection")  # whose results are numbers of the encoder
+IN_PAPER = ("cifar100", "tiny_imagenet", "imagenet")  # the data sets of its numbers
+NOT_IN_PAPER = "Its images are no data set of the paper: it replicates none of the numbers there."
+_CIFAR = "CIFAR-100 is published without a licence; its authors ask to be cited (Krizhevsky 2009)."
 LICENCES = {  # of the images, as their publishers state it
-    "cifar100": "CIFAR-100 is published without a licence; its authors ask to be cited (Krizhevsky 2009).",
-    "cifar100_reduced": "CIFAR-100 is published without a licence; its authors ask to be cited (Krizhevsky 2009).",
+    "cifar100": _CIFAR,
+    "cifar100_reduced": _CIFAR,
     "tiny_imagenet": "Tiny-ImageNet is taken from ImageNet: non-commercial research and education.",
     "imagenet": "ImageNet's terms of access: non-commercial research and education.",
     "photos": "The photographs of scikit-image's gallery, public domain or as its data folder says.",
+    "folder": "The images are the publisher's own, or used with permission: state here the terms of their use.",
 }
-OWN = "The images are the publisher's own, or used with permission: state here the terms of their use."
+UNKNOWN = "State here the terms of use of the images."
 
 CARD = """---
 library_name: timm
@@ -188,11 +192,11 @@ def card(run: Path, source: Source, folders: Sequence[Path]) -> str:
         size=config.augment.size,
         loading=loading(source),
         numbers="\n".join(["| stage | metric | % |", "|---|---|---:|", *table]),
-        scale=_scale(config.dataset),
+        scale="" if config.dataset in IN_PAPER else NOT_IN_PAPER,
         commit=environment.get("commit") or "unknown",
         modified=", with changes that were not committed" if environment.get("modified") else "",
         command=_command((run / "command.txt").read_text(encoding="utf-8")),
-        licence=LICENCES.get(config.dataset, OWN),
+        licence=LICENCES.get(config.dataset, UNKNOWN),
     )
 
 
@@ -205,11 +209,6 @@ def _command(text: str) -> str:
             del words[at : at + 2]
     words = [word for word in words if not word.startswith("run.data_root=")]
     return shlex.join(words[:-1] if words[-1] == "--set" else words)
-
-
-def _scale(dataset: str) -> str:
-    small = dataset in ("photos", "cifar100_reduced")
-    return "It is not of the paper's scale and replicates none of its numbers." if small else ""
 
 
 def numbers(run: Path, folders: Sequence[Path]) -> Iterator[tuple[str, str, float]]:

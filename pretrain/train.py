@@ -64,7 +64,7 @@ def train(
     """
     config = settle_initial(settle(config))
     check(config)
-    directory = directory or run_directory(runs_dir, "pretrain", config)
+    directory = directory or run_directory(runs_dir, config)
     world = rendezvous.find()
     check_processes(config, world.size)
     device = world.device(pick_device(config.run.device))
@@ -123,7 +123,8 @@ def iterate(config: Pretrain, state: TrainState, batch: list[Tensor]) -> tuple[d
     optimizer.step()
     framework.after_step(targets, step, state.steps)
     state.step += 1
-    values = {"loss": loss.detach(), **loss_parts(parts), **framework.metrics(targets)}
+    terms = {f"loss_{name}": part for name, part in parts.items()}  # weighted, by anchor
+    values = {"loss": loss.detach(), **terms, **framework.metrics(targets)}
     return distributed.mean(values), anchors
 
 
@@ -213,11 +214,6 @@ def views(
     part["compiled"] = compiles(config.run.compile, device)
     for batch, _ in train_batches(train_set, config.augment, *sizes, **part):
         yield [x.contiguous(memory_format=torch.channels_last) for x in batch] if config.run.channels_last else batch
-
-
-def loss_parts(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weighted terms of the objective, by anchor."""
-    return {f"loss_{name}": part for name, part in parts.items()}
 
 
 def of_step(framework: nn.Module, anchors: list[Anchor]) -> dict[str, Tensor]:

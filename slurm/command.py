@@ -18,10 +18,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mixmask.config.cli import INTERRUPTED
 from mixmask.runs import read_result
 from paper.cells import ROOT
 
-INTERRUPTED = 130  # exit status of a stage's script that saved after a signal
 PATIENCE = 60  # seconds in which SLURM ends a job whose first process has ended
 
 

@@ -37,12 +37,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 from mixmask.config import UserError, main_guard, recipe_file
 from paper import cost
-from paper.cells import WITHOUT_RUNS, Cell, select, tables
+from paper.cells import ROOT, WITHOUT_RUNS, Cell, select, tables
 from paper.presets import Budget, budget, label, missing_file, offer, presets, remark
 from slurm import efficiency, graph, local, sbatch, shell, status, submit, sweep
 from slurm.graph import Job
-
-ROOT = Path(__file__).resolve().parents[1]
 
 VERBS = ("status", "cancel")
 NOT_NEEDED = "not needed"  # of a run that is not finished, and is not made: what needs it is finished

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mixmask.config import UserError
+from mixmask.config.cli import INTERRUPTED
 from mixmask.runs import is_busy, read_result
 from paper.cells import ROOT
 from slurm import gpus, shell, squeue
@@ -25,7 +26,6 @@ from slurm.graph import Job, make_folder, needed
 from slurm.squeue import Live
 from slurm.status import headline
 
-INTERRUPTED = 130  # exit status of a job that saved and ended because it was told to
 LOOK = 0.1  # seconds between two looks at what runs
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

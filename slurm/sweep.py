@@ -105,11 +105,11 @@ def evaluation(then: Path, pretraining: Pretrain, settings: Mapping[str, Mapping
     values = configs.read_yaml(then)
     if "optimizer" not in values or "framework" in values:
         raise ConfigError(f"--then {then}: expected a recipe of a linear probe or of a fine-tuning, as in eval/configs")
-    stage, cls = ("finetune", Finetune) if "labels" in values else ("linear", Linear)
-    overrides = {**settings.get(stage, {}), "seed": pretraining.seed}
+    cls = Finetune if "labels" in values else Linear
+    overrides = {**settings.get(cls.stage, {}), "seed": pretraining.seed}
     config = configs.resolve(inherit(values, configs.to_dict(pretraining)), overrides, cls)
     config = settled(dataclasses.replace(config, checkpoint=run_id(pretraining)), notes)
-    return Step(stage, in_repository(then), overrides, config)
+    return Step(cls.stage, in_repository(then), overrides, config)
 
 
 def settled(config: Config, notes: set[str]) -> Config:

@@ -18,6 +18,8 @@ from typing import Any, Literal, get_args, get_origin
 from mixmask.config.errors import UserError
 from mixmask.config.fields import type_hints
 
+INTERRUPTED = 130  # exit status of a script that was told to stop, and has saved
+
 
 def run_options(config: type) -> argparse.ArgumentParser:
     """The parent of the parsers of scripts that make a run of the stage whose configs are of type `config`."""
@@ -71,7 +73,7 @@ def in_words(hint: Any, low: float | None = None, high: float | None = None) -> 
 
 
 def main_guard(main: Callable[[], Any]) -> None:
-    """Run a script's main; a UserError becomes one line on stderr and exit status 1, Ctrl-C status 130.
+    """Run a script's main; a UserError becomes one line on stderr and exit status 1, Ctrl-C status INTERRUPTED.
 
     So does the death of a data worker, which PyTorch reports wherever the program happens to be.
     """
@@ -89,7 +91,7 @@ def main_guard(main: Callable[[], Any]) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         _complain("\ninterrupted: all up to the last checkpoint is kept; the same command continues\n")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from mixmask import registry
 from mixmask.config import Finetune, KNNEval, Linear, Pretrain
+from mixmask.config.schema import Folder
 from mixmask.datasets.base import DataError, Expected, Files, Listing, Resident, counts
 from mixmask.datasets.sampling import batch_indices, subset
 
@@ -28,7 +29,7 @@ def load(
     download: bool = True,
     allow_partial: bool = False,
     expected: Expected | None = None,
-    held_out: float = 0.1,
+    held_out: float = Folder.held_out,
 ) -> Resident | Files:
     """The verified data set `name` (of the registry), split "train" or "test".
 

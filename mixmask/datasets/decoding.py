@@ -27,6 +27,7 @@ JPEG = b"\xff\xd8\xff"
 FLIPPED_AND_TURNED = {  # EXIF orientation -> mirrored left to right, then turned so many times to the left
     1: (False, 0), 2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3), 8: (False, 1)
 }  # fmt: skip
+TURNED = (5, 6, 7, 8)  # orientations in which width and height change places
 
 warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # of EXIF data that are damaged, in every worker
 
@@ -48,7 +49,7 @@ def read_shape(path: str | os.PathLike[str]) -> tuple[int, int]:
     """(height, width) of an image file, turned upright, of which only the header is read. Raises DataError."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
             return (image.width, image.height) if turned else (image.height, image.width)
     except Exception as error:  # as in `decode`
         raise _unreadable(os.fspath(path), getattr(error, "strerror", None) or _reason(error)) from None

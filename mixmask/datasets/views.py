@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixmask.augment import augment_views, test_view
-from mixmask.config import Augment, ConfigError
+from mixmask.config import Augment, ConfigError, Execution
 from mixmask.datasets import loading
 from mixmask.datasets.base import Files, Resident
 from mixmask.datasets.sampling import batch_indices
@@ -82,7 +82,7 @@ def test_batches(
     augment: Augment,
     resize: int,
     device: torch.device,
-    batch_size: int = 500,
+    batch_size: int = Execution.eval_batch,
     workers: int = 0,
     first: int | None = None,
 ) -> Iterator[Tensor]:

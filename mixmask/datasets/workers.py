@@ -105,13 +105,15 @@ def _collate(items: list) -> list | DataError:
         return DataError(f"a worker cannot hand over its batch: {one_line(error)}; fewer: --set run.workers=2")
 
 
-def _begin(worker: int) -> None:
-    """Ctrl-C and SLURM signal every process of a job: a worker goes on until its training loop is done with it.
-
-    A batch that cannot be sent would be lost silently, and the loop would wait for it: the worker exits instead.
-    """
+def ignore_signals(worker: int) -> None:
+    """Ctrl-C and SLURM signal every process of a job: a worker goes on until its training loop is done with it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _begin(worker: int) -> None:
+    """A batch that cannot be sent would be lost silently, and the loop would wait for it: the worker exits instead."""
+    ignore_signals(worker)
 
     def end(error: Exception, batch: object) -> None:
         sys.stderr.write(f"a worker cannot hand over its batch: {one_line(error)}\n")

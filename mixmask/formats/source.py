@@ -6,15 +6,15 @@ import argparse
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixmask.checkpoint import CheckpointError
-from mixmask.config import Backbone, Pretrain
+from mixmask.checkpoint import CheckpointError, one_line
+from mixmask.config import Augment, Backbone, Pretrain
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std of pixels in [0, 1]: all public ImageNet models
 
@@ -40,6 +40,11 @@ class Source:
     added: int = 0  # counters of batches that the file lacks (written before PyTorch 0.4.1), set to 0
     cast: dict[str, int] = field(default_factory=dict)  # type in the file -> how many tensors were cast from it
     taken: str = ""  # what --take named, of several backbones
+
+    def augment(self, size: int = 0) -> Augment:
+        """For test views of `size` pixels; 0: of as many as in the pre-training, of 224 for a public checkpoint."""
+        known = self.recipe.augment if self.recipe else Augment(order=(), size=224, mean=self.mean, std=self.std)
+        return replace(known, size=size or known.size)
 
 
 @dataclass(frozen=True)
@@ -100,10 +105,6 @@ def some(keys: Iterable[str]) -> str:
     keys = sorted(keys)
     first = ", ".join(f"'{k}'" for k in keys[:3])
     return f"{len(keys)} ({first}{', ...' if len(keys) > 3 else ''})"
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
 
 
 def reason(error: Exception) -> str:

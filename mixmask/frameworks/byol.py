@@ -96,10 +96,6 @@ class BYOL(Framework):
         tau = target_momentum(self.settings.momentum, step, steps)
         torch._foreach_lerp_(list(self.target_encoder.parameters()), list(self.encoder.parameters()), 1 - tau)
 
-    def metrics(self, targets: Targets) -> dict[str, Tensor]:
-        """Scalars: positive_similarity, mean cosine of p(x1) and target(x2); output_spread, 0 (collapse) to about 1."""
-        return targets.metrics
-
 
 def target_momentum(base: float, step: int, steps: int) -> float:
     """From `base` at step 0 to 1 at `steps`, by half a cosine (Grill et al. 2020, Section 3.2).

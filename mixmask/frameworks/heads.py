@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixmask.numerics import at_least_float32
 from mixmask.training import distributed
 
 
@@ -16,7 +17,7 @@ class BatchNorm(nn.BatchNorm1d):
         """(N, C), normalised; same shape. Moves the running statistics while training."""
         if not self.training or distributed.size() == 1:
             return super().forward(x)
-        var, mean = torch.var_mean(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, dim=0, correction=0)
+        var, mean = torch.var_mean(at_least_float32(x), dim=0, correction=0)
         mean, var = distributed.shared_statistics(mean, var, distributed.size())
         with torch.no_grad():
             n = len(x) * distributed.size()
@@ -50,7 +51,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     """Rows of unit Euclidean length, in float32 or wider. (N, D) -> (N, D)"""
-    return F.normalize(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, dim=1)
+    return F.normalize(at_least_float32(x), dim=1)
 
 
 def spread(z: Tensor) -> Tensor:

@@ -76,10 +76,6 @@ class SimCLR(Framework):
         everyones = torch.cat([gather_with_gradient(half) for half in z.chunk(2)])  # as in one process
         return nt_xent(everyones, self.settings.temperature)[distributed.local_slice(len(everyones) // 2)]
 
-    def metrics(self, targets: Targets) -> dict[str, Tensor]:
-        """Scalars: positive_similarity, mean cosine of both views' outputs; output_spread, 0 (collapse) to about 1."""
-        return targets.metrics
-
 
 def nt_xent(z: Tensor, temperature: float) -> Tensor:
     """Rows i and N + i of z (2N, dim), of unit length, are one pair; the 2N - 2 others are negatives of both.

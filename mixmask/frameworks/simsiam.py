@@ -84,7 +84,3 @@ class SimSiam(Framework):
     def fixed_lr_parameters(self) -> list[nn.Parameter]:
         """The predictor's parameters keep the base rate, through warm-up too."""
         return list(self.predictor.parameters()) if self.settings.predictor_constant_lr else []
-
-    def metrics(self, targets: Targets) -> dict[str, Tensor]:
-        """Scalars: positive_similarity, mean cosine of p(x1) and z(x2); output_spread, 0 (collapse) to about 1."""
-        return targets.metrics

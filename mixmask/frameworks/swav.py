@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixmask import registry
 from mixmask.backbones import Encoder
 from mixmask.config import Augment, ConfigError, within
 from mixmask.frameworks.base import Framework
@@ -35,7 +36,7 @@ class Settings:
     queue: int = within(0)  # outputs of each view that also shape the codes; 0: none
     queue_start: int = within(0, default=0)  # iteration from which on the queue is filled; it is used once it is full
     crops: int = within(0, default=0)  # multi-crop: smaller views that predict both codes and have none
-    crop_size: int = within(1, default=96)  # their side, pixels
+    crop_size: int = within(1, default=registry.FRAMEWORKS["swav"].crop_size)  # their side, pixels
     crop_scale: tuple[float, float] = within(1e-3, 1, default=(0.05, 0.14), interval=True)
     mixture_codes: bool = False  # x2 also predicts a mixture's code, and the two losses are averaged
 

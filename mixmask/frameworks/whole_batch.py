@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mixmask.backbones import Encoder
 from mixmask.frameworks.heads import cosine, spread
+from mixmask.numerics import at_least_float32
 from mixmask.training import distributed
 from mixmask.training.distributed import gather_with_gradient
 
@@ -42,7 +43,7 @@ def clean_metrics(z: Tensor, z2: Tensor) -> dict[str, Tensor]:
 
 def all_rows(z: Tensor) -> Tensor:
     """The rows (N, D) of all processes, with gradient, in float32 or wider."""
-    return gather_with_gradient(z.float() if z.dtype in (torch.bfloat16, torch.float16) else z)
+    return gather_with_gradient(at_least_float32(z))
 
 
 def shares(weight: Tensor | float, z: Tensor) -> tuple[Tensor, Tensor]:

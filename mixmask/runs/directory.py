@@ -58,9 +58,9 @@ def run_id(config: Any) -> str:
     return "-".join([*parts, configs.hash8(config), f"s{config.seed}"])
 
 
-def run_directory(runs_dir: str | Path, stage: str, config: Any) -> Path:
+def run_directory(runs_dir: str | Path, config: Any) -> Path:
     """Where the run of this config lives."""
-    return Path(runs_dir) / stage / run_id(config)
+    return Path(runs_dir) / config.stage / run_id(config)
 
 
 def what_is_left(checkpoint: Path) -> str:

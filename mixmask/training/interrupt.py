@@ -33,11 +33,6 @@ class Interrupt:
         if sys.stderr.isatty():
             print("\nstopping at the next safe point; a second Ctrl-C stops at once", file=sys.stderr)
 
-    def stop_if_requested(self) -> None:
-        """Raises KeyboardInterrupt once a signal has come."""
-        if self.requested:
-            raise KeyboardInterrupt
-
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -99,8 +99,8 @@ def arithmetic(precision: str, device: torch.device, compiled: bool) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What a result says it was made on: the GPU's name, or cpu."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    """What a result says it was made on: an NVIDIA GPU's name, or the kind of device (cpu, mps)."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def keep_freed_memory() -> None:

@@ -22,10 +22,11 @@ PANELS = [  # stage, value, label of y, label of x
 def draw(budgets: Sequence[Budget], folders: Sequence[Path]) -> Figure:
     """Left the loss of each pre-training, right the test accuracy of the probe on its frozen encoder."""
     logs = read("figure6", budgets, folders)
+    (framework,) = logs.frameworks
     figure, row = plt.subplots(1, 2, figsize=(WIDTH * 0.8, 2.5), layout="constrained")
     absent, unfinished = [], []
     for axes, (stage, value, quantity, x) in zip(row, PANELS, strict=True):
-        for method, lines in logs.curves("moco"):
+        for method, lines in logs.curves(framework):
             here = lines[lines["stage"] == stage]
             curve, name = by_epoch(here, value), f"{quantity.split(' (')[0]} of {METHODS[method].title}"
             plot(axes, curve, method)

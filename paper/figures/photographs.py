@@ -10,12 +10,13 @@ import torch
 from PIL import Image, ImageOps
 
 from mixmask.config import Mask
+from mixmask.formats import IMAGENET
 from mixmask.masks import mixture_coefficient, sample_mask
 from mixmask.methods import mixture, partners
 
 SIDE = 224  # pixels, as on ImageNet
 GRID = 8  # the captions of Figures 1 and 8
-MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # of ImageNet
+MEAN, STD = map(np.array, IMAGENET)
 CENTRES = {"stereo_motorcycle": (0.62, 0.5), "rocket": (0.5, 0.9)}  # where the object is, if not in the middle
 
 

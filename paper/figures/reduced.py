@@ -19,9 +19,10 @@ PANELS = {"loss": "training loss, all terms", "knn": "k-NN accuracy (%)"}
 def draw(budgets: Sequence[Budget], folders: Sequence[Path]) -> Figure:
     """On the left the loss, all its terms together (their number differs by method), on the right the accuracy."""
     logs = read("reduced/knn/*", budgets, folders)
+    (framework,) = logs.frameworks
     figure, row = plt.subplots(1, 2, figsize=(WIDTH, 2.8), layout="constrained")
     absent = []
-    for method, lines in logs.curves("moco"):
+    for method, lines in logs.curves(framework):
         for axes, value in zip(row, PANELS, strict=True):
             plot(axes, by_epoch(lines, value), method)
         if lines.empty:

@@ -109,6 +109,14 @@ def test_the_card_has_recipe_seed_commit_terms_and_each_number_with_its_protocol
     assert configs.resolve(recipe, {}, configs.Pretrain) == tiny("seed=3", "method=both")
 
 
+def test_a_data_set_that_the_card_does_not_know_is_not_called_the_publishers_own(tiny, cli, tmp_path):
+    finished(tmp_path / "runs/pretrain/a", config := tiny())
+    assert config.dataset not in publish.LICENCES
+    assert cli(publish.main, tmp_path / "runs/pretrain/a", tmp_path / "out")[0] == 0
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert publish.UNKNOWN in text and "the publisher's own" not in text and publish.NOT_IN_PAPER in text
+
+
 def test_no_place_of_the_machine_goes_out(tiny, cli, tmp_path):
     run = tmp_path / "runs/pretrain/a"
     finished(run, tiny(f"run.data_root={tmp_path}/data"))

@@ -335,7 +335,7 @@ def test_photos_are_the_same_files_each_time(trees, tmp_path):
 def test_photos_have_every_voc_class_in_each_split_and_both_orientations(trees):
     for folder, split in (("VOC2007", "trainval"), ("VOC2012", "trainval"), ("VOC2007", "test")):
         texts = [path.read_text() for path in (trees / folder / "Annotations").glob(f"{split}_*.xml")]
-        assert all(sum(f"<name>{name}</name>" in text for text in texts) for name in photos.VOC)
+        assert all(sum(f"<name>{name}</name>" in text for text in texts) for name in annotations.VOC_CLASSES)
         assert sum("<width>160" in text for text in texts) == sum("<width>128" in text for text in texts) == 4
 
 

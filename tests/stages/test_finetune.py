@@ -435,7 +435,7 @@ def test_absent_list_gives_way_to_a_subset_that_is_marked_and_another_run(imagen
     assert labels.choose(datasets.load("imagenet", root, "train"), config)[1].startswith(
         "class-balanced subset, our own"
     )
-    assert run_directory("runs", "finetune", config) != run_directory("runs", "finetune", listed(root))
+    assert run_directory("runs", config) != run_directory("runs", listed(root))
     with pytest.raises(DataError, match="cannot read SimCLR's list"):
         labels.choose(datasets.load("imagenet", root, "train"), listed(root))
 

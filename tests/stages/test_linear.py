@@ -303,7 +303,7 @@ def test_finished_probe_says_so_and_changes_nothing(pretrained, linear_recipe, c
 
 def test_probes_of_two_checkpoints_never_share_a_directory(tiny_linear):
     first, second = (dataclasses.replace(tiny_linear(), checkpoint=name) for name in ("run", "run@40"))
-    assert script.run_directory("runs", "linear", first) != script.run_directory("runs", "linear", second)
+    assert script.run_directory("runs", first) != script.run_directory("runs", second)
 
 
 @pytest.mark.parametrize(

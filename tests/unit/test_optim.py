@@ -100,3 +100,7 @@ def test_the_header_says_in_what_a_step_computes():
         assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_a_result_names_the_kind_of_device_that_has_no_name_of_its_own():
+    assert [optim.device_name(torch.device(kind)) for kind in ("cpu", "mps")] == ["cpu", "mps"]

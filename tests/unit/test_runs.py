@@ -169,7 +169,7 @@ def test_result_without_finite_metrics_is_refused(tmp_path, text):
 
 def test_recipe_name_stays_inside_the_runs_directory(tiny):
     with pytest.raises(UserError, match="recipe"):
-        runs.run_directory("runs", "pretrain", tiny("recipe=../../elsewhere"))
+        runs.run_directory("runs", tiny("recipe=../../elsewhere"))
 
 
 def test_probe_is_named_after_its_encoder(tiny_linear):
