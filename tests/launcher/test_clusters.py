@@ -84,7 +84,8 @@ def environment(job, process=0):
 def told_of(job):
     """Of the run's last job: account, QoS, wckey and partition, as accounting has them."""
     words = ["sacct", "-n", "-P", "-X", "-o", "Account,QOS,WCKey,Partition", "-j", numbers(job)[-1]]
-    return shell(*words).split()[-1].split("|")
+    rows = shell(*words).split()
+    return rows[-1].split("|") if rows else [""] * 4  # slurmdbd has not heard of it yet
 
 
 # --------------------------------------------------------------------------------- the shell that launches

@@ -157,7 +157,7 @@ def test_a_requeue_a_preemption_a_kill_and_a_failed_parent_and_the_next_launch_f
 
     found = status.reports(jobs, runs_dir)
     assert found[jobs[6].directory].state == "failed"
-    assert "error: made to fail" in found[jobs[6].directory].text and "mend" in found[jobs[6].directory].text
+    assert "error: made to fail" in found[jobs[6].directory].text and "fix what" in found[jobs[6].directory].text
     assert found[jobs[7].directory] == status.Report("not started", f"it needs {jobs[6].directory}, which failed")
     assert "job " in found[jobs[4].directory].text and found[jobs[4].directory].state == "waiting"
 

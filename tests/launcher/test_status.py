@@ -90,7 +90,7 @@ def test_stopped_says_how_far_it_came_and_failed_quotes_its_log(jobs, tmp_path):
     assert report(jobs, tmp_path)[0].state == "stopped" and "epoch 1/4" in report(jobs, tmp_path)[0].text
     (jobs[0].directory / "output.log").write_text("epoch 1\nerror: no such file: data\n")
     first, second = report(jobs, tmp_path)
-    assert first.state == "failed" and "| error: no such file: data" in first.text and "mend" in first.text
+    assert first.state == "failed" and "| error: no such file: data" in first.text and "fix what" in first.text
     assert second == status.Report("not started", f"it needs {jobs[0].directory}, which failed")
 
 
