@@ -212,10 +212,9 @@ def test_both_images_install_the_lock_and_nothing_else_of_python_s():
     assert re.findall(r"^%(\w+)$", apptainer, re.M) == ["files", "post", "environment", "runscript"]
     installed = [re.findall(r"^\s*(?:RUN )?(python -m pip .*)$", text, re.M) for text in (docker, apptainer)]
     assert installed[0] == installed[1] and len(installed[0]) == 1
-    assert installed[0][0].endswith("--require-hashes --no-deps -r /opt/requirements.lock")
+    assert installed[0][0].endswith("--require-hashes --no-deps -r /requirements.lock")
     copies = [
-        re.search(r"^(?:COPY|\s+)\s*(requirements\.lock /opt/requirements\.lock)$", t, re.M)
-        for t in (docker, apptainer)
+        re.search(r"^(?:COPY|\s+)\s*(requirements\.lock /requirements\.lock)$", t, re.M) for t in (docker, apptainer)
     ]
     assert all(copies)
     lock = (ROOT / "requirements.lock").read_text()
