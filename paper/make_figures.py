@@ -7,7 +7,7 @@ examples:
 
 Figures 5, 6 and 7 are drawn from run logs: those of the paper's budget where there are some, else those of a smaller
 preset, marked as such. A curve that has no run yet is absent, and the figure names it. `replication` sets every
-published number against ours; `reduced` has the curves of our small CPU runs.
+published number against ours; `reduced` and `reduced_long` have the curves of our small CPU runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from paper.cells import WITHOUT_RUNS
 from paper.options import own, reading_parser
 from paper.presets import budget, presets
 
-FIGURES = ("replication", *(f"figure{number}" for number in range(1, 9)), "reduced")
+FIGURES = ("replication", *(f"figure{number}" for number in range(1, 9)), "reduced", "reduced_long")
 RUNS = tuple(name for name in FIGURES if name not in WITHOUT_RUNS)  # drawn from runs
 
 

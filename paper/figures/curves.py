@@ -1,4 +1,4 @@
-"""Run logs -> curves, for Figures 5, 6, 7 and one of our own. No torch here."""
+"""Run logs -> curves, for Figures 5, 6, 7 and two of our own. No torch here."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class Logs:
         return [(method, here[here["method"] == method]) for method in methods]
 
 
-def read(target: str, budgets: Iterable[Budget], folders: Sequence[Path]) -> Logs:
+def read(targets: Sequence[str], budgets: Iterable[Budget], folders: Sequence[Path]) -> Logs:
     """The logs of a figure's cells under the first of `budgets` that has any; one figure never mixes two presets."""
-    cells = select([target])
+    cells = select(targets)
     logs_of = [_read(cells, budget, folders) for budget in budgets]
     return next((logs for logs in logs_of if len(logs.lines)), logs_of[0])
 

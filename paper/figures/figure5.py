@@ -17,7 +17,7 @@ from paper.presets import Budget
 
 def draw(budgets: Sequence[Budget], folders: Sequence[Path]) -> Figure:
     """A panel for each framework, vanilla against MixMask: k-NN for MoCo, the probe's Top-1 for the others."""
-    logs = read("figure5", budgets, folders)
+    logs = read(["figure5"], budgets, folders)
     figure, row = plt.subplots(1, len(logs.frameworks), figsize=(WIDTH, 2.6), layout="constrained", squeeze=False)
     for axes, framework in zip(row[0], logs.frameworks, strict=True):
         value = FRAMEWORKS[framework].metric

@@ -21,7 +21,7 @@ PANELS = [  # stage, value, label of y, label of x
 
 def draw(budgets: Sequence[Budget], folders: Sequence[Path]) -> Figure:
     """Left the loss of each pre-training, right the test accuracy of the probe on its frozen encoder."""
-    logs = read("figure6", budgets, folders)
+    logs = read(["figure6"], budgets, folders)
     (framework,) = logs.frameworks
     figure, row = plt.subplots(1, 2, figsize=(WIDTH * 0.8, 2.5), layout="constrained")
     absent, unfinished = [], []

@@ -18,7 +18,7 @@ ROWS = {"loss": "training loss", "knn": "k-NN accuracy (%)"}
 
 def draw(budgets: Sequence[Budget], folders: Sequence[Path]) -> Figure:
     """A column for each framework: above the loss, all its terms together, below the k-NN accuracy."""
-    logs = read("figure7", budgets, folders)
+    logs = read(["figure7"], budgets, folders)
     names = logs.frameworks
     figure, grid = plt.subplots(2, len(names), figsize=(WIDTH, 3.5), layout="constrained", sharex="col", squeeze=False)
     absent, unfinished = [], []

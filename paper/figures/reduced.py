@@ -13,12 +13,16 @@ from paper.figures.curves import by_epoch, finish, plot, read
 from paper.figures.style import WIDTH
 from paper.presets import Budget
 
+TARGETS = ["reduced/knn/*"]
 PANELS = {"loss": "training loss, all terms", "knn": "k-NN accuracy (%)"}
 
 
-def draw(budgets: Sequence[Budget], folders: Sequence[Path]) -> Figure:
-    """On the left the loss, all its terms together (their number differs by method), on the right the accuracy."""
-    logs = read("reduced/knn/*", budgets, folders)
+def draw(budgets: Sequence[Budget], folders: Sequence[Path], targets: Sequence[str] = TARGETS) -> Figure:
+    """On the left the loss, all its terms together (their number differs by method), on the right the accuracy.
+
+    `targets`: cells of one framework, one for each method.
+    """
+    logs = read(targets, budgets, folders)
     (framework,) = logs.frameworks
     figure, row = plt.subplots(1, 2, figsize=(WIDTH, 2.8), layout="constrained")
     absent = []

@@ -69,7 +69,7 @@ def test_tables_and_figures_read_kept_runs(tmp_path):
     keep.keep(run(tmp_path / "runs/pretrain" / name), tmp_path / "results")
     frame = make_tables.collect(tables()["table5"], [budget("paper")], [tmp_path / "results"])
     assert frame.set_index("cell").loc[number, "ours_mean"] == 66.0
-    assert read("figure7", [budget("paper")], [tmp_path / "results"]).lines["loss"].tolist() == [1.5]
+    assert read(["figure7"], [budget("paper")], [tmp_path / "results"]).lines["loss"].tolist() == [1.5]
 
 
 def test_an_evaluation_names_the_pretraining_that_is_not_kept_yet(tmp_path, cli):

@@ -10,7 +10,7 @@ import pytest
 from paper import make_report, make_tables
 from paper.cells import ROOT, select, tables
 from paper.comparisons import words
-from paper.figures import reduced, style
+from paper.figures import reduced, reduced_long, style
 from paper.presets import budget
 from slurm import graph, launch
 from tests.docs.test_docs import script
@@ -127,6 +127,15 @@ def test_the_figure_draws_every_method_that_has_a_run_and_is_no_replication(tmp_
     assert figure.legends[0].get_title().get_text() == "reduced: not a replication"
     notes = figure.get_supxlabel()
     assert "scale reduced; n = 2" in notes and "published" not in notes and "no run yet: Erase" in notes
+
+
+def test_the_figure_of_thirty_epochs_takes_its_own_runs_and_no_variant_of_a_method(tmp_path):
+    epochs = [{"epoch": n, "loss": 9.0 - n, "knn_k200_t0.1_out128": 5.0 + n} for n in (1, 2)]
+    for cell in (MIXMASK, "reduced_long/knn/literal"):
+        log(tmp_path, cell, epochs)
+    assert not curves(reduced_long.draw([budget("paper")], [tmp_path]).axes[1])
+    log(tmp_path, "reduced_long/knn/mixmask", [{"epoch": 1, "loss": 8.0, "knn_k200_t0.1_out128": 7.0}])
+    assert curves(reduced_long.draw([budget("paper")], [tmp_path]).axes[1]) == {"MixMask": [[1, 7]]}
 
 
 def test_every_kept_reduced_run_is_one_that_a_cell_asks_for_and_was_made_by_unmodified_code():
