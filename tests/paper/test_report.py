@@ -12,6 +12,7 @@ import pytest
 
 from paper import make_report
 from paper.cells import tables
+from paper.make_figures import FIGURES
 from paper.presets import budget, presets
 from paper.report import curve, prose, records
 from tests.paper.test_tables import finish
@@ -92,7 +93,7 @@ def test_the_page_is_made_without_torch_needs_nothing_else_and_each_of_its_links
     assert all(link.startswith("#") for link in page.links)
     assert {link[1:] for link in page.links if not link.startswith("#?q=")} <= set(page.ids)
     assert page.text.count('<td class="cell') == len(cells)
-    assert len(page.sources) == 10 and all(source.startswith("data:image/") for source in page.sources)
+    assert len(page.sources) == len(FIGURES) and all(source.startswith("data:image/") for source in page.sources)
     assert not re.search(r"https?://|@import|url\(|<link", re.sub(r'src="[^"]*"', "", page.text))
 
 
