@@ -131,6 +131,48 @@ def table(name: str) -> str:
     return markdown(numbers(tables()[name], collect(tables()[name], [budget("paper")], [ROOT / "results"]))).strip()
 
 
+def changes(what: str) -> str:
+    """TABLE | ROW - ROW; ...: how far the one row is ahead of the other in the table's first and last group of columns,
+    and by how much that changed, seed by seed with 95 % t intervals, from the runs in results/."""
+    from paper.cells import tables
+    from paper.collect import collect
+    from paper.presets import budget
+
+    name, pairs = what.split(" | ")
+    table = tables()[name]
+    frame = collect(table, [budget("paper")], [ROOT / "results"])
+    found = {(cell["row"], cell["column"]): cell["by_seed"] for _, cell in frame.iterrows()}
+    groups, metrics = (list(dict.fromkeys(getattr(c, key) for c in table.columns)) for key in ("group", "name"))
+    headings = [f"{metric}: {part}" for metric in metrics for part in (groups[0], groups[-1], "change")]
+    lines = [f"| | {' | '.join(headings)} |", "|---|" + "---|" * len(headings)]
+    for pair in pairs.split("; "):
+        row, other = pair.split(" - ")
+        shown = []
+        for metric in metrics:
+            early, late = (
+                _by_seed(found[row, f"{group}: {metric}"], found[other, f"{group}: {metric}"])
+                for group in (groups[0], groups[-1])
+            )
+            shown += [_interval(early), _interval(late), _interval(_by_seed(late, early))]
+        lines.append(f"| {pair.replace('*', chr(92) + '*')} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def _by_seed(values: dict[int, float], others: dict[int, float]) -> dict[int, float]:
+    return {seed: values[seed] - others[seed] for seed in values.keys() & others.keys()}
+
+
+def _interval(differences: dict[int, float]) -> str:
+    """`+1.0 (-0.9 to +2.9)`, in bold where zero is outside."""
+    from paper import verdicts
+
+    found = verdicts.compare(differences, dict.fromkeys(differences, 0.0))
+    if len(differences) < 2:
+        return f"{found.difference:+.1f} (one seed)"
+    text = f"{found.difference:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
+    return f"**{text}**" if found.low * found.high > 0 else text
+
+
 def curves(target: str) -> str:
     """Of the first seed of each of the cells: the loss at step 0, loss and k-NN of some epochs, from results/."""
     from mixmask.runs import read_log
@@ -252,6 +294,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "claims": claims,
     "costs": costs,
     "table": table,
+    "changes": changes,
     "curves": curves,
     "runs": runs,
     "code": code,

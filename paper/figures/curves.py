@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mixmask.registry import FRAMEWORKS, METHODS
+from mixmask.registry import FRAMEWORKS, Method
 from mixmask.runs import read_log, read_result
 from paper.cells import Cell, select
 from paper.figures.style import GREY, SMALL
@@ -82,11 +82,11 @@ def by_epoch(lines: pd.DataFrame, value: str) -> pd.DataFrame:
     return pd.DataFrame({"mean": seeds.mean(axis=1), "std": seeds.std(axis=1)})
 
 
-def plot(axes: Axes, curve: pd.DataFrame, method: str) -> None:
+def plot(axes: Axes, curve: pd.DataFrame, line: Method) -> None:
     """Mean against the index, a marker at every eighth of the way, one standard deviation as a band."""
     if curve.empty:
         return
-    line, x = METHODS[method], curve.index.to_numpy(float)
+    x = curve.index.to_numpy(float)
     every = max(1, len(curve) // 8)
     look = {"color": line.color, "linestyle": line.linestyle, "marker": line.marker}
     axes.plot(x, curve["mean"].to_numpy(float), label=line.title, markevery=(-1 % every, every), **look)
@@ -94,12 +94,14 @@ def plot(axes: Axes, curve: pd.DataFrame, method: str) -> None:
     axes.fill_between(x, curve["mean"] - spread, curve["mean"] + spread, color=line.color, alpha=0.2, linewidth=0)
 
 
-def finish(figure: Figure, logs: Logs, absent: Sequence[str], unfinished: Sequence[str] = ()) -> None:
-    """The legend, the preset, and the names of the curves that are not there, or not all there."""
+def finish(
+    figure: Figure, logs: Logs, absent: Sequence[str], unfinished: Sequence[str] = (), columns: int | None = None
+) -> None:
+    """The legend (None: one line), the preset, and the names of the curves that are not there, or not all there."""
     lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
     if lines:
         title = None if logs.replicates else f"{logs.label}: not a replication"
-        look = {"loc": "outside upper center", "ncols": len(lines), "handlelength": 3}
+        look = {"loc": "outside upper center", "ncols": columns or len(lines), "handlelength": 3}
         figure.legend(lines.values(), lines.keys(), title=title, title_fontproperties={"weight": "bold"}, **look)
     for axes in figure.axes:
         axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, steps=[1, 2, 5, 10]))

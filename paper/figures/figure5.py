@@ -22,7 +22,7 @@ def draw(budgets: Sequence[Budget], folders: Sequence[Path]) -> Figure:
     for axes, framework in zip(row[0], logs.frameworks, strict=True):
         value = FRAMEWORKS[framework].metric
         for method, lines in logs.curves(framework):
-            plot(axes, by_budget(lines, value), method)
+            plot(axes, by_budget(lines, value), METHODS[method])
         name = "k-NN" if value == "knn" else "Top-1"
         axes.set(title=FRAMEWORKS[framework].title, xlabel="pre-training epochs", ylabel=f"{name} accuracy (%)")
     finish(figure, logs, absent(logs))

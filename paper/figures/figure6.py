@@ -29,7 +29,7 @@ def draw(budgets: Sequence[Budget], folders: Sequence[Path]) -> Figure:
         for method, lines in logs.curves(framework):
             here = lines[lines["stage"] == stage]
             curve, name = by_epoch(here, value), f"{quantity.split(' (')[0]} of {METHODS[method].title}"
-            plot(axes, curve, method)
+            plot(axes, curve, METHODS[method])
             if curve.empty:
                 absent.append(name)
             elif curve.index[-1] < here["epochs"].iloc[0]:

@@ -26,7 +26,7 @@ def draw(budgets: Sequence[Budget], folders: Sequence[Path]) -> Figure:
         for method, lines in logs.curves(framework):
             here = lines[lines["stage"] == "pretrain"]
             for axes, value in zip(column, ROWS, strict=True):
-                plot(axes, by_epoch(here, value), method)
+                plot(axes, by_epoch(here, value), METHODS[method])
             name = f"{FRAMEWORKS[framework].title} {METHODS[method].title}"
             last, epochs = here["epoch"].max(), here["epochs"].max()
             if here.empty:

@@ -17,18 +17,15 @@ TARGETS = ["reduced/knn/*"]
 PANELS = {"loss": "training loss, all terms", "knn": "k-NN accuracy (%)"}
 
 
-def draw(budgets: Sequence[Budget], folders: Sequence[Path], targets: Sequence[str] = TARGETS) -> Figure:
-    """On the left the loss, all its terms together (their number differs by method), on the right the accuracy.
-
-    `targets`: cells of one framework, one for each method.
-    """
-    logs = read(targets, budgets, folders)
+def draw(budgets: Sequence[Budget], folders: Sequence[Path]) -> Figure:
+    """On the left the loss, all its terms together (their number differs by method), on the right the accuracy."""
+    logs = read(TARGETS, budgets, folders)
     (framework,) = logs.frameworks
     figure, row = plt.subplots(1, 2, figsize=(WIDTH, 2.8), layout="constrained")
     absent = []
     for method, lines in logs.curves(framework):
         for axes, value in zip(row, PANELS, strict=True):
-            plot(axes, by_epoch(lines, value), method)
+            plot(axes, by_epoch(lines, value), METHODS[method])
         if lines.empty:
             absent.append(METHODS[method].title)
     for axes, label in zip(row, PANELS.values(), strict=True):

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import textwrap
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from scipy import stats
 
 import mixmask
 from mixmask.config import UserError
@@ -105,6 +108,24 @@ def test_the_costs_are_those_that_the_launcher_prints(generate, capsys):
 def test_the_results_block_counts_all_142_numbers(generate):
     rows = [line.split(" | ") for line in generate.results().splitlines()[2:]]
     assert len(rows) == 7 and sum(int(row[1]) for row in rows) == 142
+
+
+def test_a_change_is_the_t_interval_of_what_each_seed_gained(generate):
+    def knn(method, of):
+        paths = sorted((ROOT / "results/pretrain").glob(f"cifar100_reduced_moco-{method}-{of}-s[0-2]/result.json"))
+        metrics = [json.loads(path.read_text())["metrics"] for path in paths]
+        return np.array([values["knn_k200_t0.1_out128_last"] for values in metrics])
+
+    lead = {
+        6: knn("mixmask", "e6-3726b66f") - knn("vanilla", "e6-85287c5b"),
+        30: knn("mixmask", "e30-a3488348") - knn("vanilla", "e30-cc5eb5a2"),
+    }
+    cells = generate.changes("reduced_order | MixMask - Vanilla").splitlines()[2].split(" | ")[1:4]
+    for cell, values in zip(cells, (lead[6], lead[30], lead[30] - lead[6]), strict=True):
+        low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        text = f"{values.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+        assert len(values) == 3 and cell == (f"**{text}**" if low * high > 0 else text)
+    assert [cell.startswith("**") for cell in cells] == [False, True, False]
 
 
 def test_the_library_offers_what_its_page_names():
