@@ -98,7 +98,9 @@ def _to_decide(cell: Cell, n: int, spread: Spread | None, budget: Budget, folder
 def _advice(seeds: int, cells: Sequence[Cell], spread: Spread | None, budget: Budget, folders: Sequence[Path]) -> str:
     """`spread`: None if only these seeds can tell it."""
     would = "decide" if spread and spread.std else "show the noise"
-    return f"{seeds} seeds would {would}: {launch(cells, seeds, budget, folders).cost} more"
+    more = launch(cells, seeds, budget, folders)
+    what = f"{more.cost} more" if more.hours else "they are there, beyond those of this table"
+    return f"{seeds} seeds would {would}: {what}"
 
 
 def _described(verdict: Verdict, against: str) -> dict[str, Any]:

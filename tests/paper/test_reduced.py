@@ -1,6 +1,7 @@
 """Tables at a scale of their own: set against their first row, with noise, and against nothing that is published."""
 
 import io
+import itertools
 import json
 from pathlib import Path
 
@@ -54,7 +55,11 @@ def test_noise_that_hides_a_point_leaves_a_row_undecided_and_the_seeds_that_woul
         finish(tmp_path, MIXMASK, 11.0 + gain, seed=seed)
     row = made(tmp_path).loc[MIXMASK]
     assert words(row) == "+1.0 (undecided: 3 seeds could only see a difference of 2.4)"
-    assert row["to_decide"].startswith("7 seeds would decide: ")
+    assert row["to_decide"].startswith("7 seeds would decide: ") and "minutes of two CPU cores more" in row["to_decide"]
+    for cell, seed in itertools.product((VANILLA, MIXMASK), range(3, 7)):
+        finish(tmp_path, cell, 11.0, seed=seed)
+    row = made(tmp_path).loc[MIXMASK]
+    assert row["n"] == 3 and row["to_decide"] == "7 seeds would decide: they are there, beyond those of this table"
 
 
 def test_a_smoke_run_is_not_set_against_a_reduced_one(tmp_path):
