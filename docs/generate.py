@@ -170,7 +170,7 @@ def _interval(differences: dict[int, float]) -> str:
     if len(differences) < 2:
         return f"{found.difference:+.1f} (one seed)"
     text = f"{found.difference:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
-    return f"**{text}**" if found.low * found.high > 0 else text
+    return f"**{text}**" if found.word in ("ahead", "behind") else text
 
 
 def curves(target: str) -> str:

@@ -19,7 +19,8 @@ from paper.cells import Cell, select
 from paper.figures.style import GREY, SMALL
 from paper.presets import Budget, chains, label, located
 
-COLUMNS = ["framework", "method", "budget", "seed", "stage", "epochs", "finished", "epoch", "loss", "knn", "top1"]
+RUN = ["row", "framework", "method", "budget", "seed", "stage", "epochs"]
+COLUMNS = [*RUN, "finished", "epoch", "loss", "knn", "top1"]
 UNBROKEN = "\N{NO-BREAK SPACE}"  # a line never ends inside of a name
 
 
@@ -60,7 +61,7 @@ def _read(cells: Sequence[Cell], budget: Budget, folders: Sequence[Path]) -> Log
             name = config.framework, config.method, config.epochs
             wanted[name] = None
             for step in chain:
-                run = (*name, config.seed, step.stage, step.config.epochs)
+                run = (cell.row, *name, config.seed, step.stage, step.config.epochs)
                 rows += [(*run, *line) for line in _epochs(located(folders, step))]
     lines = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates()
     shown = label(cells[0], budget)
@@ -117,7 +118,7 @@ def _origin(logs: Logs) -> str:
     """The preset, or the scale, and the number of seeds a curve."""
     if logs.lines.empty:
         return ""
-    seeds = logs.lines.groupby(["framework", "method", "budget"])["seed"].nunique()
+    seeds = logs.lines.groupby(["row", "framework", "method", "budget"])["seed"].nunique()
     least, most = seeds.min(), seeds.max()
     number = f"n = {most}" if least == most else f"n = {least} to {most}"
     spread = ", mean and standard deviation over seeds" if most > 1 else ""

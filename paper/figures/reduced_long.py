@@ -17,29 +17,31 @@ from paper.figures.curves import by_epoch, finish, plot, read
 from paper.figures.style import WIDTH
 from paper.presets import Budget
 
+METHOD_ROWS = {"vanilla": "Vanilla", "erase": "Erase", "unmix": "Un-Mix", "mixmask": "MixMask", "both": "MixMask*"}
 AGAIN = replace(METHODS["vanilla"], color="#0b7fab", linestyle="-")
 LOOKS = {  # by the table's row
-    **{name: METHODS[name] for name in ("vanilla", "erase", "unmix", "mixmask", "both")},
-    "literal": replace(METHODS["mixmask"], title="the released generator", color="#5b2a86", marker="^"),
-    "again_own": replace(AGAIN, title="x1 again, both keys", marker="X"),
-    "again": replace(AGAIN, title="x1 again, x2's key", marker="d", color="#8c8c8c"),
+    **{row: METHODS[name] for name, row in METHOD_ROWS.items()},
+    "MixMask, the released generator": replace(
+        METHODS["mixmask"], title="the released generator", color="#5b2a86", marker="^"
+    ),
+    "Vanilla, x1 scored again: both keys": replace(AGAIN, title="x1 again, both keys", marker="X"),
+    "Vanilla, x1 scored again: x2's key": replace(AGAIN, title="x1 again, x2's key", marker="d", color="#8c8c8c"),
 }
 PANELS = {
-    "methods": ("vanilla", "erase", "unmix", "mixmask", "both"),
-    "is it the masks?": ("vanilla", "mixmask", "literal", "again_own", "again"),
+    "methods": [*METHOD_ROWS.values()],
+    "is it the masks?": [row for row in LOOKS if row not in ("Erase", "Un-Mix", "MixMask*")],
 }
 
 
 def draw(budgets: Sequence[Budget], folders: Sequence[Path]) -> Figure:
     """On the left the methods, on the right MixMask with both generators, and x1 scored again."""
-    cells = {row: f"reduced_long/knn/{row}" for row in LOOKS}
-    logs = {row: read([cell], budgets, folders).lines for row, cell in cells.items()}
+    logs = read(["reduced_long/knn/*"], budgets, folders)
+    curves = {row: logs.lines[logs.lines["row"] == row] for row in LOOKS}
     figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 3.0), layout="constrained", sharey=True)
     for axes, (title, rows) in zip(panels, PANELS.items(), strict=True):
         for row in rows:
-            plot(axes, by_epoch(logs[row], "knn"), LOOKS[row])
+            plot(axes, by_epoch(curves[row], "knn"), LOOKS[row])
         axes.set(title=title, xlabel="epoch")
     panels[0].set(ylabel="k-NN accuracy (%)")
-    absent = [LOOKS[row].title for row, lines in logs.items() if lines.empty]
-    finish(figure, read([*cells.values()], budgets, folders), absent, columns=4)
+    finish(figure, logs, [LOOKS[row].title for row, lines in curves.items() if lines.empty], columns=4)
     return figure

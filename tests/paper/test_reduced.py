@@ -137,12 +137,16 @@ def test_the_figure_draws_every_method_that_has_a_run_and_is_no_replication(tmp_
 def test_the_figure_of_thirty_epochs_takes_its_own_runs_and_tells_the_variants_of_a_method_apart(tmp_path):
     for place, cell in enumerate((MIXMASK, "reduced_long/knn/literal", "reduced_long/knn/again_own")):
         log(tmp_path, cell, [{"epoch": n, "loss": 9.0 - n, "knn_k200_t0.1_out128": 5.0 * place + n} for n in (1, 2)])
-    methods, masks = (curves(axes) for axes in reduced_long.draw([budget("paper")], [tmp_path]).axes)
+    methods, masks = map(curves, reduced_long.draw([budget("paper")], [tmp_path]).axes)
     assert not methods  # six epochs are another table's
     assert masks == {"the released generator": [[1, 6], [2, 7]], "x1 again, both keys": [[1, 11], [2, 12]]}
-    log(tmp_path, "reduced_long/knn/mixmask", [{"epoch": 1, "loss": 8.0, "knn_k200_t0.1_out128": 7.0}])
-    methods, masks = (curves(axes) for axes in reduced_long.draw([budget("paper")], [tmp_path]).axes)
-    assert methods == {"MixMask": [[1, 7]]} and masks["MixMask"] == [[1, 7]]
+    for seed in range(2):
+        lines = [{"epoch": 1, "loss": 8.0, "knn_k200_t0.1_out128": 7.0 + 2 * seed}]
+        log(tmp_path, "reduced_long/knn/mixmask", lines, seed=seed)
+    figure = reduced_long.draw([budget("paper")], [tmp_path])
+    methods, masks = map(curves, figure.axes)
+    assert methods == {"MixMask": [[1, 8]]} and masks["MixMask"] == [[1, 8]]
+    assert "n = 1 to 2" in figure.get_supxlabel()  # the variants' one seed is not MixMask's two
 
 
 def test_every_kept_reduced_run_is_one_that_a_cell_asks_for_and_was_made_by_unmodified_code():
